@@ -1,0 +1,127 @@
+"""Which leaf, or part of a leaf, belongs to which norm."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# A tree of labels, a prefix of one, or a function from updates to one.
+Labels = Any | Callable[[Any], Any]
+
+
+def floating_leaves(tree: Any) -> list[Array]:
+  """The leaves of a tree as arrays.
+
+  Raises:
+    TypeError: if a leaf is neither floating nor complex; names its path.
+  """
+  leaves = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise TypeError(
+          f"updates{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which"
+          " cannot be clipped. Only floating and complex leaves can: leave the"
+          " others out with optax.masked."
+      )
+    leaves.append(leaf)
+  return leaves
+
+
+def same_structure(updates: Any, params: Any) -> None:
+  """Raises unless two trees match."""
+  if params is None:
+    raise ValueError(
+        "This transformation compares updates with parameters: pass them, as"
+        " in tx.update(updates, state, params)."
+    )
+  ours, theirs = jax.tree.structure(updates), jax.tree.structure(params)
+  if ours != theirs:
+    raise ValueError(
+        "updates and params must have the same tree structure, got"
+        f" {ours} and {theirs}."
+    )
+
+
+def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
+  """The axes over which a unit's weights lie, by the rule of optax and NFNets.
+
+  Args:
+    shape: the shape of a leaf.
+    axis: these axes; or `None`, to go by rank: all axes of scalars, vectors
+      and what has one axis longer than 1; axis 0 for rank 2 and 3; all but the
+      last for rank 4 (HWIO) and 5 (DHWIO).
+  """
+  rank = len(shape)
+  if axis is not None:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(-rank <= a < rank for a in axes):
+      raise ValueError(
+          f"axis={axis!r} is out of range for a leaf of shape {tuple(shape)}."
+      )
+    return tuple(sorted(a % rank for a in axes))
+  if sum(n != 1 for n in shape) <= 1:
+    return tuple(range(rank))
+  if rank <= 3:
+    return (0,)
+  if rank <= 5:
+    return tuple(range(rank - 1))
+  raise ValueError(
+      f"A leaf of shape {tuple(shape)} has rank {rank}; units are known up to"
+      " rank 5. Pass axis= to say which axes belong to one unit."
+  )
+
+
+def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
+  """Raises, at construction, for labels that can never work."""
+  if callable(labels):
+    return
+  found = set(jax.tree.leaves(labels))
+  if not found:
+    raise ValueError(
+        f"labels={labels!r} holds no label. Pass a tree (or a prefix of one)"
+        " of labels, or a function from updates to one."
+    )
+  _all_known(found, names)
+
+
+def label_ids(
+    labels: Labels, names: Sequence[Hashable], tree: Any
+) -> list[int]:
+  """For each leaf of `tree`, the index of its label in `names`."""
+  resolved = labels(tree) if callable(labels) else labels
+  try:
+    full = jax.tree.broadcast(resolved, tree)
+  except ValueError as error:
+    raise ValueError(
+        "labels must be a tree prefix of the updates, got"
+        f" {jax.tree.structure(resolved)} for updates of structure"
+        f" {jax.tree.structure(tree)}."
+    ) from error
+  found = jax.tree.leaves(full)
+  _all_known(set(found), names)
+  index = {name: i for i, name in enumerate(names)}
+  return [index[label] for label in found]
+
+
+def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:
+  unknown = sorted(map(repr, found - set(names)))
+  if unknown:
+    raise ValueError(
+        f"max_norms has no limit for the labels {', '.join(unknown)}; it has"
+        f" {', '.join(sorted(map(repr, names)))}. Use float('inf') for a group"
+        " that is never clipped."
+    )
+
+
+def named_limits(max_norms: Mapping[Hashable, Any]) -> list[Hashable]:
+  """The names of the groups, in a stable order."""
+  if not max_norms:
+    raise ValueError(
+        "max_norms is empty: pass one limit for each label, as in"
+        " {'encoder': 1.0, 'head': 0.1}."
+    )
+  return sorted(max_norms, key=repr)

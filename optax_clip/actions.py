@@ -1,0 +1,144 @@
+"""Actions: what happens to updates that are larger than their limit.
+
+Each function returns an `Action` for `optax_clip.clip_with`. The code here is
+the only code of the package that writes to updates. One coefficient is
+computed on the few norms, in float32; each leaf is then multiplied once, in
+float32, and cast back. (A division instead of the multiplication makes XLA
+write a second copy of all gradients: it does not repeat a division in the
+several places that an optimizer uses its gradients.)
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from optax_clip import _norms
+from optax_clip import _validate
+from optax_clip._core import Action
+from optax_clip._core import Coefficient
+
+Array = jax.Array
+
+# Coefficients below this are applied as two multiplications.
+_LEAST = 2.0**-64
+
+# With `strict`, the limit is undershot by this many epsilons of the dtype that
+# norms are kept in: the error of the norm (law: 1e-6 relative in float32), of
+# the limit, the coefficient and two products.
+_STRICT_EPSILONS = 16
+
+
+def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
+  r"""Scales to the limit what exceeds it; all else passes bit for bit.
+
+  .. math::
+      u \leftarrow u \cdot \min\left(1, \frac{L}{n + \epsilon}\right)
+
+  Args:
+    eps: added to the norm; 1e-6 is what PyTorch does. In the norm's units.
+    strict: whether the norm of what is returned must not exceed the limit in
+      exact arithmetic. It then undershoots the limit by 2e-6 of it, leaves are
+      rounded towards zero, and norms within that margin below the limit are
+      scaled too.
+  """
+  _validate.nonnegative(eps=eps)
+
+  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
+    value = norm.value + jnp.asarray(eps, norm.value.dtype) / norm.unit
+    if strict:
+      limit = limit * (1 - _STRICT_EPSILONS * jnp.finfo(limit.dtype).eps)
+    # Both in units of the norm, which need not be a float of ordinary size.
+    bound = limit / norm.unit
+    # Written so that a NaN exceeds: it must reach the updates.
+    exceeds = ~(value <= bound)
+    # 0 / 0 would also poison the derivative where it is not selected.
+    value = jnp.where(exceeds, value, 1)
+    least = jnp.where(jnp.isfinite(value), value * _LEAST, 0)
+    factor = jnp.where(exceeds, jnp.maximum(bound, least) / value, 1)
+    # What `factor` lacks where it was held at 2^-64.
+    held = exceeds & (bound < least)
+    shift = jnp.where(held, limit / jnp.where(held, least, 1) / norm.unit, 1)
+    return Coefficient(factor, shift)
+
+  return Action(weigh, _multiply_toward_zero if strict else _multiply)
+
+
+def clamp(*, strict: bool = False) -> Action:
+  r"""Moves each element into the interval from -L to L.
+
+  .. math::
+      u_i \leftarrow \min(\max(u_i, -L), L)
+
+  NaN stays NaN; inf becomes L. The recorded coefficient is that of the largest
+  element, if the measure is a norm of order inf.
+
+  Args:
+    strict: whether a limit that the leaf's dtype cannot hold is rounded down
+      instead of to the nearest value.
+  """
+
+  def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+    del coefficient
+    if jnp.iscomplexobj(leaf):
+      raise TypeError(
+          "Complex leaves have no order to clip elements by: use"
+          " clip_by_global_norm or clip_by_layer_norm for them."
+      )
+    bound = _cast(limit, leaf.dtype, toward_zero=strict)
+    return jnp.where(
+        leaf > bound, bound, jnp.where(leaf < -bound, -bound, leaf)
+    )
+
+  return Action(rescale().weigh, apply)
+
+
+def _multiply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+  del limit
+  return _scaled(leaf, coefficient, toward_zero=False)
+
+
+def _multiply_toward_zero(
+    leaf: Array, coefficient: Coefficient, limit: Array
+) -> Array:
+  del limit
+  return _scaled(leaf, coefficient, toward_zero=True)
+
+
+def _scaled(
+    leaf: Array, coefficient: Coefficient, *, toward_zero: bool
+) -> Array:
+  if jnp.iscomplexobj(leaf):
+    parts = [
+        _scaled(part, coefficient, toward_zero=toward_zero)
+        for part in (leaf.real, leaf.imag)
+    ]
+    return lax.complex(*parts)
+  wide = _norms.accumulator(leaf.dtype)
+  factor, shift = (x.astype(wide) for x in coefficient)
+  product = leaf.astype(wide) * shift * factor
+  # Selected, not multiplied by 1: CPUs flush subnormal products to zero.
+  unchanged = (factor == 1) & (shift == 1)
+  return jnp.where(
+      unchanged, leaf, _cast(product, leaf.dtype, toward_zero=toward_zero)
+  )
+
+
+def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
+  """`x` in a dtype of at most its precision, to the nearest or toward zero."""
+  result = x.astype(dtype)
+  if not toward_zero:
+    return result
+  if dtype == x.dtype:
+    # Rounded by the product already, which the margin of `strict` covers;
+    # only subnormals have errors that no relative margin covers.
+    least = jnp.finfo(dtype).tiny
+    return jnp.where(jnp.abs(result) < least, jnp.zeros_like(result), result)
+  # The next value toward zero has the bit pattern that is smaller by one.
+  carrier = jnp.dtype(f"uint{jnp.finfo(dtype).bits}")
+  below = lax.bitcast_convert_type(
+      lax.bitcast_convert_type(result, carrier) - carrier.type(1), dtype
+  )
+  away = jnp.abs(result).astype(x.dtype) > jnp.abs(x)
+  return jnp.where(away, below, result)
