@@ -4,25 +4,29 @@ from optax_clip import actions as actions
 from optax_clip import measures as measures
 from optax_clip import thresholds as thresholds
 from optax_clip._core import Action as Action
-from optax_clip._core import clip_with as clip_with
 from optax_clip._core import ClipState as ClipState
 from optax_clip._core import Coefficient as Coefficient
 from optax_clip._core import Measure as Measure
 from optax_clip._core import Record as Record
 from optax_clip._core import Threshold as Threshold
+from optax_clip._core import clip_with as clip_with
+from optax_clip._functions import clip_tree as clip_tree
+from optax_clip._functions import global_norm as global_norm
+from optax_clip._functions import unitwise_clip as unitwise_clip
+from optax_clip._functions import unitwise_norm as unitwise_norm
 from optax_clip._metrics import metrics as metrics
 from optax_clip._norms import Norm as Norm
-from optax_clip._per_example import per_example_global_norm_clip as per_example_global_norm_clip
-from optax_clip._per_example import per_example_layer_norm_clip as per_example_layer_norm_clip
+from optax_clip._per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+)
+from optax_clip._per_example import (
+    per_example_layer_norm_clip as per_example_layer_norm_clip,
+)
 from optax_clip._transforms import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip._transforms import clip as clip
 from optax_clip._transforms import clip_by_block_rms as clip_by_block_rms
 from optax_clip._transforms import clip_by_global_norm as clip_by_global_norm
 from optax_clip._transforms import clip_by_group_norm as clip_by_group_norm
 from optax_clip._transforms import clip_by_layer_norm as clip_by_layer_norm
-from optax_clip._functions import clip_tree as clip_tree
-from optax_clip._functions import global_norm as global_norm
-from optax_clip._functions import unitwise_clip as unitwise_clip
-from optax_clip._functions import unitwise_norm as unitwise_norm
 
 __version__ = "0.1.0"

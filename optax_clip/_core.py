@@ -23,7 +23,8 @@ and the rules of dtypes each have one home, whatever the method.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ def clip_with(
           for key, entry in state.record.items()
       }
       state = ClipState(memory, entries)
-    return treedef.unflatten(clipped), state
+    return jax.tree.unflatten(treedef, clipped), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 

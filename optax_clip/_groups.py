@@ -1,6 +1,9 @@
 """Which leaf, or part of a leaf, belongs to which norm."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +41,8 @@ def same_structure(updates: Any, params: Any) -> None:
         "This transformation compares updates with parameters: pass them, as"
         " in tx.update(updates, state, params)."
     )
-  ours, theirs = jax.tree.structure(updates), jax.tree.structure(params)
+  ours: Any = jax.tree.structure(updates)
+  theirs: Any = jax.tree.structure(params)
   if ours != theirs:
     raise ValueError(
         "updates and params must have the same tree structure, got"

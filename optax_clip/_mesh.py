@@ -3,7 +3,8 @@
 The only file that depends on how a JAX version spells these things.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax

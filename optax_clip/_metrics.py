@@ -42,7 +42,7 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     >>> tx = optax.chain(optax_clip.clip_by_global_norm(1.0), optax.sgd(0.1))
     >>> state = tx.init({"w": jnp.zeros(2)})
     >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, state)
-    >>> {k: float(v) for k, v in optax_clip.metrics(state).items()}["clip_by_global_norm/norm"]
+    >>> print(optax_clip.metrics(state)["clip_by_global_norm/norm"])
     5.0
   """
   state = getattr(opt_state, "opt_state", opt_state)

@@ -25,10 +25,12 @@ On CPU, XLA vectorises a reduction of ``x * x`` and of little else: adding one
 comparison to it makes it eight times slower. Keep the plain path plain.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -224,18 +226,17 @@ def _unit_norms(
     ]
     return scaled, units
 
-  if _can_leave_range(ord, leaves) and leaves:
+  # The elements of each unit, as far as there are any.
+  checks = [
+      (m, x.size // m.size)
+      for x, m in zip(leaves, moments, strict=True)
+      if m.size
+  ]
+  if checks and _can_leave_range(ord, leaves):
     # As in `_out_of_range`, over all units of all leaves.
-    checks = [
-        (m, x.size // max(m.size, 1))
-        for x, m in zip(leaves, moments, strict=True)
-        if m.size
-    ]
-    unsafe = functools.reduce(
-        jnp.logical_or, [_strayed(m, size) for m, size in checks], False
-    ) | functools.reduce(
-        jnp.logical_and, [jnp.all(m == 0) for m, _ in checks], True
-    )
+    strayed = jnp.any(jnp.stack([_strayed(m, size) for m, size in checks]))
+    zero = jnp.all(jnp.stack([jnp.all(m == 0) for m, _ in checks]))
+    unsafe = strayed | zero
     moments, ones = lax.cond(unsafe, rescale, lambda: (moments, ones))
   return [
       Norm(_root(m, ord), u) for m, u in zip(moments, ones, strict=True)
@@ -292,14 +293,14 @@ def _parts(
 def _moment(
     ord: float, arrays: Sequence[Array], unit: Array | None = None
 ) -> Array:
-  """sum (|x| / unit)^ord over all elements of some arrays."""
+  """Sum (|x| / unit)^ord over all elements of some arrays."""
   dtype = accumulator(*(x.dtype for x in arrays))
   sums = [jnp.sum(_power(x, ord, dtype, unit)) for x in arrays]
   return sums[0] if len(sums) == 1 else jnp.sum(jnp.stack(sums))
 
 
 def _largest(arrays: Sequence[Array]) -> Array:
-  """max |x| over all elements of some arrays; NaN if one is NaN."""
+  """Max |x| over all elements of some arrays; NaN if one is NaN."""
   dtype = accumulator(*(x.dtype for x in arrays))
   peaks = [jnp.max(_modulus(x, dtype)) for x in arrays]
   return peaks[0] if len(peaks) == 1 else jnp.max(jnp.stack(peaks))

@@ -50,7 +50,7 @@ def per_example_global_norm_clip(
   leaves = _batched_leaves(grads)
   treedef = jax.tree.structure(grads)
   sums, count = _clipped_sum(leaves, l2_norm_clip)
-  return treedef.unflatten(sums), count
+  return jax.tree.unflatten(treedef, sums), count
 
 
 def per_example_layer_norm_clip(
@@ -101,7 +101,7 @@ def per_example_layer_norm_clip(
   ]
   sums = [leaf for (leaf,), _ in clipped]
   counts = [count for _, count in clipped]
-  return treedef.unflatten(sums), treedef.unflatten(counts)
+  return jax.tree.unflatten(treedef, sums), jax.tree.unflatten(treedef, counts)
 
 
 def _batched_leaves(grads: Any) -> list[Array]:

@@ -1,6 +1,7 @@
 """The named transformations: complete docstrings, bodies of a few lines."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
+from collections.abc import Mapping
 import math
 from typing import Any
 

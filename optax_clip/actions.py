@@ -22,7 +22,7 @@ from optax_clip._core import Coefficient
 Array = jax.Array
 
 # Coefficients below this are applied as two multiplications.
-_LEAST = 2.0**-64
+_LEAST = 2.0**-100
 
 # With `strict`, the limit is undershot by this many epsilons of the dtype that
 # norms are kept in: the error of the norm (law: 1e-6 relative in float32), of
@@ -57,7 +57,7 @@ def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
     value = jnp.where(exceeds, value, 1)
     least = jnp.where(jnp.isfinite(value), value * _LEAST, 0)
     factor = jnp.where(exceeds, jnp.maximum(bound, least) / value, 1)
-    # What `factor` lacks where it was held at 2^-64.
+    # What `factor` lacks where it was held at 2^-100.
     held = exceeds & (bound < least)
     shift = jnp.where(held, limit / jnp.where(held, least, 1) / norm.unit, 1)
     return Coefficient(factor, shift)

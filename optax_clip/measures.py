@@ -11,8 +11,8 @@ Each function returns a `Measure` for `optax_clip.clip_with`. All of them take
 * ``()``: none, to clip each device's part by its own norm.
 """
 
-from collections.abc import Hashable, Sequence
-import math
+from collections.abc import Hashable
+from collections.abc import Sequence
 from typing import Any
 
 import jax

@@ -5,7 +5,8 @@ functions, shaped like a gradient transformation but acting on norms.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,10 @@ class ScheduleState(NamedTuple):
   """The state of `scheduled`.
 
   Attributes:
-    count: i32[], the steps taken; grows by one at every update.
+    step: i32[], the steps taken; grows by one at every update.
   """
 
-  count: Array
+  step: Array
 
 
 def constant(limit: Any) -> Threshold:
@@ -58,8 +59,8 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
       norms: Any, state: ScheduleState, **extra_args: Any
   ) -> tuple[Any, ScheduleState]:
     del extra_args
-    limits = _filled(norms, schedule(state.count))
-    return limits, ScheduleState(optax.safe_increment(state.count))
+    limits = _filled(norms, schedule(state.step))
+    return limits, ScheduleState(optax.safe_increment(state.step))
 
   return Threshold(init, update)
 
