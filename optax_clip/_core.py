@@ -196,7 +196,9 @@ def clip_with(
     coefficients = jax.tree.map(
         action.weigh, norms, limits, is_leaf=_norms.is_norm
     )
-    finite = _all(jnp.isfinite, sizes)
+    finite = jnp.asarray(True)
+    if _size(sizes):
+      finite = _fold(jnp.all, jax.tree.map(jnp.isfinite, sizes))
 
     leaves, treedef = jax.tree.flatten(updates)
     clipped = [
@@ -236,47 +238,42 @@ def _noted(
     last: Record, sizes: Any, limits: Any, coefficients: Any, finite: Array
 ) -> Record:
   """The record after one more step."""
-  if not jax.tree.leaves(sizes):  # No leaves, no norms.
+  if not _size(sizes):
     return last._replace(steps=optax.safe_increment(last.steps))
-  above = jax.tree.map(lambda n, limit: n > limit, sizes, limits)
+  above = jax.tree.map(
+      lambda n, limit: (n > limit).astype(jnp.float32), sizes, limits
+  )
   factors = jax.tree.map(
       lambda c: c.factor * c.shift,
       coefficients,
       is_leaf=lambda c: isinstance(c, Coefficient),
   )
-  count = sum(a.size for a in jax.tree.leaves(above))
-  total = sum(jnp.sum(a, dtype=jnp.float32) for a in jax.tree.leaves(above))
-  any_above = finite & (total > 0)
+  number_above = _fold(jnp.sum, above)
   return Record(
-      norm=_fold(jnp.maximum, jnp.max, sizes),
-      limit=_fold(jnp.minimum, jnp.min, limits),
-      coefficient=_fold(jnp.minimum, jnp.min, factors),
-      clipped_fraction=total / max(count, 1),
+      norm=_fold(jnp.max, sizes).astype(jnp.float32),
+      limit=_fold(jnp.min, limits).astype(jnp.float32),
+      coefficient=_fold(jnp.min, factors).astype(jnp.float32),
+      clipped_fraction=number_above / _size(sizes),
       steps=optax.safe_increment(last.steps),
-      steps_clipped=_count(any_above, last.steps_clipped),
+      steps_clipped=_count(finite & (number_above > 0), last.steps_clipped),
       steps_nonfinite=_count(~finite, last.steps_nonfinite),
   )
+
+
+def _size(tree: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _count(happened: Array, counter: Array) -> Array:
   return jnp.where(happened, optax.safe_increment(counter), counter)
 
 
-def _fold(merge: Any, reduce: Any, tree: Any) -> Array:
-  """Reduces a tree of arrays to one float32 that stays finite if it can."""
-  parts = [reduce(x) for x in jax.tree.leaves(tree) if x.size]
-  if not parts:
-    return jnp.zeros((), jnp.float32)
-  while len(parts) > 1:
-    parts = [merge(parts[0], parts[1]), *parts[2:]]
-  return parts[0].astype(jnp.float32)
+def _fold(reduce: Callable[[Array], Array], tree: Any) -> Array:
+  """Reduces a tree of arrays to one scalar.
 
-
-def _all(test: Callable[[Array], Array], tree: Any) -> Array:
-  result = jnp.asarray(True)
-  for x in jax.tree.leaves(tree):
-    result = result & jnp.all(test(x))
-  return result
+  Each array first, so that no two that are sharded differently meet.
+  """
+  return reduce(jnp.stack([reduce(x) for x in jax.tree.leaves(tree) if x.size]))
 
 
 def _keep_weak_type(old: Array, new: Array) -> Array:

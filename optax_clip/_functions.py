@@ -136,7 +136,7 @@ def unitwise_norm(x: Array, axis: Any = None) -> Array:
      [5. 1.]]
   """
   (x,) = _groups.floating_leaves(x)
-  (norm,) = _norms.unit_norms([x], [_groups.unit_axes(x.shape, axis)], 2.0)
+  (norm,) = _norms.leaf_norms([x], [_groups.unit_axes(x.shape, axis)], 2.0)
   value = _norms.magnitude(norm)
   # Not `broadcast_to`, which an explicitly sharded `x` does not allow.
   return value + jnp.zeros_like(x, value.dtype)

@@ -50,6 +50,17 @@ def collect(
   return jnp.concatenate(stacks)[jnp.asarray(place)]
 
 
+def collect_each(
+    values: Sequence[Array],
+    axes: Sequence[tuple[str, ...]],
+    collective: Callable[..., Array],
+) -> list[Array]:
+  """As `collect`, for scalars that stay apart (or arrays, if no axes)."""
+  if not any(axes):
+    return list(values)
+  return list(collect(values, axes, collective))
+
+
 def on_one_device(arrays: Sequence[Any]) -> bool:
   """Whether it is known that concatenating the arrays moves no data.
 

@@ -136,7 +136,7 @@ def _clipped_sum(leaves: list[Array], limit: Any) -> tuple[list[Array], Array]:
 
 def _example_norms(leaves: list[Array]) -> _norms.Norm:
   """The norm of each example over all leaves, f32[batch]."""
-  per_leaf = _norms.unit_norms(
+  per_leaf = _norms.leaf_norms(
       leaves, [tuple(range(1, x.ndim)) for x in leaves], 2.0
   )
   dtype = _norms.accumulator(*(norm.value.dtype for norm in per_leaf))

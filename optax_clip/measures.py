@@ -13,6 +13,7 @@ Each function returns a `Measure` for `optax_clip.clip_with`. All of them take
 
 from collections.abc import Hashable
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
@@ -48,40 +49,34 @@ def global_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure
 
 
 def layer_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure:
-  """The norm of each leaf on its own: shape ``[leaves]``."""
+  """The norm of each leaf on its own: a list of arrays of shape ``[]``."""
   p = _validate.order(ord)
 
-  def like(params: Any) -> Array:
+  def like(params: Any) -> list[Array]:
     leaves = _groups.floating_leaves(params)
-    dtype = _norms.accumulator(*(x.dtype for x in leaves))
-    return jnp.zeros(len(leaves), dtype)
+    return [jnp.zeros((), _norms.accumulator(x.dtype)) for x in leaves]
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
-    return _norms.group_norms(
-        leaves, range(len(leaves)), len(leaves), p, axis_name
-    )
+    return _norms.leaf_norms(leaves, [None] * len(leaves), p, axis_name)
 
-  def spread(tree: Any, updates: Any) -> list[Any]:
-    return _rows(tree, range(len(jax.tree.leaves(updates))))
-
-  return Measure(like, measure, spread)
+  return Measure(like, measure, _leaf_by_leaf)
 
 
 def layer_rms(*, axis_name: Any = "auto") -> Measure:
-  """The root mean square of each leaf: shape ``[leaves]``."""
+  """The root mean square of each leaf: a list of arrays of shape ``[]``."""
   norm = layer_norm(axis_name=axis_name)
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     norms = norm.measure(updates, params, **extra_args)
+    leaves = _groups.floating_leaves(updates)
     # Under `shard_map` a leaf is one device's share of the elements.
-    sizes = [
-        max(x.size, 1) * _mesh.copies(x, axis_name)
-        for x in _groups.floating_leaves(updates)
+    sizes = [max(x.size, 1) * _mesh.copies(x, axis_name) for x in leaves]
+    return [
+        n._replace(value=n.value / math.sqrt(size))
+        for n, size in zip(norms, sizes, strict=True)
     ]
-    root = jnp.sqrt(jnp.asarray(sizes, norms.value.dtype))
-    return norms._replace(value=norms.value / root)
 
   return norm._replace(measure=measure)
 
@@ -118,7 +113,8 @@ def group_norm(
     return _norms.group_norms(leaves, ids, len(names), p, axis_name)
 
   def spread(tree: Any, updates: Any) -> list[Any]:
-    return _rows(tree, _groups.label_ids(labels, names, updates))
+    rows = [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(names))]
+    return [rows[i] for i in _groups.label_ids(labels, names, updates)]
 
   return Measure(like, measure, spread)
 
@@ -153,13 +149,9 @@ def unit_norm(*, axis: Any = None, ord: float | None = None) -> Measure:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
     _mesh.require_unsharded(leaves, "a norm of units")
-    return _norms.unit_norms(leaves, axes(leaves), p)
+    return _norms.leaf_norms(leaves, axes(leaves), p)
 
-  def spread(tree: Any, updates: Any) -> list[Any]:
-    del updates
-    return tree
-
-  return Measure(like, measure, spread)
+  return Measure(like, measure, _leaf_by_leaf)
 
 
 def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
@@ -197,5 +189,6 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
   return measure._replace(measure=relative_measure)
 
 
-def _rows(tree: Any, index: Sequence[int]) -> list[Any]:
-  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in index]
+def _leaf_by_leaf(tree: list[Any], updates: Any) -> list[Any]:
+  del updates
+  return tree
