@@ -1,0 +1,144 @@
+"""Every transformation, one row each: the contract tests run over this table.
+
+A new transformation is one row. `bounds` is its oracle: what it measures and
+what it allows, in float64 NumPy, independent of the package's code.
+"""
+
+from collections.abc import Callable
+import inspect
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import oracles
+
+import optax_clip
+
+
+class Row(NamedTuple):
+  """One transformation.
+
+  Attributes:
+    name: the public name.
+    factory: the public function.
+    arguments: from a threshold to the keyword arguments of `factory`.
+    threshold: a typical one, that clips unit-normal updates.
+    kind: "rescaling" (direction is kept, group by group) or "elementwise".
+    bounds: `bounds(updates, params, threshold, ord)`, on lists of float64
+      arrays: for each leaf its (norm, limit), broadcastable to the leaf. `None`
+      for a threshold that learns.
+    needs_params: whether `update` must be given parameters.
+    stateful: whether a step depends on the steps before it.
+  """
+
+  name: str
+  factory: Callable[..., Any]
+  arguments: Callable[[Any], dict[str, Any]]
+  threshold: float
+  kind: str
+  bounds: Callable[..., list[tuple[Any, Any]]] | None = None
+  needs_params: bool = False
+  stateful: bool = False
+
+  def make(self, threshold=None, **keywords):
+    """The transformation with its typical threshold, or another one."""
+    threshold = self.threshold if threshold is None else threshold
+    return self.factory(**self.arguments(threshold), **keywords)
+
+  def takes(self, keyword):
+    """Whether the public function has this keyword."""
+    return keyword in inspect.signature(self.factory).parameters
+
+  def expected(self, updates, params=None, threshold=None, ord=2.0):
+    """The updates that should come out: float64 arrays, one for each leaf."""
+    leaves = oracles.wide_leaves(updates)
+    threshold = self.threshold if threshold is None else threshold
+    pairs = self.bounds(leaves, oracles.wide_leaves(params), threshold, ord)
+    results = []
+    for leaf, (norm, limit) in zip(leaves, pairs, strict=True):
+      norm, limit = (np.asarray(x, np.float64) for x in (norm, limit))
+      if self.kind == "elementwise":
+        results.append(np.clip(leaf, -limit, limit))
+        continue
+      exceeds = norm > limit
+      results.append(leaf * np.where(exceeds, limit / np.where(exceeds, norm, 1), 1))
+    return results
+
+
+def _alternating(tree):
+  """Labels the leaves of a tree "even", "odd", "even", ..."""
+  leaves, treedef = jax.tree.flatten(tree)
+  labels = ["odd" if i % 2 else "even" for i in range(len(leaves))]
+  return jax.tree.unflatten(treedef, labels)
+
+
+def _elements(updates, params, limit, ord):
+  del params, ord
+  return [(np.abs(x), limit) for x in updates]
+
+
+def _global(updates, params, limit, ord):
+  del params
+  return [(oracles.tree_norm(updates, ord), limit)] * len(updates)
+
+
+def _layers(updates, params, limit, ord):
+  del params
+  return [(oracles.norm(x, ord), limit) for x in updates]
+
+
+def _groups(updates, params, limit, ord):
+  del params
+  norms = [oracles.tree_norm(updates[i::2], ord) for i in range(2)]
+  return [(norms[i % 2], (limit, 2 * limit)[i % 2]) for i in range(len(updates))]
+
+
+def _rms(updates, params, limit, ord):
+  del params, ord
+  return [(oracles.norm(x) / np.sqrt(max(x.size, 1)), limit) for x in updates]
+
+
+def _units(updates, params, limit, ord):
+  def axes(x):
+    if sum(n != 1 for n in x.shape) <= 1:
+      return tuple(range(x.ndim))
+    return (0,) if x.ndim <= 3 else tuple(range(x.ndim - 1))
+
+  return [
+      (
+          oracles.norm(u, ord, axes(u)),
+          limit * np.maximum(oracles.norm(p, ord, axes(p)), 1e-3),
+      )
+      for u, p in zip(updates, params, strict=True)
+  ]
+
+
+ROWS = (
+    Row("clip", optax_clip.clip, lambda c: {"max_delta": c}, 0.5,
+        "elementwise", _elements),
+    Row("clip_by_global_norm", optax_clip.clip_by_global_norm,
+        lambda c: {"max_norm": c}, 1.0, "rescaling", _global),
+    Row("clip_by_layer_norm", optax_clip.clip_by_layer_norm,
+        lambda c: {"max_norm": c}, 0.7, "rescaling", _layers),
+    Row("clip_by_group_norm", optax_clip.clip_by_group_norm,
+        lambda c: {"labels": _alternating, "max_norms": {"even": c, "odd": 2 * c}},
+        0.6, "rescaling", _groups),
+    Row("clip_by_block_rms", optax_clip.clip_by_block_rms,
+        lambda c: {"threshold": c}, 0.4, "rescaling", _rms),
+    Row("adaptive_grad_clip", optax_clip.adaptive_grad_clip,
+        lambda c: {"clipping": c}, 0.05, "rescaling", _units, needs_params=True),
+)
+
+# Rows whose limits are known without their history.
+FIXED = tuple(row for row in ROWS if row.bounds is not None)
+RESCALING = tuple(row for row in FIXED if row.kind == "rescaling")
+# Rows that measure norms of any order.
+ORDERED = tuple(row for row in FIXED if row.takes("ord"))
+# Rows whose norms can be collected over mesh axes.
+COLLECTED = tuple(row for row in FIXED if row.takes("axis_name"))
+
+
+def names(rows):
+  """The ids of a parametrization over rows."""
+  return [row.name for row in rows]
