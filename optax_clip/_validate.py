@@ -49,6 +49,41 @@ def positive(**values: Any) -> None:
       raise ValueError(f"{name} must be positive, got {value!r}.")
 
 
+def within(low: float, high: float, **values: Any) -> None:
+  """Raises unless each named value is between two numbers, which are allowed."""
+  for name, value in values.items():
+    concrete = _numeric(name, value)
+    if concrete is not None and not np.all((concrete >= low) & (concrete <= high)):
+      raise ValueError(
+          f"{name} must be between {low:g} and {high:g}, got {value!r}."
+      )
+
+
+def fraction(**values: Any) -> None:
+  """Raises unless each named value, a decay, is in [0, 1)."""
+  for name, value in values.items():
+    concrete = _numeric(name, value)
+    if concrete is not None and not np.all((concrete >= 0) & (concrete < 1)):
+      raise ValueError(
+          f"{name} must be at least 0 and below 1, got {value!r}. The closer to"
+          " 1, the longer is remembered."
+      )
+
+
+def size(*, least: int = 1, **values: Any) -> int:
+  """The one named value, the static length of an array."""
+  ((name, value),) = values.items()
+  if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    raise TypeError(
+        f"{name} must be a Python integer, as it is the length of an array, got"
+        f" {value!r}. With optax.inject_hyperparams, pass"
+        f" static_args=({name!r},)."
+    )
+  if value < least:
+    raise ValueError(f"{name} must be at least {least}, got {value!r}.")
+  return int(value)
+
+
 def order(ord: Any) -> float:
   """The order of a norm as a float; `None` is 2."""
   if ord is None:

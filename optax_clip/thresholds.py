@@ -1,10 +1,13 @@
 """Thresholds: how large updates may be.
 
 Each function returns a `Threshold` for `optax_clip.clip_with`: a pair of pure
-functions, shaped like a gradient transformation but acting on norms.
+functions, shaped like a gradient transformation but acting on norms. Those that
+learn work with any measure: each of its norms has a memory of its own. A step
+whose norms are not finite is never remembered, nor is a norm of 0.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -12,8 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _memory
 from optax_clip import _validate
 from optax_clip._core import Threshold
+from optax_clip._learned import adagc as adagc
+from optax_clip._learned import average as average
+from optax_clip._learned import history as history
+from optax_clip._learned import mean_over_rms as mean_over_rms
+from optax_clip._learned import percentile as percentile
+from optax_clip._learned import zscore as zscore
 
 Array = jax.Array
 
@@ -26,6 +36,33 @@ class ScheduleState(NamedTuple):
   """
 
   step: Array
+
+
+class PairState(NamedTuple):
+  """The state of `at_most`.
+
+  Attributes:
+    threshold: the state of the threshold.
+    cap: the state of the cap.
+  """
+
+  threshold: Any
+  cap: Any
+
+
+class WarmupState(NamedTuple):
+  """The state of `warmup`.
+
+  Attributes:
+    seen: i32[norms], how many norms each entry has seen; stands still where the
+      norm is 0, and for all of them where one is not finite.
+    threshold: the state of the threshold.
+    limit: the state of the limit of the warm-up.
+  """
+
+  seen: Array
+  threshold: Any
+  limit: Any
 
 
 def constant(limit: Any) -> Threshold:
@@ -81,8 +118,68 @@ def per_group(limits: Sequence[Any]) -> Threshold:
   )
 
 
+def at_most(threshold: Threshold, cap: Any) -> Threshold:
+  """The smaller of two limits; the threshold does not learn of the cap.
+
+  Args:
+    threshold: any threshold.
+    cap: a non-negative float, a schedule, a traced scalar or a `Threshold`.
+  """
+  other = of(cap)
+
+  def init(norms: Any) -> PairState:
+    return PairState(threshold.init(norms), other.init(norms))
+
+  def update(
+      norms: Any, state: PairState, **extra_args: Any
+  ) -> tuple[Any, PairState]:
+    limits, memory = threshold.update(norms, state.threshold, **extra_args)
+    caps, cap = other.update(norms, state.cap, **extra_args)
+    return jax.tree.map(jnp.minimum, limits, caps), PairState(memory, cap)
+
+  return Threshold(init, update)
+
+
+def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold:
+  """Another limit, or none, for the first steps; the threshold learns meanwhile.
+
+  Args:
+    threshold: any threshold.
+    steps: how many; an integer, which may be traced. Steps that are not finite,
+      and norms of 0, do not count.
+    limit: for the first steps: a non-negative float, a schedule, a traced scalar
+      or a `Threshold`. None by default.
+  """
+  _validate.nonnegative(steps=steps)
+  steps = _memory.number(steps)
+  first = of(limit)
+
+  def init(norms: Any) -> WarmupState:
+    seen = jnp.zeros_like(_memory.flat(norms), jnp.int32)
+    return WarmupState(seen, threshold.init(norms), first.init(norms))
+
+  def update(
+      norms: Any, state: WarmupState, **extra_args: Any
+  ) -> tuple[Any, WarmupState]:
+    later, memory = threshold.update(norms, state.threshold, **extra_args)
+    early, other = first.update(norms, state.limit, **extra_args)
+    warm = state.seen.astype(jnp.float32) < steps
+    limits = jnp.where(warm, _memory.flat(early), _memory.flat(later))
+    more = _memory.learnt(_memory.flat(norms))
+    seen = jnp.where(more, optax.safe_increment(state.seen), state.seen)
+    return _memory.unflat(limits, norms), WarmupState(seen, memory, other)
+
+  return Threshold(init, update)
+
+
 def of(limit: Any) -> Threshold:
-  """The threshold for what users pass: a number, an array or a schedule."""
+  """The threshold for what users pass: a number, an array or a schedule.
+
+  Args:
+    limit: any of these, or a `Threshold`, which is returned as it is.
+  """
+  if isinstance(limit, Threshold):
+    return limit
   return scheduled(limit) if callable(limit) else constant(limit)
 
 

@@ -1,0 +1,428 @@
+"""Rules that learn from norms: each is one paper's equation.
+
+The functions are public as `optax_clip.thresholds`. What all of them share
+(forgetting, dtypes, counting, noise) is in `_memory`.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip import _memory
+from optax_clip import _validate
+from optax_clip._core import Threshold
+
+Array = jax.Array
+
+_INF = float("inf")
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+# A step of AdaGC's warm-up whose global norm is that much larger than the least
+# one is a spike: it would leave all other layers a bound near 0, for good.
+_SPIKE = 2.0**20
+
+
+class WindowMemory(NamedTuple):
+  """What `percentile` and `history` remember.
+
+  Attributes:
+    window: f32[norms, window], a ring of the last norms; entries from `count` on
+      are not filled yet and 0.
+  """
+
+  window: Array
+
+
+class MomentsMemory(NamedTuple):
+  """What `zscore` remembers.
+
+  Attributes:
+    mean: f32[norms], the running mean; the plain mean during warm-up.
+    std: f32[norms], the root of the running variance.
+  """
+
+  mean: Array
+  std: Array
+
+
+class BoundMemory(NamedTuple):
+  """What `adagc` remembers.
+
+  Attributes:
+    gamma: f32[norms], the running mean of clipped norms; during warm-up their
+      least.
+    calmest: f32[norms], the least global norm of the warm-up.
+  """
+
+  gamma: Array
+  calmest: Array
+
+
+class AverageMemory(NamedTuple):
+  """What `average` remembers.
+
+  Attributes:
+    mean: f32[norms], the bias-corrected running mean.
+  """
+
+  mean: Array
+
+
+class RatioMemory(NamedTuple):
+  """What `mean_over_rms` remembers.
+
+  Attributes:
+    mean: f32[norms], the bias-corrected running mean.
+    rms: f32[norms], the root of the bias-corrected running mean of squares.
+  """
+
+  mean: Array
+  rms: Array
+
+
+def percentile(q: Any = 10.0, window: int = 1000) -> Threshold:
+  r"""A percentile of the last norms, this one included (AutoClip).
+
+  .. math::
+      L_t = \text{percentile}_q(n_{t-W+1}, \dots, n_t)
+
+  with linear interpolation. It follows any change within `window` steps.
+
+  Args:
+    q: in percent, from 0 to 100. A float or a traced scalar.
+    window: W, how many norms are remembered; static.
+  """
+  _validate.within(0, 100, q=q)
+  size = _validate.size(window=window)
+  q = _memory.number(q)
+
+  def start(norms: Array) -> WindowMemory:
+    return WindowMemory(jnp.zeros((*norms.shape, size), jnp.float32))
+
+  def rule(
+      n: Array, memory: WindowMemory, count: Array
+  ) -> tuple[Array, WindowMemory]:
+    learnt = _inserted(memory.window, n, count)
+    # A norm that is not to be remembered leaves the window as it was.
+    values = jnp.where((n > 0)[:, None], learnt, memory.window)
+    total = jnp.minimum(count + (n > 0).astype(count.dtype), size)
+    return _percentile(values, total, q), WindowMemory(learnt)
+
+  return _memory.remembering(start, rule)
+
+
+def history(sigmas: Any = 3.0, window: int = 128) -> Threshold:
+  r"""Mean plus some standard deviations of the last norms, this one excluded.
+
+  .. math::
+      L_t = \mu + k \sigma, \quad
+      \mu, \sigma \text{ of } n_{t-W}, \dots, n_{t-1}
+
+  The norms are those before clipping, so that it follows any change within
+  `window` steps; for as long, one huge norm makes it blind. No limit before the
+  window is half full.
+
+  Args:
+    sigmas: k >= 0. A float or a traced scalar.
+    window: W >= 2, how many norms are remembered; static.
+  """
+  _validate.nonnegative(sigmas=sigmas)
+  size = _validate.size(least=2, window=window)
+  sigmas = _memory.number(sigmas)
+
+  def start(norms: Array) -> WindowMemory:
+    return WindowMemory(jnp.zeros((*norms.shape, size), jnp.float32))
+
+  def rule(
+      n: Array, memory: WindowMemory, count: Array
+  ) -> tuple[Array, WindowMemory]:
+    mean, std = _window_moments(memory.window, count)
+    ready = count >= max(2, size // 2)
+    limits = jnp.where(ready, mean + sigmas * std, _INF)
+    return limits, WindowMemory(_inserted(memory.window, n, count))
+
+  return _memory.remembering(start, rule)
+
+
+def zscore(
+    z_threshold: Any = 2.5,
+    decay: Any = 0.97,
+    warmup: Any = 25,
+    mode: str = "adaptive_scaling",
+    clip_factor: Any = 1.0,
+    skip_update_on_spike: bool = False,
+    eps: Any = 1e-6,
+) -> Threshold:
+  r"""Running mean and variance of clipped norms, and a z-score (ZClip).
+
+  With "adaptive_scaling" and "mean" it does not follow a rise of more than
+  `z_threshold` deviations: what it clips to the mean it remembers as the mean.
+  Such a level locks it for thousands of steps, or for ever. "percentile" follows.
+
+  .. math::
+      z_t = \frac{n_t - \mu}{\sigma + \epsilon}, \quad L_t = f \cdot \begin{cases}
+      \mu + z \sigma \cdot z / z_t & \text{adaptive\_scaling} \\
+      \mu & \text{mean} \\
+      \mu + z \sigma & \text{percentile} \end{cases}
+      \quad \text{if } z_t > z
+
+  ("percentile" compares without :math:`\epsilon`). Then, with :math:`x = L_t` if
+  it was a spike, else :math:`n_t`: :math:`\mu \leftarrow \alpha \mu + (1 - \alpha)
+  x`, :math:`\sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) (x - \mu)^2`.
+  Where there is no spike the limit is the norm from which there would be one.
+
+  Args:
+    z_threshold: z >= 0, in standard deviations.
+    decay: alpha, from 0 to below 1.
+    warmup: how many norms at first are learnt from without a limit; at least 1.
+    mode: what a spike is limited to: "adaptive_scaling", "mean", "percentile".
+    clip_factor: f > 0, multiplies the limit of a spike.
+    skip_update_on_spike: whether a spike is not remembered at all.
+    eps: in the units of the norms; positive.
+
+  All numbers may be traced.
+  """
+  _validate.nonnegative(z_threshold=z_threshold)
+  _validate.fraction(decay=decay)
+  _validate.positive(warmup=warmup, clip_factor=clip_factor, eps=eps)
+  _validate.choice(("adaptive_scaling", "mean", "percentile"), mode=mode)
+  z, alpha, factor, eps, warmup = map(
+      _memory.number, (z_threshold, decay, clip_factor, eps, warmup)
+  )
+
+  def start(norms: Array) -> MomentsMemory:
+    return MomentsMemory(jnp.zeros_like(norms), jnp.zeros_like(norms))
+
+  def rule(
+      n: Array, memory: MomentsMemory, count: Array
+  ) -> tuple[Array, MomentsMemory]:
+    mean, std = memory
+    before = count.astype(jnp.float32)
+    warm = before < jnp.maximum(warmup, 1)
+    level = mean + z * (std if mode == "percentile" else std + eps)
+    spike = (n > level) & ~warm
+
+    if mode == "adaptive_scaling":
+      # z / z_t, which is below 1 where there is a spike.
+      shrink = z * (std + eps) / jnp.where(spike, n - mean, 1)
+      limit = mean + z * std * jnp.where(spike, shrink, 1)
+    else:
+      limit = mean if mode == "mean" else level
+    limit = jnp.minimum(limit * factor, _memory.LARGEST)
+
+    x = jnp.where(spike, limit, n)
+    # Plain mean and variance of the first norms, then running ones: Welford's
+    # recurrence and that of the paper differ in the weight of the new value, and
+    # in whether its deviation is from the mean before it or after.
+    weight = jnp.where(warm, 1 / (before + 1), 1 - alpha)
+    new_mean = mean + weight * (x - mean)
+    deviation = jnp.where(
+        warm,
+        jnp.abs(x - mean) * jnp.sqrt(before / (before + 1)),
+        jnp.abs(x - new_mean),
+    )
+    new = MomentsMemory(new_mean, _memory.root_mean(weight, std, deviation))
+    if skip_update_on_spike:
+      new = jax.tree.map(lambda a, b: jnp.where(spike, b, a), new, memory)
+    limits = jnp.where(spike, limit, level)
+    return jnp.where(warm, _INF, limits), new
+
+  return _memory.remembering(start, rule)
+
+
+def adagc(
+    ratio: Any = 1.05,
+    decay: Any = 0.98,
+    warmup: Any = 100,
+    warmup_norm: Any = 1.0,
+    ord: float | None = None,
+) -> Threshold:
+  r"""A little above the running mean of each entry's clipped norms (AdaGC).
+
+  .. math::
+      L_i = \lambda_{rel} \gamma_i, \quad
+      \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) \min(n_i, L_i)
+
+  after `warmup` norms, during which all entries together are clipped to
+  `warmup_norm` and :math:`\gamma_i` is the least of their clipped norms.
+
+  Args:
+    ratio: lambda_rel > 1; at 1 or below limits can only fall.
+    decay: beta, from 0 to below 1.
+    warmup: how many norms at first are clipped globally; at least 1. The paper
+      counts steps from 1, its T_start is ``warmup + 1``.
+    warmup_norm: lambda_abs > 0, in the units of the norms.
+    ord: the order of the measure's norms, to take the global norm of them.
+
+  All numbers but `ord` may be traced.
+  """
+  _validate.positive(ratio=ratio, warmup=warmup, warmup_norm=warmup_norm)
+  _validate.fraction(decay=decay)
+  p = _validate.order(ord)
+  ratio, beta, warmup, most = map(
+      _memory.number, (ratio, decay, warmup, warmup_norm)
+  )
+
+  def start(norms: Array) -> BoundMemory:
+    return BoundMemory(
+        jnp.full_like(norms, _memory.LARGEST),
+        jnp.full_like(norms, _memory.LARGEST),
+    )
+
+  def rule(
+      n: Array, memory: BoundMemory, count: Array
+  ) -> tuple[Array, BoundMemory]:
+    gamma, calmest = memory
+    warm = count.astype(jnp.float32) < jnp.maximum(warmup, 1)
+    total = jnp.minimum(_total(n, p), _memory.LARGEST)
+    # n first: most / total may be too small for a float.
+    share = jnp.where(n > 0, n / jnp.where(total > 0, total, 1), 1)
+    limits = jnp.where(warm, share * most, ratio * gamma)
+    clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
+
+    spike = total > _SPIKE * calmest
+    after_spikes = calmest > _SPIKE * total
+    least = jnp.where(
+        spike,
+        gamma,
+        jnp.where(after_spikes, clipped, jnp.minimum(gamma, clipped)),
+    )
+    return limits, BoundMemory(
+        jnp.where(warm, least, gamma + (1 - beta) * (clipped - gamma)),
+        jnp.where(warm, jnp.minimum(calmest, total), calmest),
+    )
+
+  return _memory.remembering(start, rule)
+
+
+def average(decay: Any = 0.999) -> Threshold:
+  r"""The bias-corrected running mean of all norms, this one included.
+
+  .. math::
+      T \leftarrow \beta T + (1 - \beta) n_t, \quad L_t = T / (1 - \beta^t)
+
+  Args:
+    decay: beta, from 0 to below 1. A float or a traced scalar.
+  """
+  _validate.fraction(decay=decay)
+  beta = _memory.number(decay)
+
+  def rule(
+      n: Array, memory: AverageMemory, count: Array
+  ) -> tuple[Array, AverageMemory]:
+    mean = memory.mean + _memory.debiasing(beta, count) * (n - memory.mean)
+    known = jnp.where(n > 0, mean, memory.mean)
+    unknown = (count == 0) & (n == 0)
+    return jnp.where(unknown, _INF, known), AverageMemory(mean)
+
+  return _memory.remembering(lambda n: AverageMemory(jnp.zeros_like(n)), rule)
+
+
+def mean_over_rms(
+    decay_mean: Any = 0.7, decay_square: Any = 0.9, eps: Any = 1e-8
+) -> Threshold:
+  r"""The ratio of a running mean to a running root mean square (AdaGN).
+
+  .. math::
+      a \leftarrow \gamma_1 a + (1 - \gamma_1) n, \quad
+      b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
+      L = \hat a / (\sqrt{\hat b} + \epsilon)
+
+  A number around 1, whatever the units of the norms: it is for
+  `optax_clip.actions.normalize`, as updates have no units after it.
+
+  Args:
+    decay_mean: gamma_1, from 0 to below 1.
+    decay_square: gamma_2, from 0 to below 1.
+    eps: in the units of the norms.
+
+  All numbers may be traced.
+  """
+  _validate.fraction(decay_mean=decay_mean, decay_square=decay_square)
+  _validate.nonnegative(eps=eps)
+  decays = [_memory.number(x) for x in (decay_mean, decay_square)]
+  eps = _memory.number(eps)
+
+  def start(norms: Array) -> RatioMemory:
+    return RatioMemory(jnp.zeros_like(norms), jnp.zeros_like(norms))
+
+  def rule(
+      n: Array, memory: RatioMemory, count: Array
+  ) -> tuple[Array, RatioMemory]:
+    first, second = (_memory.debiasing(decay, count) for decay in decays)
+    mean = memory.mean + first * (n - memory.mean)
+    rms = _memory.root_mean(second, memory.rms, n)
+    known = rms > 0
+    limits = jnp.where(known, mean / (jnp.where(known, rms, 1) + eps), 1)
+    return limits, RatioMemory(mean, rms)
+
+  return _memory.remembering(start, rule)
+
+
+def _inserted(window: Array, n: Array, count: Array) -> Array:
+  """The ring with one more norm."""
+  place = jnp.arange(window.shape[1])[None] == (count % window.shape[1])[:, None]
+  return jnp.where(place, n[:, None], window)
+
+
+def _filled(window: Array, count: Array) -> Array:
+  return jnp.arange(window.shape[1])[None] < count[:, None]
+
+
+def _percentile(values: Array, total: Array, q: Any) -> Array:
+  """With linear interpolation, of the first `total` of each row; inf of none."""
+  ranked = jnp.sort(jnp.where(_filled(values, total), values, _INF), axis=1)
+  # In hundredths of a place, which are whole numbers for a whole q.
+  last = jnp.maximum(total - 1, 0)
+  hundredths = q * last.astype(jnp.float32)
+  below = jnp.floor(hundredths / 100)
+  fraction = (hundredths - 100 * below) / 100
+  index = below.astype(jnp.int32)
+
+  def at(place: Array) -> Array:
+    place = jnp.clip(place, 0, last)
+    return jnp.take_along_axis(ranked, place[:, None], axis=1)[:, 0]
+
+  low, high = at(index), at(index + 1)
+  empty = jnp.isinf(low)
+  gap = jnp.where(empty, 0, high) - jnp.where(empty, 0, low)
+  return low + fraction * gap
+
+
+def _window_moments(window: Array, count: Array) -> tuple[Array, Array]:
+  """The mean and the population standard deviation of each row."""
+  filled = _filled(window, count)
+  total = jnp.maximum(jnp.sum(filled, axis=1), 1).astype(jnp.float32)
+  largest = jnp.max(window, axis=1)
+  unit = jnp.where(largest > 0, largest, 1)[:, None]
+
+  def mean(values: Array) -> Array:
+    return jnp.sum(jnp.where(filled, values, 0), axis=1) / total
+
+  # Relative to the largest, whose square is 1. The mean once more from the
+  # deviations, so that it is exact where all norms are equal.
+  scaled = window / unit
+  centre = mean(scaled)
+  centre = centre + mean(scaled - centre[:, None])
+  variance = mean(jnp.square(scaled - centre[:, None]))
+  positive = variance > 0
+  std = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+  return centre * unit[:, 0], std * unit[:, 0]
+
+
+def _total(norms: Array, ord: float) -> Array:
+  """The norm of all entries together, from their norms."""
+  if not norms.size:
+    return jnp.zeros((), norms.dtype)
+  largest = jnp.max(norms)
+  if ord == _INF:
+    return largest
+  unit = jnp.where(largest > 0, largest, 1)
+  share = norms / unit
+  # The largest share is 1, which keeps the root's derivative finite.
+  present = share > 0
+  moment = jnp.sum(jnp.where(present, jnp.where(present, share, 1) ** ord, 0))
+  root = jnp.where(largest > 0, moment, 1) ** (1 / ord)
+  return jnp.where(largest > 0, unit * root, 0)
