@@ -23,7 +23,9 @@ def floating_leaves(tree: Any) -> list[Array]:
   """
   leaves = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    # Without values too: optimizers are initialised with shapes and dtypes.
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+      leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       raise TypeError(
           f"updates{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which"
