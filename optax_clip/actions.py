@@ -8,6 +8,7 @@ write a second copy of all gradients: it does not repeat a division in the
 several places that an optimizer uses its gradients.)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,9 @@ _LEAST = 2.0**-100
 # norms are kept in: the error of the norm (law: 1e-6 relative in float32), of
 # the limit, the coefficient and two products.
 _STRICT_EPSILONS = 16
+
+# Coefficients above this are applied as two multiplications.
+_MOST = 2.0**100
 
 
 def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
@@ -92,6 +96,144 @@ def clamp(*, strict: bool = False) -> Action:
     )
 
   return Action(rescale().weigh, apply)
+
+
+def rational() -> Action:
+  r"""Shrinks everything a little, and large updates to the limit.
+
+  .. math::
+      u \leftarrow u \cdot \frac{L}{L + n}
+
+  An update of norm L keeps half of it. The edge cases of this and the other soft
+  actions are those of `rescale`: a limit of inf or a norm of 0 leaves the update
+  as it is, a limit of 0 makes it zero, NaN propagates.
+  """
+  return _soft(lambda r: 1 / (1 + r))
+
+
+def square_root() -> Action:
+  r"""Shrinks small updates hardly, and large ones to the limit.
+
+  .. math::
+      u \leftarrow u / \sqrt{1 + (n / L)^2}
+
+  An update of norm L keeps 71% of it. Edge cases: see `rational`.
+  """
+  return _soft(lambda r: lax.rsqrt(1 + r * r))
+
+
+def tanh() -> Action:
+  r"""Shrinks small updates hardly, and large ones to the limit.
+
+  .. math::
+      u \leftarrow u \cdot \frac{L}{n} \tanh \frac{n}{L}
+
+  An update of norm L keeps 76% of it. Edge cases: see `rational`.
+  """
+
+  def shape(r: Array) -> Array:
+    positive = r > 0
+    safe = jnp.where(positive, r, 1)
+    return jnp.where(positive, jnp.tanh(safe) / safe, 1)
+
+  return _soft(shape)
+
+
+def floored(floor: Any) -> Action:
+  r"""Scales to the limit, but never by less than a factor (delta-GClip).
+
+  .. math::
+      u \leftarrow u \cdot \max\left(\delta, \min(1, L / n)\right)
+
+  The norm of the result may exceed the limit; a limit of 0 scales by delta. The
+  floor is what makes convergence provable for deep networks.
+
+  Args:
+    floor: delta, from 0 to 1. A float or a traced scalar.
+
+  References:
+    Mukherjee & Tucat, Regularized Gradient Clipping Provably Trains Wide and
+    Deep Neural Networks, 2024, arXiv:2404.08624.
+  """
+  _validate.within(0, 1, floor=floor)
+  hard = rescale()
+
+  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
+    factor, shift = hard.weigh(norm, limit)
+    least = jnp.asarray(floor, factor.dtype)
+    # False for NaN, which must reach the updates.
+    low = factor * shift < least
+    return Coefficient(jnp.where(low, least, factor), jnp.where(low, 1, shift))
+
+  return Action(weigh, _multiply)
+
+
+def normalize() -> Action:
+  r"""Scales to the limit whatever is not zero, up or down.
+
+  .. math::
+      u \leftarrow u \cdot L / n
+
+  A norm of 0 and a limit of inf leave the update as it is.
+  """
+  hard = rescale()
+
+  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
+    down = hard.weigh(norm, limit)
+    value, bound = norm.value, limit / norm.unit
+    up = (value < bound) & (value > 0) & (limit < jnp.inf)
+    value = jnp.where(up, value, 1)
+    # Factors beyond 2^100 are applied as two multiplications, too.
+    most = value * _MOST
+    far = up & (bound > most)
+    factor = jnp.where(far, _MOST, jnp.where(far, 1, bound) / value)
+    shift = jnp.where(far, limit / most / norm.unit, 1)
+    shift = jnp.minimum(shift, jnp.finfo(shift.dtype).max)
+    return Coefficient(
+        jnp.where(up, factor, down.factor), jnp.where(up, shift, down.shift)
+    )
+
+  return Action(weigh, _multiply)
+
+
+def rescale_elements() -> Action:
+  r"""Scales the elements beyond the limit, by what the largest needs.
+
+  .. math::
+      u_i \leftarrow u_i \cdot L / n \text{ where } |u_i| > L
+
+  For a measure of order inf, whose norm n is the largest modulus. Unlike `clamp`
+  it keeps the differences among the large elements. (AdaClip of Stable-SPAM.)
+  """
+
+  def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+    wide = _norms.accumulator(leaf.dtype)
+    large = jnp.abs(leaf).astype(wide) > limit.astype(wide)
+    return jnp.where(large, _multiply(leaf, coefficient, limit), leaf)
+
+  return Action(rescale().weigh, apply)
+
+
+def _soft(shape: Callable[[Array], Array]) -> Action:
+  """An action whose coefficient is a function of r = n / L.
+
+  Args:
+    shape: 1 at r = 0, and 1 / r for r beyond the precision of floats, so that it
+      is not asked about larger ones; differentiable at 0.
+  """
+  hard = rescale()
+
+  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
+    factor, shift = hard.weigh(norm, limit)
+    bound = limit / norm.unit
+    # Not for NaN, inf, or a limit of 0, which `rescale` deals with.
+    near = norm.value < bound * (2 / jnp.finfo(bound.dtype).eps)
+    ratio = jnp.where(near, norm.value, 0) / jnp.where(near, bound, 1)
+    return Coefficient(
+        jnp.where(near, shape(ratio), factor), jnp.where(near, 1, shift)
+    )
+
+  return Action(weigh, _multiply)
 
 
 def _multiply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
