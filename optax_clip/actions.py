@@ -22,9 +22,6 @@ from optax_clip._core import Coefficient
 
 Array = jax.Array
 
-# Coefficients below this are applied as two multiplications.
-_LEAST = 2.0**-100
-
 # With `strict`, the limit is undershot by this many epsilons of the dtype that
 # norms are kept in: the error of the norm (law: 1e-6 relative in float32), of
 # the limit, the coefficient and two products.
@@ -59,9 +56,13 @@ def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
     exceeds = ~(value <= bound)
     # 0 / 0 would also poison the derivative where it is not selected.
     value = jnp.where(exceeds, value, 1)
-    least = jnp.where(jnp.isfinite(value), value * _LEAST, 0)
+    # Coefficients near the smallest normal float and below it, which CPUs flush
+    # to zero, are applied as two multiplications. The derivative is left to
+    # `factor`: that of `shift` would divide by a square that may underflow.
+    smallest = value * (2 * jnp.finfo(value.dtype).tiny)
+    least = lax.stop_gradient(jnp.where(jnp.isfinite(value), smallest, 0))
     factor = jnp.where(exceeds, jnp.maximum(bound, least) / value, 1)
-    # What `factor` lacks where it was held at 2^-100.
+    # What `factor` lacks where it was held at `least`.
     held = exceeds & (bound < least)
     shift = jnp.where(held, limit / jnp.where(held, least, 1) / norm.unit, 1)
     return Coefficient(factor, shift)
@@ -91,9 +92,9 @@ def clamp(*, strict: bool = False) -> Action:
           " clip_by_global_norm or clip_by_layer_norm for them."
       )
     bound = _cast(limit, leaf.dtype, toward_zero=strict)
-    return jnp.where(
-        leaf > bound, bound, jnp.where(leaf < -bound, -bound, leaf)
-    )
+    # Not two comparisons with -L and L: XLA makes a minimum and a maximum of
+    # them, and CPUs flush subnormals in those.
+    return jnp.where(jnp.abs(leaf) > bound, jnp.copysign(bound, leaf), leaf)
 
   return Action(rescale().weigh, apply)
 
