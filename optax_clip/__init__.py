@@ -3,6 +3,13 @@
 from optax_clip import actions as actions
 from optax_clip import measures as measures
 from optax_clip import thresholds as thresholds
+from optax_clip._adaptive import adagc as adagc
+from optax_clip._adaptive import zclip as zclip
+from optax_clip._adaptive_windows import autoclip as autoclip
+from optax_clip._adaptive_windows import clip_by_history as clip_by_history
+from optax_clip._adaptive_windows import (
+    clip_by_layer_percentile as clip_by_layer_percentile,
+)
 from optax_clip._core import Action as Action
 from optax_clip._core import ClipState as ClipState
 from optax_clip._core import Coefficient as Coefficient
