@@ -17,6 +17,8 @@ from optax_clip._core import Measure as Measure
 from optax_clip._core import Record as Record
 from optax_clip._core import Threshold as Threshold
 from optax_clip._core import clip_with as clip_with
+from optax_clip._elementwise import clip_element_spikes as clip_element_spikes
+from optax_clip._elementwise import clippy as clippy
 from optax_clip._functions import clip_tree as clip_tree
 from optax_clip._functions import global_norm as global_norm
 from optax_clip._functions import unitwise_clip as unitwise_clip
@@ -29,6 +31,9 @@ from optax_clip._per_example import (
 from optax_clip._per_example import (
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
+from optax_clip._stable_spam import adaclip as adaclip
+from optax_clip._stable_spam import adagn as adagn
+from optax_clip._stable_spam import stable_spam as stable_spam
 from optax_clip._transforms import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip._transforms import clip as clip
 from optax_clip._transforms import clip_by_block_rms as clip_by_block_rms

@@ -1,0 +1,214 @@
+"""The two transformations of Stable-SPAM, and both in a row."""
+
+import math
+from typing import Any
+
+import optax
+
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip import thresholds
+from optax_clip._core import clip_with
+
+
+def adaclip(
+    decay: Any = 0.999,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = "auto",
+    record: bool = True,
+    name: str = "adaclip",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales elements beyond the average of their leaf's largest (AdaClip).
+
+  .. math::
+      m = \max_i |g_i|, \quad T \leftarrow \gamma T + (1 - \gamma) m, \quad
+      g_i \leftarrow g_i \frac{\hat T}{m} \text{ where } |g_i| > \hat T
+
+  for each leaf, :math:`\hat T = T / (1 - \gamma^t)`. The first of the two parts of
+  `stable_spam`.
+
+  Args:
+    decay: gamma, from 0 to below 1. May be traced.
+    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
+      inf; ``"propagate"`` lets them through.
+    axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads. The recorded norm is the
+      largest modulus.
+    name: the prefix of the metrics' keys.
+
+  Returns:
+    A `optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    ValueError: if `decay` is not in [0, 1); in `update`, if the state is of a
+      tree with another number of leaves.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  =====================  ==================================================
+  input                  result
+  =====================  ==================================================
+  the first step         unchanged
+  a leaf of zeros        unchanged, not remembered
+  a NaN or inf element   as `nonfinite` says; no leaf remembers the step
+  equal maxima           unchanged, bit for bit
+  =====================  ==================================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.adaclip(0.5)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for g in (jnp.array([1.0, 1.0]), jnp.array([2.5, -1.0])):
+    ...   updates, state = tx.update({"w": g}, state)
+    >>> print(updates["w"])
+    [ 2. -1.]
+
+  Differences: the maxima of leaves of zeros are left out of T.
+
+  References:
+    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+    2025, arXiv:2502.17055. Not the AdaCliP of differential privacy.
+  """
+  return clip_with(
+      measures.layer_norm(ord=math.inf, axis_name=axis_name),
+      thresholds.average(decay),
+      actions.rescale_elements(),
+      nonfinite=nonfinite,
+      record=record,
+      name=name,
+  )
+
+
+def adagn(
+    decay_mean: Any = 0.7,
+    decay_square: Any = 0.9,
+    eps: Any = 1e-8,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = "auto",
+    record: bool = True,
+    name: str = "adagn",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Normalizes each leaf to the ratio of its norm's running moments (AdaGN).
+
+  .. math::
+      a \leftarrow \gamma_1 a + (1 - \gamma_1) n, \quad
+      b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
+      g \leftarrow \frac{g}{n} \cdot \frac{\hat a}{\sqrt{\hat b} + \epsilon}
+
+  for each leaf, with n its norm. All leaves come out with norms around 1. The
+  second of the two parts of `stable_spam`.
+
+  Args:
+    decay_mean: gamma_1, from 0 to below 1.
+    decay_square: gamma_2, from 0 to below 1.
+    eps: epsilon >= 0, in the units of the updates.
+    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
+      inf; ``"propagate"`` lets them through.
+    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads.
+    name: the prefix of the metrics' keys.
+
+  All numbers may be traced.
+
+  Returns:
+    A `optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    ValueError: if a decay is not in [0, 1) or `eps` is negative; in `update`, if
+      the state is of a tree with another number of leaves.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  =====================  ==================================================
+  input                  result
+  =====================  ==================================================
+  the first step         norm 1 for each leaf
+  a leaf of zeros        unchanged, not remembered
+  a NaN or inf element   as `nonfinite` says; no leaf remembers the step
+  norms of 1e30          norm 1: nothing is squared
+  =====================  ==================================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.adagn()
+    >>> g = {"w": jnp.array([3.0, -4.0])}
+    >>> updates, _ = tx.update(g, tx.init(g))
+    >>> print(updates["w"])
+    [ 0.6 -0.8]
+
+  Differences: the norms of leaves of zeros are left out of a and b. The official
+  schedule of gamma_1 is that of `optax.inject_hyperparams`.
+
+  References:
+    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+    2025, arXiv:2502.17055.
+  """
+  return clip_with(
+      measures.layer_norm(axis_name=axis_name),
+      thresholds.mean_over_rms(decay_mean, decay_square, eps),
+      actions.normalize(),
+      nonfinite=nonfinite,
+      record=record,
+      name=name,
+  )
+
+
+def stable_spam(
+    decay_max: Any = 0.999,
+    decay_mean: Any = 0.7,
+    decay_square: Any = 0.9,
+    eps: Any = 1e-8,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = "auto",
+    record: bool = True,
+    name: str = "stable_spam",
+) -> optax.GradientTransformationExtraArgs:
+  """`adaclip`, then `adagn`: what Stable-SPAM does to gradients before Adam.
+
+  Args:
+    decay_max: the decay of `adaclip`, from 0 to below 1.
+    decay_mean: of `adagn`, from 0 to below 1.
+    decay_square: of `adagn`, from 0 to below 1.
+    eps: of `adagn`, in the units of the updates.
+    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
+      inf; ``"propagate"`` lets them through.
+    axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads, of both.
+    name: the prefix of the metrics' keys, ``<name>_adaclip`` and
+      ``<name>_adagn``.
+
+  All numbers may be traced.
+
+  Returns:
+    A `optax.GradientTransformationExtraArgs`, an `optax.chain` of the two.
+
+  Raises:
+    ValueError: as `adaclip` and `adagn` do.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  The edge cases are those of the two.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.stable_spam()
+    >>> state = tx.init({"w": jnp.zeros(3)})
+    >>> for g in ([3.0, -4.0, 0.0], [0.3, -0.4, 0.0], [30.0, -0.4, 0.1]):
+    ...   updates, state = tx.update({"w": jnp.array(g)}, state)
+    >>> print(updates["w"].round(4))
+    [ 0.8693 -0.0303  0.0076]
+
+  Differences: Stable-SPAM's resets of the momentum are not part of this.
+
+  References:
+    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+    2025, arXiv:2502.17055.
+  """
+  common: dict[str, Any] = {
+      "nonfinite": nonfinite, "axis_name": axis_name, "record": record
+  }
+  chained = optax.chain(
+      adaclip(decay_max, name=f"{name}_adaclip", **common),
+      adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common),
+  )
+  return optax.with_extra_args_support(chained)
