@@ -53,10 +53,10 @@ class Measure(NamedTuple):
   """How large updates are.
 
   Attributes:
-    like: ``like(params)``: zeros of the shapes of the norms, one array, or a
-      list of arrays where each leaf has norms of its own shape.
+    like: ``like(params)``: zeros of the shapes that the threshold sees: one
+      array, or a list of arrays where each leaf has norms of its own shape.
     measure: ``measure(updates, params, **extra_args)``: a `Norm`, or a list of
-      them.
+      one for each leaf. A list of scalars is one vector for the threshold.
     spread: ``spread(tree, updates)``: for each leaf of `updates`, the entry of
       a norm-shaped tree that concerns it, broadcastable to the leaf.
   """
@@ -188,14 +188,17 @@ def clip_with(
       updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     norms = measure.measure(updates, params, **extra_args)
-    sizes = jax.tree.map(_norms.magnitude, norms, is_leaf=_norms.is_norm)
+    table = _norms.joined(norms)
+    sizes = jax.tree.map(_norms.magnitude, table, is_leaf=_norms.is_norm)
     # optax lets stateless transformations be called with any state.
     stateful = isinstance(state, ClipState)
     memory = state.threshold if stateful else optax.EmptyState()
     limits, memory = threshold.update(sizes, memory, **extra_args)
-    coefficients = jax.tree.map(
-        action.weigh, norms, limits, is_leaf=_norms.is_norm
-    )
+
+    def weigh(norms: Any, limits: Any) -> Any:
+      return jax.tree.map(action.weigh, norms, limits, is_leaf=_norms.is_norm)
+
+    each_limit = _norms.apart(limits, norms)
     finite = jnp.asarray(True)
     if _size(sizes):
       finite = _fold(jnp.all, jax.tree.map(jnp.isfinite, sizes))
@@ -205,8 +208,8 @@ def clip_with(
         _keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
         for leaf, coefficient, limit in zip(
             map(jnp.asarray, leaves),
-            measure.spread(coefficients, updates),
-            measure.spread(limits, updates),
+            measure.spread(weigh(norms, each_limit), updates),
+            measure.spread(each_limit, updates),
             strict=True,
         )
     ]
@@ -216,7 +219,7 @@ def clip_with(
       ]
     if stateful:
       entries = {
-          key: _noted(entry, sizes, limits, coefficients, finite)
+          key: _noted(entry, sizes, limits, weigh(table, limits), finite)
           for key, entry in state.record.items()
       }
       state = ClipState(memory, entries)

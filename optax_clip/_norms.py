@@ -94,6 +94,30 @@ def merged(norms: Norm) -> Norm:
   return Norm(_root(moment, 2) * peak, unit)
 
 
+def joined(norms: Any) -> Any:
+  """Norms as thresholds see them: a list of scalars becomes one vector."""
+  if not _are_scalars(norms):
+    return norms
+  dtype = accumulator(*(norm.value.dtype for norm in norms))
+  columns = zip(*norms, strict=True)
+  return Norm(*(jnp.stack([x.astype(dtype) for x in c]) for c in columns))
+
+
+def apart(limits: Any, norms: Any) -> Any:
+  """The inverse of `joined`, for what is shaped like its result."""
+  if not _are_scalars(norms):
+    return limits
+  return [limits[i].astype(norm.value.dtype) for i, norm in enumerate(norms)]
+
+
+def _are_scalars(norms: Any) -> bool:
+  return (
+      isinstance(norms, list)
+      and len(norms) > 0
+      and all(norm.value.ndim == 0 for norm in norms)
+  )
+
+
 def accumulator(*dtypes: Any) -> Any:
   """The dtype that sums of these dtypes are kept in: float64 or float32."""
   double = any(jnp.finfo(d).dtype == jnp.float64 for d in dtypes)
@@ -205,7 +229,8 @@ def leaf_norms(
 
   A list of scalars rather than a vector: XLA compiles one kernel for all leaves
   that are scaled by a scalar, but one for each that is scaled by an element of
-  a vector, which takes ten times longer with 300 leaves.
+  a vector, which takes ten times longer with 300 leaves. What looks at many
+  norms at once looks at the vector that `joined` makes of them.
 
   Args:
     leaves: floating or complex arrays.
@@ -255,18 +280,21 @@ def _leaf_norms(
     units = [_power_of_two(m) for m in largest()]
     return moment(units), units
 
-  # The elements of each norm, where there are any.
-  checks = [
-      (m, x.size // m.size)
-      for x, m in zip(leaves, moments, strict=True)
-      if x.size
+  if not _can_leave_range(ord, leaves) or not any(x.size for x in leaves):
+    return [Norm(_root(m, ord), u) for m, u in zip(moments, units, strict=True)]
+  # How many elements each norm is of.
+  sizes = [
+      x.size // max(m.size, 1) for x, m in zip(leaves, moments, strict=True)
   ]
-  if checks and _can_leave_range(ord, leaves):
-    unsafe = _out_of_range(*zip(*checks, strict=True))
-    moments, units = lax.cond(unsafe, rescale, lambda: (moments, units))
-  return [
-      Norm(_root(m, ord), u) for m, u in zip(moments, units, strict=True)
-  ]
+  if all(m.ndim == 0 for m in moments):
+    # As one vector: arithmetic on 300 scalars takes seconds to compile.
+    dtype = accumulator(*(m.dtype for m in moments))
+    table = jnp.stack([m.astype(dtype) for m in moments])
+    unsafe = _out_of_range([table], [jnp.asarray(sizes, dtype)])
+  else:
+    unsafe = _out_of_range(moments, sizes)
+  moments, units = lax.cond(unsafe, rescale, lambda: (moments, units))
+  return [Norm(_root(m, ord), u) for m, u in zip(moments, units, strict=True)]
 
 
 class _Part(NamedTuple):
@@ -431,6 +459,8 @@ def _out_of_range(moments: Sequence[Array], sizes: Sequence[Any]) -> Array:
   """
   strayed, zero = [], []
   for moment, size in zip(moments, sizes, strict=True):
+    if not moment.size:
+      continue
     info = jnp.finfo(moment.dtype)
     small = jnp.asarray(size, moment.dtype) * (info.tiny / info.eps)
     low = (moment > 0) & (moment < small)

@@ -49,12 +49,13 @@ def global_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure
 
 
 def layer_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure:
-  """The norm of each leaf on its own: a list of arrays of shape ``[]``."""
+  """The norm of each leaf on its own: shape ``[leaves]``."""
   p = _validate.order(ord)
 
-  def like(params: Any) -> list[Array]:
+  def like(params: Any) -> Any:
     leaves = _groups.floating_leaves(params)
-    return [jnp.zeros((), _norms.accumulator(x.dtype)) for x in leaves]
+    dtype = _norms.accumulator(*(x.dtype for x in leaves))
+    return jnp.zeros(len(leaves), dtype) if leaves else []
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
@@ -65,7 +66,7 @@ def layer_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure:
 
 
 def layer_rms(*, axis_name: Any = "auto") -> Measure:
-  """The root mean square of each leaf: a list of arrays of shape ``[]``."""
+  """The root mean square of each leaf: shape ``[leaves]``."""
   norm = layer_norm(axis_name=axis_name)
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
