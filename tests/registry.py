@@ -62,7 +62,9 @@ class Row(NamedTuple):
         results.append(np.clip(leaf, -limit, limit))
         continue
       exceeds = norm > limit
-      results.append(leaf * np.where(exceeds, limit / np.where(exceeds, norm, 1), 1))
+      # In this order no quotient or product underflows before the result does.
+      scaled = leaf / np.where(exceeds, norm, 1) * limit
+      results.append(np.where(exceeds, scaled, leaf))
     return results
 
 
@@ -122,8 +124,10 @@ ROWS = (
     Row("clip_by_layer_norm", optax_clip.clip_by_layer_norm,
         lambda c: {"max_norm": c}, 0.7, "rescaling", _layers),
     Row("clip_by_group_norm", optax_clip.clip_by_group_norm,
-        lambda c: {"labels": _alternating, "max_norms": {"even": c, "odd": 2 * c}},
-        0.6, "rescaling", _groups),
+        lambda c: {
+            "labels": _alternating,
+            "max_norms": {"even": c, "odd": c if callable(c) else 2 * c},
+        }, 0.6, "rescaling", _groups),
     Row("clip_by_block_rms", optax_clip.clip_by_block_rms,
         lambda c: {"threshold": c}, 0.4, "rescaling", _rms),
     Row("adaptive_grad_clip", optax_clip.adaptive_grad_clip,

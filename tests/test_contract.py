@@ -33,7 +33,6 @@ SHAPES = {
     "kernel": (2, 2, 3, 4),
     "matrix": (8, 16),
     "scalar": (),
-    "stack": (3, 8, 8),
 }
 
 
@@ -45,8 +44,21 @@ def tree(seed, dtype="float32", scale=1.0):
   }
 
 
-def step(tx, updates, params):
-  return tx.update(updates, tx.init(params), params)[0]
+@functools.cache
+def compiled(row, **keywords):
+  """A jitted `(limit, updates, params) -> (updates, state)` with a fresh state."""
+
+  def run(limit, updates, params):
+    tx = row.make(limit, **keywords)
+    return tx.update(updates, tx.init(params), params)
+
+  return jax.jit(run)
+
+
+def step(row, updates, params, limit=None, **keywords):
+  """The updates of one compiled step with a traced threshold."""
+  limit = np.float64(row.threshold if limit is None else limit)
+  return compiled(row, **keywords)(limit, updates, params)[0]
 
 
 def assert_expected(row, new, updates, params=None, **keywords):
@@ -55,10 +67,16 @@ def assert_expected(row, new, updates, params=None, **keywords):
   leaves = jax.tree.leaves(new)
   assert len(leaves) == len(wanted)
   for got, want in zip(leaves, wanted, strict=True):
-    # 1e-6 may move a value across a rounding boundary: one ulp, then.
+    assert np.all(np.isfinite(oracles.wide(got)))
     error = np.abs(oracles.wide(got) - want)
-    spacing = oracles.ulps(np.asarray(got))
-    assert np.all(error <= 1e-6 * np.abs(want) + 0.51 * spacing), error.max()
+    bound = 1e-6 * np.abs(want) + 0.51 * oracles.ulps(np.asarray(got))
+    # CPUs and TPUs flush float32 results (also on the way to a bfloat16) that
+    # are not normal.
+    flushed = (oracles.wide(got) == 0) & (np.abs(want) < TINY)
+    assert np.all((error <= bound) | flushed), (got, want)
+
+
+TINY = float(np.finfo(np.float32).tiny)
 
 
 class TestResult:
@@ -66,26 +84,36 @@ class TestResult:
 
   @fixed_rows
   @every_dtype
-  @pytest.mark.parametrize("share", [1e-3, 0.5, 1.0, 2.0, 1e3])
-  def test_updates_are_those_of_the_oracle(self, row, dtype, share):
+  def test_updates_are_those_of_the_oracle(self, row, dtype):
     updates, params = tree(0, dtype), tree(1, dtype)
-    limit = row.threshold * share
-    new = step(row.make(limit), updates, params)
-    assert_expected(row, new, updates, params, threshold=limit)
+    for share in (1e-3, 0.5, 1.0, 2.0, 1e3):
+      limit = row.threshold * share
+      new = step(row, updates, params, limit)
+      assert_expected(row, new, updates, params, threshold=limit)
+
+  @fixed_rows
+  def test_without_jit_the_result_is_the_same(self, row):
+    updates, params = tree(0), tree(1)
+    tx = row.make()
+    state = tx.init(params)
+    new, new_state = tx.update(updates, state, params)
+    assert_expected(row, new, updates, params)
+    expected, expected_state = jax.jit(tx.update)(updates, state, params)
+    assert_close(new, expected)
+    assert_close(new_state, expected_state)
 
   @over(ORDERED, ids=names(ORDERED))
-  @every_dtype
-  @pytest.mark.parametrize("ord", [1, 2, 3, 2.5, math.inf])
-  def test_every_order_is_that_of_the_oracle(self, row, dtype, ord):
-    updates, params = tree(0, dtype), tree(1, dtype)
-    new = step(row.make(ord=ord), updates, params)
+  @pytest.mark.parametrize("ord", [0.5, 1, 3, math.inf])
+  def test_every_order_is_that_of_the_oracle(self, row, ord):
+    updates, params = tree(0), tree(1)
+    new = step(row, updates, params, ord=ord)
     assert_expected(row, new, updates, params, ord=ord)
 
   @rescaling_rows
   def test_float64_stays_float64(self, row):
     with jax.enable_x64(True):
       updates, params = tree(0, "float64"), tree(1, "float64")
-      new = step(row.make(), updates, params)
+      new = step(row, updates, params)
       wanted = row.expected(updates, params)
       for got, want in zip(jax.tree.leaves(new), wanted, strict=True):
         assert got.dtype == jnp.float64
@@ -95,7 +123,7 @@ class TestResult:
   def test_complex_updates_are_those_of_the_oracle(self, row):
     updates = jax.tree.map(jax.lax.complex, tree(0), tree(1))
     params = jax.tree.map(jax.lax.complex, tree(2), tree(3))
-    new = step(row.make(), updates, params)
+    new = step(row, updates, params)
     for got, want in zip(
         jax.tree.leaves(new), row.expected(updates, params), strict=True
     ):
@@ -112,38 +140,29 @@ class TestStructure:
   """Law 1: structure, shape, dtype, weak type and sharding are unchanged."""
 
   @every_row
-  @pytest.mark.parametrize("compiled", [False, True])
-  def test_mixed_dtypes_and_structure_stay(self, row, compiled):
-    def of(seed):
-      return {
-          "half": tree(seed, "float16"),
-          "brain": [tree(seed, "bfloat16"), None],
-          "single": (tree(seed), optax.MaskedNode()),
-      }
-
-    tx = row.make()
-    updates, params = of(0), of(1)
-    state = tx.init(params)
-    update = jax.jit(tx.update) if compiled else tx.update
-    new, _ = update(updates, state, params)
+  def test_mixed_dtypes_and_structure_stay(self, row):
+    updates = {
+        "half": jnp.ones((3, 4), "float16"),
+        "brain": [jnp.ones((3, 4), "bfloat16"), None],
+        "single": (jnp.ones((3, 4)), optax.MaskedNode()),
+    }
+    new = step(row, updates, updates)
     assert jax.tree.structure(new) == jax.tree.structure(updates)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(new), strict=True):
       assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
 
   @every_row
-  @pytest.mark.parametrize("compiled", [False, True])
   @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
-  def test_weak_types_stay(self, row, compiled, nonfinite):
+  def test_weak_types_stay(self, row, nonfinite):
     tx = row.make(nonfinite=nonfinite)
     updates = {"weak": jnp.asarray(3.0), "strong": jnp.ones((), jnp.float32)}
-    state = tx.init(updates)
-    update = jax.jit(tx.update) if compiled else tx.update
-    new, _ = update(updates, state, updates)
-    assert new["weak"].weak_type
-    assert not new["strong"].weak_type
+    for update in (tx.update, jax.jit(tx.update)):
+      new, _ = update(updates, tx.init(updates), updates)
+      assert new["weak"].weak_type
+      assert not new["strong"].weak_type
 
   @every_row
-  @pytest.mark.parametrize("empty", [{}, (), None, [None, {}], optax.MaskedNode()])
+  @pytest.mark.parametrize("empty", [{}, (), [None, {}], optax.MaskedNode()])
   def test_empty_trees_pass(self, row, empty):
     tx = row.make()
     new, state = tx.update(empty, tx.init(empty), empty)
@@ -152,35 +171,30 @@ class TestStructure:
       assert np.isfinite(value)
 
   @every_row
-  @every_dtype
-  @pytest.mark.parametrize("strict", [False, True])
-  def test_arrays_without_elements_pass_and_do_not_count(self, row, dtype, strict):
+  @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+  def test_arrays_without_elements_pass_and_do_not_count(self, row, dtype):
     rng = np.random.default_rng(0)
-    full = {"z": jnp.asarray(rng.standard_normal((3, 4)), dtype)}
-    hollow = {"e": jnp.zeros((0, 3), dtype), "f": jnp.zeros((3, 0), dtype)}
-    tx = row.make(strict=strict)
-    alone = step(tx, full, full)
-    both = step(tx, full | hollow, full | hollow)
-    oracles.assert_identical(both, alone | hollow)
-    oracles.assert_identical(step(tx, hollow, hollow), hollow)
+    full = {"a": jnp.asarray(rng.standard_normal((3, 4)), dtype)}
+    hollow = {"y": jnp.zeros((0, 3), dtype), "z": jnp.zeros((3, 0), dtype)}
+    alone = step(row, full, full)
+    both = step(row, full | hollow, full | hollow)
+    assert_close(both, alone | hollow)
+    assert_expected(row, both, full | hollow, full | hollow)
+    oracles.assert_identical(step(row, hollow, hollow), hollow)
 
   @fixed_rows
-  @every_dtype
-  def test_scalars_and_plain_arrays_are_trees(self, row, dtype):
-    for x in (jnp.asarray(-7.0, dtype), jnp.asarray([7.0, -1.0], dtype)):
-      new = step(row.make(), x, x)
+  def test_scalars_and_plain_arrays_are_trees(self, row):
+    for x in (jnp.asarray(-7.0, jnp.float32), jnp.asarray([7.0, -1.0])):
+      new = step(row, x, x)
       assert new.shape == x.shape
       assert_expected(row, new, x, x)
 
   @fixed_rows
   def test_numpy_leaves_and_python_floats_are_taken(self, row):
     updates = {"array": np.full(3, 7.0, np.float32), "float": 7.0}
-    new = step(row.make(), updates, updates)
+    new = step(row, updates, updates)
     assert new["array"].dtype == jnp.float32
-    for got, want in zip(
-        jax.tree.leaves(new), row.expected(updates, updates), strict=True
-    ):
-      np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert_expected(row, new, updates, updates)
 
   @every_row
   @pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
@@ -207,16 +221,19 @@ class TestPassThrough:
 
   @fixed_rows
   @every_dtype
-  @pytest.mark.parametrize("compiled", [False, True])
-  @pytest.mark.parametrize("limit", [1e6, math.inf])
-  def test_within_the_limit_nothing_changes(self, row, dtype, compiled, limit):
+  def test_within_the_limit_nothing_changes(self, row, dtype):
     info = oracles.finfo(dtype)
     special = [-0.0, 0.0, info.tiny, -info.tiny, info.smallest_subnormal,
                -3 * info.smallest_subnormal, 1.0, info.eps]
     updates = tree(0, dtype) | {"special": jnp.asarray(np.array(special, dtype))}
-    tx = row.make(limit)
-    update = jax.jit(tx.update) if compiled else tx.update
-    new, _ = update(updates, tx.init(updates), updates)
+    for limit in (1e6, 1e30, math.inf):
+      oracles.assert_identical(updates, step(row, updates, updates, limit))
+
+  @fixed_rows
+  def test_within_the_limit_nothing_changes_without_jit(self, row):
+    updates = {"w": jnp.asarray(np.array([-0.0, 1e-40, -1e-45, 1.0], np.float32))}
+    tx = row.make(100.0)
+    new, _ = tx.update(updates, tx.init(updates), updates)
     oracles.assert_identical(updates, new)
 
   @every_dtype
@@ -224,20 +241,20 @@ class TestPassThrough:
   def test_a_norm_equal_to_the_limit_is_within_it(self, dtype, nonfinite):
     updates = {"a": jnp.asarray([3.0, -0.0], dtype), "b": jnp.asarray(4.0, dtype)}
     tx = optax_clip.clip_by_global_norm(5.0, nonfinite=nonfinite)
-    oracles.assert_identical(updates, step(tx, updates, updates))
+    new, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    oracles.assert_identical(updates, new)
 
   @every_row
   @every_dtype
   def test_zeros_stay_zeros_with_their_signs(self, row, dtype):
     updates = jax.tree.map(lambda x: x * jnp.asarray(0.0, dtype), tree(0, dtype))
-    oracles.assert_identical(updates, step(row.make(), updates, tree(1, dtype)))
+    oracles.assert_identical(updates, step(row, updates, tree(1, dtype)))
 
-  @pytest.mark.parametrize("dtype", ["complex64"])
-  def test_complex_updates_within_the_limit_do_not_change(self, dtype):
-    updates = jnp.asarray([3 - 0.0j, -0.0 + 4j, 1e-40 + 0j], dtype)
-    for row in RESCALING:
-      new = step(row.make(100.0), updates, updates)
-      oracles.assert_identical(updates, new)
+  @rescaling_rows
+  def test_complex_updates_within_the_limit_do_not_change(self, row):
+    updates = np.array([3 - 0.0j, -0.0 + 4j, 1e-40 + 0j], np.complex64)
+    updates = jnp.asarray(updates)
+    oracles.assert_identical(updates, step(row, updates, updates, 100.0))
 
 
 def extremes(dtype):
@@ -270,100 +287,89 @@ class TestFinite:
   """Law 3: finite in, finite out; and clipped to the limit, not to zero."""
 
   @fixed_rows
-  @pytest.mark.parametrize(
-      ("dtype", "case"),
-      [(dtype, case) for dtype in oracles.LOW for case in extremes(dtype)],
-  )
-  def test_finite_updates_are_clipped_to_the_limit(self, row, dtype, case):
-    vector = extremes(dtype)[case]
-    updates = {"a": vector, "b": vector[:1], "c": vector.reshape(2, 2)}
-    params = jax.tree.map(jnp.ones_like, updates)
-    tx = row.make()
-    update = jax.jit(tx.update)
-    # 2^-60 of the largest value cannot be told from zero after clipping.
-    for limit in (row.threshold, 2.0**-9, 300.0):
-      tx = row.make(limit)
-      new, state = jax.jit(tx.update)(updates, tx.init(params), params)
-      assert_expected_flushing(row, new, updates, params, threshold=limit)
-      for key, value in optax_clip.metrics(state).items():
-        assert np.isfinite(value), key
-    del update
+  @every_dtype
+  def test_finite_updates_are_clipped_to_the_limit(self, row, dtype):
+    for case, vector in extremes(dtype).items():
+      updates = {"a": vector, "b": vector[:1], "c": vector.reshape(2, 2)}
+      params = jax.tree.map(jnp.ones_like, updates)
+      for limit in (row.threshold, 2.0**-9, 300.0):
+        new, state = compiled(row)(np.float64(limit), updates, params)
+        assert_expected(row, new, updates, params, threshold=limit)
+        for key, value in optax_clip.metrics(state).items():
+          assert np.isfinite(value), (case, limit, key)
 
   @rescaling_rows
-  @pytest.mark.parametrize("limit", [1e-24, 1e-30, 1e-37, 1e30, 3e38])
-  @pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1.0, 1e19, 3e38])
-  def test_limits_and_norms_of_any_size_go_together(self, row, limit, magnitude):
+  def test_limits_and_norms_of_any_size_go_together(self, row):
     rng = np.random.default_rng(0)
-    updates = jnp.asarray(magnitude * rng.uniform(0.3, 1, (4, 3)), jnp.float32)
-    params = jnp.ones_like(updates)
-    new = step(row.make(limit), updates, params)
-    assert_expected_flushing(row, new, updates, params, threshold=limit)
+    for magnitude in (1e-30, 1e-19, 1.0, 1e19, 3e38):
+      values = magnitude * rng.uniform(0.3, 1, (4, 3))
+      updates = jnp.asarray(values, jnp.float32)
+      params = jnp.ones_like(updates)
+      for limit in (1e-34, 1e-24, 1e-6, 1e30, 3e38):
+        new = step(row, updates, params, limit)
+        assert_expected(row, new, updates, params, threshold=limit)
 
   @rescaling_rows
-  @pytest.mark.parametrize("magnitude", [1e-300, 1e-160, 1.0, 1e160, 1.7e308])
-  @pytest.mark.parametrize("limit", [1e-300, 1e-6, 1.0, 1e200])
-  def test_float64_over_its_whole_range(self, row, magnitude, limit):
+  def test_float64_over_its_whole_range(self, row):
+    rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-      rng = np.random.default_rng(0)
-      updates = jnp.asarray(magnitude * rng.uniform(0.3, 1, (4, 3)))
-      params = jnp.ones_like(updates)
-      new = step(row.make(limit), updates, params)
-      (want,) = row.expected(updates, params, threshold=limit)
-      np.testing.assert_allclose(new, want, rtol=1e-12, atol=3e-308)
+      for magnitude in (1e-300, 1e-160, 1.0, 1e160, 1e307):
+        updates = jnp.asarray(magnitude * rng.uniform(0.3, 1, (4, 3)))
+        params = jnp.ones_like(updates)
+        for limit in (1e-290, 1e-6, 1.0, 1e200):
+          new = step(row, updates, params, limit)
+          (want,) = row.expected(updates, params, threshold=limit)
+          np.testing.assert_allclose(new, want, rtol=1e-12)
 
-
-def assert_expected_flushing(row, new, updates, params, threshold):
-  """As `assert_expected`; a subnormal result may be flushed to zero."""
-  wanted = row.expected(updates, params, threshold=threshold)
-  for got, want in zip(jax.tree.leaves(new), wanted, strict=True):
-    assert np.all(np.isfinite(oracles.wide(got)))
-    tiny = max(float(oracles.finfo(got.dtype).tiny), float(np.finfo("f4").tiny))
-    spacing = oracles.ulps(np.asarray(got))
-    error = np.abs(oracles.wide(got) - want)
-    slack = 1e-6 * np.abs(want) + 0.51 * spacing
-    flushed = (oracles.wide(got) == 0) & (np.abs(want) < tiny)
-    assert np.all((error <= slack) | flushed), (got, want)
+  def test_a_float64_norm_beyond_float64_is_clipped_to_the_limit(self):
+    with jax.enable_x64(True):
+      updates = jnp.full(4, 1.7e308)
+      new, norm = optax_clip.clip_tree(updates, 1.0)
+      np.testing.assert_allclose(new, np.full(4, 0.5), rtol=1e-15)
+      assert norm == np.finfo(np.float64).max
 
 
 class TestDerivatives:
   """Law 7: derivatives through a transformation are finite, also at zero."""
 
   @every_row
-  @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
-  @pytest.mark.parametrize("limit", [0.0, 1.0, math.inf])
-  def test_grad_and_jvp_are_finite(self, row, scale, limit):
-    updates, params = tree(0, scale=scale), tree(1)
-    tx = row.make(limit)
-    state = tx.init(params)
+  def test_grad_and_jvp_are_finite(self, row):
+    @jax.jit
+    def derivatives(limit, updates, params, tangents):
+      def clipped(u):
+        tx = row.make(limit)
+        return tx.update(u, tx.init(params), params)[0]
 
-    def clipped(u):
-      return tx.update(u, state, params)[0]
+      _, forward = jax.jvp(clipped, (updates,), (tangents,))
+      return forward, jax.vjp(clipped, updates)[1](tangents)
 
-    def total(u):
-      return sum(jnp.sum(x) for x in jax.tree.leaves(clipped(u)))
-
-    tangents = tree(2)
-    _, forward = jax.jvp(clipped, (updates,), (tangents,))
-    for x in jax.tree.leaves((jax.grad(total)(updates), forward)):
-      assert np.all(np.isfinite(x))
+    for scale in (0.0, 1e-30, 1.0, 1e30):
+      for limit in (0.0, 1.0, math.inf):
+        result = derivatives(np.float64(limit), tree(0, scale=scale), tree(1), tree(2))
+        for x in jax.tree.leaves(result):
+          assert np.all(np.isfinite(x)), (scale, limit)
 
   @over(ORDERED, ids=names(ORDERED))
   @pytest.mark.parametrize("ord", [0.5, 1, 2, 3, math.inf])
   def test_every_order_has_a_finite_derivative_at_zero(self, row, ord):
-    zero = jax.tree.map(jnp.zeros_like, tree(0))
-    tx = row.make(ord=ord)
-    state = tx.init(zero)
+    zero = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(4)}
 
-    def total(u):
-      return sum(jnp.sum(x) for x in jax.tree.leaves(tx.update(u, state, u)[0]))
+    @jax.jit
+    def derivative(updates):
+      def total(u):
+        tx = row.make(ord=ord)
+        new, _ = tx.update(u, tx.init(zero), zero)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(new))
 
-    for x in jax.tree.leaves(jax.grad(total)(zero)):
-      assert np.all(np.isfinite(x))
+      return jax.grad(total)(updates)
+
+    for x in jax.tree.leaves(derivative(zero)):
+      np.testing.assert_array_equal(x, np.ones_like(x))
 
   @pytest.mark.parametrize("ord", [1, 2, 3])
   def test_grad_through_the_clip_is_that_of_the_formula(self, ord):
     with jax.enable_x64(True):
-      x = jnp.asarray(np.random.default_rng(0).standard_normal(5))
+      x = jnp.asarray(np.random.default_rng(0).standard_normal(5)) * 3
 
       def ours(x):
         clipped, _ = optax_clip.clip_tree(x, 1.0, ord=ord)
@@ -394,25 +400,31 @@ class TestState:
 
   @every_row
   @every_dtype
-  @pytest.mark.parametrize("compiled", [False, True])
-  def test_init_and_update_return_states_of_one_kind(self, row, dtype, compiled):
-    tx = row.make()
+  def test_init_and_update_return_states_of_one_kind(self, row, dtype):
+    tx = row.make(record=True)
     updates, params = tree(0, dtype), tree(1, dtype)
-    init, update = tx.init, tx.update
-    if compiled:
-      init, update = jax.jit(init), jax.jit(update)
-    first = init(params)
+    update = jax.jit(tx.update)
+    first = tx.init(params)
     _, second = update(updates, first, params)
     _, third = update(updates, second, params)
     assert_same_kind(first, second)
     assert_same_kind(second, third)
+    assert_same_kind(first, jax.jit(tx.init)(params))
+
+  @every_row
+  def test_states_of_one_kind_without_jit_and_with_float64(self, row):
+    with jax.enable_x64(True):
+      tx = row.make(record=True)
+      updates, params = {"w": jnp.ones(3)}, {"w": jnp.ones(3)}
+      state = tx.init(params)
+      assert_same_kind(state, tx.update(updates, state, params)[1])
 
   @every_row
   def test_schedules_keep_the_kind_of_state(self, row):
     tx = row.make(optax.linear_schedule(1.0, 0.1, 10))
     params = tree(1)
     state = tx.init(params)
-    _, new = tx.update(tree(0), state, params)
+    _, new = jax.jit(tx.update)(tree(0), state, params)
     assert_same_kind(state, new)
 
   @every_row
@@ -429,10 +441,9 @@ class TestState:
     tx = row.make(record=True)
     params = tree(1)
     update = jax.jit(tx.update, donate_argnums=(0, 1))
-    expected, wanted_state = tx.update(tree(0), tx.init(params), params)
+    expected, wanted_state = jax.jit(tx.update)(tree(0), tx.init(params), params)
     updates, state = tree(0), tx.init(params)
     new, new_state = update(updates, state, params)
-    assert all(x.is_deleted() for x in jax.tree.leaves(state))
     assert_close((new, new_state), (expected, wanted_state))
 
   @every_row
@@ -481,8 +492,9 @@ class TestTransforms:
     params = tree(1)
     steps = [tree(seed, scale=seed) for seed in range(4)]
     state, expected = tx.init(params), []
+    update = jax.jit(tx.update)
     for updates in steps:
-      new, state = tx.update(updates, state, params)
+      new, state = update(updates, state, params)
       expected.append(new)
 
     def body(state, updates):
@@ -504,7 +516,8 @@ class TestTransforms:
     states = [tx.init(p) for p in params]
     new, state = jax.vmap(tx.update)(stack(*members), stack(*states), stack(*params))
     single = [
-        tx.update(u, s, p) for u, s, p in zip(members, states, params, strict=True)
+        jax.jit(tx.update)(*arguments)
+        for arguments in zip(members, states, params, strict=True)
     ]
     expected, expected_state = stack(*single)
     assert_close(new, expected)
@@ -519,7 +532,7 @@ class TestTransforms:
     params = tree(20)
     states = stack(*[tx.init(params)] * count)
     new, _ = jax.pmap(tx.update)(stack(*members), states, stack(*[params] * count))
-    expected = stack(*[step(tx, u, params) for u in members])
+    expected = stack(*[step(row, u, params) for u in members])
     assert_close(jax.device_get(new), jax.device_get(expected))
 
 
@@ -527,14 +540,13 @@ class TestWrappers:
   """Law 8: inside the wrappers of optax."""
 
   @fixed_rows
-  @every_dtype
-  def test_chain(self, row, dtype):
+  def test_chain(self, row):
     tx = optax.chain(row.make(record=True), optax.scale(-1.0), row.make(record=True))
-    updates, params = tree(0, dtype), tree(1, dtype)
+    updates, params = tree(0), tree(1)
     state = tx.init(params)
     new, state = jax.jit(tx.update)(updates, state, params)
     flipped = jax.tree.map(jnp.negative, new)
-    once = step(row.make(), updates, params)
+    once = step(row, updates, params)
     for a, b in zip(jax.tree.leaves(flipped), jax.tree.leaves(once), strict=True):
       gap = np.abs(oracles.wide(a) - oracles.wide(b))
       assert np.all(gap <= oracles.ulps(np.asarray(b)))
@@ -546,10 +558,11 @@ class TestWrappers:
     mask = {name: name != "scalar" for name in SHAPES}
     tx = optax.masked(row.make(), mask)
     updates, params = tree(0), tree(1)
-    new = step(tx, updates, params)
+    new, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     kept = {k: v for k, v in updates.items() if mask[k]}
-    expected = step(row.make(), kept, {k: params[k] for k in kept})
-    oracles.assert_identical(new, expected | {"scalar": updates["scalar"]})
+    expected = step(row, kept, {k: params[k] for k in kept})
+    oracles.assert_identical(new["scalar"], updates["scalar"])
+    assert_close({k: new[k] for k in kept}, expected)
 
   @fixed_rows
   def test_multi_transform_clips_each_label_on_its_own(self, row):
@@ -568,15 +581,15 @@ class TestWrappers:
       )
     assert f"{row.name}/norm" in optax_clip.metrics(state)
 
+  @pytest.mark.foreign  # optax mixes dtypes here.
   @fixed_rows
-  @pytest.mark.parametrize("record", [False, True])
-  def test_inject_hyperparams_with_mixed_dtypes(self, row, record):
+  def test_inject_hyperparams_with_mixed_dtypes(self, row):
     arguments = row.arguments(row.threshold)
     static = tuple(k for k, v in arguments.items() if callable(v))
     updates = tree(0, "bfloat16") | {"single": tree(0)}
     params = tree(1, "bfloat16") | {"single": tree(1)}
     tx = optax.inject_hyperparams(row.factory, static_args=static)(
-        **arguments, record=record
+        **arguments, record=True
     )
     state = tx.init(params)
     new, state = jax.jit(tx.update)(updates, state, params)
@@ -612,6 +625,7 @@ class TestWrappers:
       )
     assert len(traces) == 1
 
+  @pytest.mark.foreign  # optax mixes dtypes here.
   @every_row
   def test_multi_steps_clips_the_mean(self, row):
     tx = optax.MultiSteps(row.make(), every_k_schedule=2)
@@ -623,7 +637,7 @@ class TestWrappers:
     assert all(not np.any(x) for x in jax.tree.leaves(quiet))
     new, state = update(second, state, params)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-    assert_close(new, step(row.make(), mean, params), rtol=3e-6)
+    assert_close(new, step(row, mean, params), rtol=3e-6)
     if optax_clip.metrics(state):
       assert optax_clip.metrics(state)[f"{row.name}/steps"] == 1
 
@@ -634,7 +648,7 @@ class TestWrappers:
     good, bad = tree(0), tree(1) | {"scalar": jnp.asarray(jnp.nan)}
     state = tx.init(params)
     update = jax.jit(tx.update)
-    wanted = step(row.make(), good, params)
+    wanted = step(row, good, params)
     _, state = update(good, state, params)
     rejected, state = update(bad, state, params)
     assert all(not np.any(x) for x in jax.tree.leaves(rejected))
@@ -642,6 +656,7 @@ class TestWrappers:
     if not row.stateful:
       assert_close(new, wanted)
 
+  @pytest.mark.foreign  # optax mixes dtypes here.
   @every_row
   def test_metrics_are_read_through_every_wrapper(self, row):
     inner = row.make(record=True, name="inner")
@@ -652,7 +667,8 @@ class TestWrappers:
         "finite": optax.apply_if_finite(inner, 3),
         "chain": optax.chain(optax.scale(1.0), optax.chain(inner, optax.sgd(0.1))),
     }
-    expected = optax_clip.metrics(inner.update(tree(0), inner.init(params), params)[1])
+    _, state = jax.jit(inner.update)(tree(0), inner.init(params), params)
+    expected = optax_clip.metrics(state)
     assert {key.split("/")[0] for key in expected} == {"inner"}
     for tx in wrapped.values():
       state = tx.init(params)
@@ -667,14 +683,14 @@ class TestMemory:
   """Law 9: a step with non-finite norms is as if it had not been."""
 
   @every_row
-  @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
   @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
-  def test_the_step_after_a_non_finite_one_does_not_know_of_it(
-      self, row, bad, nonfinite
-  ):
+  def test_the_step_after_a_non_finite_one_does_not_know_of_it(self, row, nonfinite):
     tx = row.make(nonfinite=nonfinite, record=True)
     params = tree(9)
-    broken = tree(0) | {"scalar": jnp.asarray(bad, jnp.float32)}
+    broken = [
+        tree(0) | {"scalar": jnp.asarray(x, jnp.float32)}
+        for x in (np.nan, np.inf, -np.inf)
+    ]
     update = jax.jit(tx.update)
 
     def run(steps):
@@ -686,13 +702,15 @@ class TestMemory:
 
     sound = [tree(seed) for seed in range(4)]
     expected, _ = run(sound)
-    outputs, state = run([sound[0], broken, sound[1], broken, *sound[2:]])
-    oracles.assert_identical([outputs[i] for i in (0, 2, 4, 5)], expected)
+    outputs, state = run(
+        [sound[0], broken[0], sound[1], broken[1], sound[2], broken[2], sound[3]]
+    )
+    oracles.assert_identical(outputs[::2], expected)
     found = optax_clip.metrics(state)
-    assert found[f"{row.name}/steps"] == 6
-    assert found[f"{row.name}/steps_nonfinite"] == 2
+    assert found[f"{row.name}/steps"] == 7
+    assert found[f"{row.name}/steps_nonfinite"] == 3
     if nonfinite == "zero":
-      assert all(not np.any(x) for x in jax.tree.leaves(outputs[1]))
+      assert all(not np.any(x) for x in jax.tree.leaves(outputs[1::2]))
 
 
 def mesh_of(kind):
@@ -704,7 +722,6 @@ SPECS = {
     "kernel": P(None, None, None, "y"),
     "matrix": P("x", "y"),
     "scalar": P(),
-    "stack": P(None, ("x", "y")),
 }
 
 
@@ -720,46 +737,58 @@ class TestSharding:
 
   @every_row
   @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-  @pytest.mark.parametrize("compiled", [False, True])
-  @pytest.mark.parametrize("scale", [1.0, 1e30])
-  def test_on_a_mesh(self, row, kind, compiled, scale):
+  def test_on_a_mesh(self, row, kind):
+    tx = row.make()
+    update = jax.jit(tx.update)
+    mesh = mesh_of(kind)
+    for scale in (1.0, 1e30):
+      updates, params = tree(0, scale=scale), tree(1)
+      expected = update(updates, tx.init(params), params)
+      with jax.set_mesh(mesh):
+        ours, theirs = placed(updates, mesh), placed(params, mesh)
+        state = tx.init(theirs)
+        new, state = update(ours, state, theirs)
+        _, again = update(ours, state, theirs)
+      for name, x in new.items():
+        assert x.sharding.is_equivalent_to(ours[name].sharding, x.ndim), name
+      assert_same_kind(state, again)
+      assert_close(jax.device_get((new, state)), jax.device_get(expected), rtol=2e-6)
+
+  @every_row
+  @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+  def test_on_a_mesh_without_jit(self, row, kind):
     tx = row.make()
     mesh = mesh_of(kind)
-    updates, params = tree(0, scale=scale), tree(1)
-    expected, expected_state = tx.update(updates, tx.init(params), params)
-    update = jax.jit(tx.update) if compiled else tx.update
+    updates, params = ({"matrix": tree(s)["matrix"]} for s in range(2))
     with jax.set_mesh(mesh):
       ours, theirs = placed(updates, mesh), placed(params, mesh)
-      state = tx.init(theirs)
-      new, state = update(ours, state, theirs)
-      _, again = update(ours, state, theirs)
-    for name, x in new.items():
-      assert x.sharding.is_equivalent_to(ours[name].sharding, x.ndim), name
-    assert_same_kind(state, again)
+      new, _ = tx.update(ours, tx.init(theirs), theirs)
+    assert new["matrix"].sharding.is_equivalent_to(ours["matrix"].sharding, 2)
+    expected = step(row, updates, params)
     assert_close(jax.device_get(new), jax.device_get(expected), rtol=2e-6)
-    assert_close(jax.device_get(state), jax.device_get(expected_state), rtol=2e-6)
 
   @collected_rows
-  @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-  def test_shard_map_reads_the_axes_from_the_types(self, row, scale):
+  def test_shard_map_reads_the_axes_from_the_types(self, row):
     tx = row.make()
-    updates, params = tree(0, scale=scale), tree(1)
-    expected, expected_state = tx.update(updates, tx.init(params), params)
-    state = tx.init(params)
-    replicated = jax.tree.map(lambda _: P(), state)
-    update = jax.shard_map(
-        lambda u, s: tx.update(u, s),
-        mesh=mesh_of(AxisType.Auto),
-        in_specs=(SPECS, replicated),
-        out_specs=(SPECS, replicated),
+    params = tree(1)
+    replicated = jax.tree.map(lambda _: P(), tx.init(params))
+    update = jax.jit(
+        jax.shard_map(
+            lambda u, s: tx.update(u, s),
+            mesh=mesh_of(AxisType.Auto),
+            in_specs=(SPECS, replicated),
+            out_specs=(SPECS, replicated),
+        )
     )
-    new, state = jax.jit(update)(updates, state)
-    assert_close(jax.device_get(new), jax.device_get(expected), rtol=2e-6)
-    assert_close(jax.device_get(state), jax.device_get(expected_state), rtol=2e-6)
+    for scale in (1.0, 1e30, 1e-30):
+      updates = tree(0, scale=scale)
+      expected = jax.jit(tx.update)(updates, tx.init(params))
+      found = update(updates, tx.init(params))
+      assert_close(jax.device_get(found), jax.device_get(expected), rtol=2e-6)
 
   @collected_rows
   def test_shard_map_with_unchecked_types_takes_a_named_axis(self, row):
-    specs = {"matrix": P("x", "y"), "stack": P(None, "x", "y")}
+    specs = {"matrix": P("x", "y"), "kernel": P("x", None, None, "y")}
     updates = {name: tree(0)[name] for name in specs}
     tx = row.make(axis_name=("x", "y"))
     update = jax.shard_map(
@@ -769,7 +798,7 @@ class TestSharding:
         out_specs=specs,
         check_vma=False,
     )
-    expected = step(row.make(), updates, updates)
+    expected = step(row, updates, updates)
     assert_close(
         jax.device_get(jax.jit(update)(updates)), jax.device_get(expected), rtol=2e-6
     )
@@ -784,8 +813,8 @@ class TestSharding:
         in_specs=P("x"),
         out_specs=P("x"),
     )
-    expected = jnp.concatenate([step(row.make(), part, part) for part in
-                                jnp.split(x, 8)])
+    parts = [step(row, part, part) for part in jnp.split(x, 8)]
+    expected = jnp.concatenate(parts)
     assert_close(jax.device_get(jax.jit(update)(x)), jax.device_get(expected))
 
   @collected_rows
@@ -797,7 +826,7 @@ class TestSharding:
         jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), whole)
     )
     new = jax.tree.map(lambda x, y: x.reshape(y.shape), jax.device_get(new), whole)
-    assert_close(new, jax.device_get(step(row.make(), whole, whole)), rtol=2e-6)
+    assert_close(new, jax.device_get(step(row, whole, whole)), rtol=2e-6)
 
   @collected_rows
   def test_a_named_axis_counts_each_device_once(self, row):
@@ -810,6 +839,6 @@ class TestSharding:
         out_specs=P("x"),
     )
     assert_close(
-        jax.device_get(jax.jit(update)(x)), jax.device_get(step(row.make(), x, x)),
+        jax.device_get(jax.jit(update)(x)), jax.device_get(step(row, x, x)),
         rtol=2e-6,
     )
