@@ -1,0 +1,1 @@
+"""Benchmarks of optax_clip: `python -m benchmarks --help`."""

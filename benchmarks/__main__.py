@@ -1,0 +1,122 @@
+"""Runs the benchmarks: `python -m benchmarks --suite overhead --quick`."""
+
+import argparse
+import importlib.util
+import pathlib
+from typing import Any
+
+SUITES = ("overhead", "leaves", "precision", "scale")
+
+
+def arguments() -> argparse.ArgumentParser:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+      prog="python -m benchmarks",
+      description="What clipping costs and how exact it is, next to optax (and"
+      " PyTorch, where installed), in one run.",
+  )
+  parser.add_argument(
+      "--suite",
+      choices=(*SUITES, "all"),
+      default="all",
+      help="which figures to measure (default: all)",
+  )
+  parser.add_argument(
+      "--quick", action="store_true", help="smaller models, fewer repetitions"
+  )
+  parser.add_argument(
+      "--device",
+      choices=("cpu", "gpu", "tpu"),
+      help="the platform to run on (default: the one JAX prefers)",
+  )
+  parser.add_argument("--json", type=pathlib.Path, help="write results here")
+  parser.add_argument(
+      "--png", type=pathlib.Path, help="draw the overhead suite here"
+  )
+  return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+  """Measures, shows and writes; returns the rows."""
+  options = arguments().parse_args(argv)
+  import jax
+
+  if options.device:
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
+  import jax.numpy as jnp
+  from rich.console import Console
+  from rich.progress import Progress
+  from rich.progress import SpinnerColumn
+  from rich.progress import TextColumn
+  from rich.progress import TimeElapsedColumn
+
+  from benchmarks import _report
+  from benchmarks import _timing
+  from benchmarks import leaves
+  from benchmarks import overhead
+  from benchmarks import precision
+  from benchmarks import scale
+
+  on_gpu = jax.default_backend() != "cpu"
+  quick = options.quick
+  suites = SUITES if options.suite == "all" else (options.suite,)
+  console = Console()
+  rows: list[dict[str, Any]] = []
+  with Progress(
+      SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+      console=console, transient=True,
+  ) as progress:
+    task = progress.add_task("bandwidth")
+
+    def note(text: str) -> None:
+      progress.update(task, description=text)
+
+    limits = _timing.bandwidth(2**26 if quick else 2**28, 11)
+    if "overhead" in suites:
+      # 55M parameters in 61 leaves; on accelerators also 1.2 billion.
+      models: list[tuple[int, Any]] = [(328 if quick else 656, jnp.float32)]
+      if on_gpu and not quick:
+        models += [(3072, jnp.float32), (3072, jnp.bfloat16)]
+      for width, dtype in models:
+        one = quick or width > 2000
+        rows += overhead.run(
+            width,
+            15,
+            dtype,
+            repeats=5 if quick else 25,
+            optimizers=("adamw",) if one else ("adamw", "sgd", "lion"),
+            note=note,
+        )
+    if "leaves" in suites:
+      counts = (1, 10, 100) if quick else (1, 10, 100, 300, 1000, 2000)
+      rows += leaves.run(counts, 2_000_000, 5 if quick else 25, note)
+    if "precision" in suites:
+      rows += precision.run(10**6 if quick else 10**9, note)
+    if "scale" in suites:
+      sizes = ((128, 4), (512, 8)) if quick else ((128, 4), (512, 8), (656, 15), (1536, 16))
+      if on_gpu and not quick:
+        sizes += ((3072, 15), (4096, 24))
+      peer = importlib.util.find_spec("torch") is not None
+      types = (jnp.float32, jnp.bfloat16)
+      rows += scale.run(sizes, types, 5 if quick else 25, peer, note)
+  for row in rows:
+    if row["suite"] == "scale":
+      row["norm_over_read"] = row["norm_ms"] / 1e3 / (
+          row["gradient_bytes"] / limits["read_bytes_per_s"]
+      )
+  _report.show(rows, console)
+  about = _timing.environment() | limits
+  console.print("  ".join(f"{k} {v}" for k, v in about.items() if isinstance(v, str)))
+  console.print(
+      f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s,"
+      f" copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+  )
+  if options.json:
+    _report.write(rows, about, options.json)
+  if options.png:
+    _report.chart(rows, options.png, f"{about['device']}, JAX {about['jax']}, {about['date']}")
+  return rows
+
+
+if __name__ == "__main__":
+  main()
