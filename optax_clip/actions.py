@@ -64,7 +64,11 @@ def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
     factor = jnp.where(exceeds, jnp.maximum(bound, least) / value, 1)
     # What `factor` lacks where it was held at `least`.
     held = exceeds & (bound < least)
-    shift = jnp.where(held, limit / jnp.where(held, least, 1) / norm.unit, 1)
+    held_at = jnp.where(held, least * jnp.maximum(norm.unit, 1), 1)
+    # Not limit / least / unit: XLA makes a division by least * unit of it,
+    # which may underflow.
+    shift = jnp.where(norm.unit < 1, bound, limit) / held_at
+    shift = jnp.where(held, shift, 1)
     return Coefficient(factor, shift)
 
   return Action(weigh, _multiply_toward_zero if strict else _multiply)
