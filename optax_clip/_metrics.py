@@ -46,19 +46,23 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     5.0
   """
   state = getattr(opt_state, "opt_state", opt_state)
-  found = jax.tree_util.tree_leaves_with_path(
+  leaves = jax.tree_util.tree_leaves_with_path(
       state, is_leaf=lambda node: isinstance(node, Record)
   )
+  records = [
+      (path[-1].key, node) for path, node in leaves if isinstance(node, Record)
+  ]
+  # A name that a user chose may look like a numbered one.
+  chosen = {name for name, _ in records}
+  used: set[str] = set()
   result: dict[str, Array] = {}
-  seen: dict[str, int] = {}
-  for path, node in found:
-    if not isinstance(node, Record):
-      continue
-    name = path[-1].key
-    number = seen.get(name, 0)
-    seen[name] = number + 1
-    prefix = f"{name}_{number}" if number else name
-    for field, value in node._asdict().items():
+  for name, record in records:
+    prefix, number = name, 0
+    while prefix in used or (number and prefix in chosen):
+      number += 1
+      prefix = f"{name}_{number}"
+    used.add(prefix)
+    for field, value in record._asdict().items():
       result[f"{prefix}/{field}"] = _array(value)
   return result
 
