@@ -19,10 +19,6 @@ Array = jax.Array
 _INF = float("inf")
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
-# A step of AdaGC's warm-up whose global norm is that much larger than the least
-# one is a spike: it would leave all other layers a bound near 0, for good.
-_SPIKE = 2.0**20
-
 
 class WindowMemory(NamedTuple):
   """What `percentile` and `history` remember.
@@ -212,14 +208,16 @@ def zscore(
       limit = mean if mode == "mean" else level
     limit = jnp.minimum(limit * factor, _memory.LARGEST)
 
-    x = jnp.where(spike, limit, n)
     # Plain mean and variance of the first norms, then running ones: Welford's
     # recurrence and that of the paper differ in the weight of the new value, and
     # in whether its deviation is from the mean before it or after.
+    first, restart = _memory.plausible(n, mean, count)
+    x = jnp.where(warm, first, jnp.where(spike, limit, n))
     weight = jnp.where(warm, 1 / (before + 1), 1 - alpha)
+    weight = jnp.where(warm & restart, 1, weight)
     new_mean = mean + weight * (x - mean)
     deviation = jnp.where(
-        warm,
+        warm & ~restart,
         jnp.abs(x - mean) * jnp.sqrt(before / (before + 1)),
         jnp.abs(x - new_mean),
     )
@@ -282,8 +280,9 @@ def adagc(
     limits = jnp.where(warm, share * most, ratio * gamma)
     clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
 
-    spike = total > _SPIKE * calmest
-    after_spikes = calmest > _SPIKE * total
+    # A spike in the warm-up would leave all other entries a bound near 0.
+    spike = total > _memory.LEAP * calmest
+    after_spikes = calmest > _memory.LEAP * total
     least = jnp.where(
         spike,
         gamma,
@@ -312,7 +311,9 @@ def average(decay: Any = 0.999) -> Threshold:
   def rule(
       n: Array, memory: AverageMemory, count: Array
   ) -> tuple[Array, AverageMemory]:
-    mean = memory.mean + _memory.debiasing(beta, count) * (n - memory.mean)
+    x, restart = _memory.plausible(n, memory.mean, count)
+    weight = jnp.where(restart, 1, _memory.debiasing(beta, count))
+    mean = memory.mean + weight * (x - memory.mean)
     known = jnp.where(n > 0, mean, memory.mean)
     unknown = (count == 0) & (n == 0)
     return jnp.where(unknown, _INF, known), AverageMemory(mean)
@@ -351,9 +352,12 @@ def mean_over_rms(
   def rule(
       n: Array, memory: RatioMemory, count: Array
   ) -> tuple[Array, RatioMemory]:
-    first, second = (_memory.debiasing(decay, count) for decay in decays)
-    mean = memory.mean + first * (n - memory.mean)
-    rms = _memory.root_mean(second, memory.rms, n)
+    x, restart = _memory.plausible(n, memory.rms, count)
+    first, second = (
+        jnp.where(restart, 1, _memory.debiasing(decay, count)) for decay in decays
+    )
+    mean = memory.mean + first * (x - memory.mean)
+    rms = _memory.root_mean(second, memory.rms, x)
     known = rms > 0
     limits = jnp.where(known, mean / (jnp.where(known, rms, 1) + eps), 1)
     return limits, RatioMemory(mean, rms)

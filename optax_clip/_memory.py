@@ -16,9 +16,12 @@ owns the rest:
   and is left out too, for that norm alone. The count is therefore a vector: how
   many norms each entry has learnt from, which is what warm-up is counted in.
 * *What a rule sees.* Finite float32 norms; 0 stands for "nothing to learn from",
-  and the limit is then what the memory alone says. Norms of finite gradients
-  reach 3e38, where squares overflow: rules keep roots (a standard deviation, not
-  a variance) and divide before they square.
+  and the limit is then what the memory alone says.
+* *Range.* Norms of finite gradients reach 3e38, where squares overflow: rules
+  keep roots (a standard deviation, not a variance) and divide before they
+  square. An average that has seen 1e30 once is useless for thousands of steps:
+  one that learns norms as they come learns at most a million times itself
+  (`plausible`).
 * *Dtypes.* Memory is float32 whatever the gradients are, as bfloat16 rounds the
   small increments of an average away. Limits come back in the norms' dtype.
 * *Noise.* Norms are right to 1e-6 relative. One that exceeds its limit by less
@@ -43,6 +46,10 @@ Array = jax.Array
 
 # The largest norm that is remembered.
 LARGEST = float(jnp.finfo(jnp.float32).max)
+
+# Averages learn at most so many times themselves. More than any spike that they
+# could still be of use after, and less than what broken steps produce.
+LEAP = 2.0**20
 
 # A norm may exceed its limit by this share of it and still count as equal.
 _NOISE = 2.0**-19
@@ -160,6 +167,17 @@ def number(value: Any) -> Any:
   if isinstance(value, (int, float)):
     return float(value)
   return jnp.asarray(value, jnp.float32)
+
+
+def plausible(n: Array, mean: Array, count: Array) -> tuple[Array, Array]:
+  """What of a norm an average of the norms before it should learn.
+
+  Returns:
+    The norm, or a million times the mean if that is less; and whether it shows
+    that the only norm before it was no norm to learn from: a million times it.
+  """
+  most = jnp.where((count > 0) & (mean > 0), LEAP * mean, LARGEST)
+  return jnp.minimum(n, most), (count == 1) & (mean > LEAP * n)
 
 
 def root_mean(weight: Any, old: Array, new: Array) -> Array:
