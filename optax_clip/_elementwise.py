@@ -10,6 +10,7 @@ import optax
 
 from optax_clip import _groups
 from optax_clip import _memory
+from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip import actions
@@ -130,7 +131,7 @@ def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
       sums = _groups.floating_leaves(accumulator)
 
     def ratio(u: Array, p: Array, v: Array | None, unit: float) -> Array:
-      wide = _norms.accumulator(u.dtype)
+      wide = _moments.accumulator(u.dtype)
       size = jnp.abs(u).astype(wide)
       bound = r * jnp.abs(p).astype(wide) + a
       if v is not None:
@@ -280,7 +281,7 @@ def clip_element_spikes(
 
   def clipped(g: Array, rms: Array, ready: Any) -> tuple[Array, Array, Array]:
     """The clipped element, its size, and its share of the limit before."""
-    size = jnp.abs(g).astype(_norms.accumulator(g.dtype))
+    size = jnp.abs(g).astype(_moments.accumulator(g.dtype))
     limit = root.astype(size.dtype) * rms.astype(size.dtype)
     known = (limit > 0) & ready
     share = jnp.where(known, size, 0) / jnp.where(known, limit, 1)

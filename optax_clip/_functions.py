@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _groups
+from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip import actions
@@ -177,7 +178,7 @@ def unitwise_clip(
         "g_norm, max_norm and grad must have one shape, got"
         f" {jnp.shape(g_norm)}, {jnp.shape(max_norm)} and {grad.shape}."
     )
-  wide = _norms.accumulator(grad.dtype)
+  wide = _moments.accumulator(grad.dtype)
   norm, limit = (jnp.asarray(x, wide) for x in (g_norm, max_norm))
   divisor = jnp.maximum(norm, jnp.asarray(div_eps, wide))
   action = actions.rescale()

@@ -39,7 +39,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from optax_clip import _norms
+from optax_clip import _moments
 from optax_clip._core import Threshold
 
 Array = jax.Array
@@ -123,7 +123,7 @@ def flat(norms: Any) -> Array:
   leaves = jax.tree.leaves(norms)
   if not leaves:
     return jnp.zeros(0, jnp.float32)
-  dtype = _norms.accumulator(*(x.dtype for x in leaves))
+  dtype = _moments.accumulator(*(x.dtype for x in leaves))
   if all(x.ndim == 0 for x in leaves):
     return jnp.stack(lax.optimization_barrier([x.astype(dtype) for x in leaves]))
   return jnp.concatenate([x.ravel().astype(dtype) for x in leaves])

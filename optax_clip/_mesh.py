@@ -78,9 +78,8 @@ def on_one_device(arrays: Sequence[Any]) -> bool:
   return len({d for x in arrays for d in x.devices()}) == 1
 
 
-def copies(x: Any, axis_name: Any) -> int:
-  """How many devices' parts of `x` one collected norm covers."""
-  names = collected_axes(x, axis_name)
+def devices(names: tuple[str, ...]) -> int:
+  """How many devices' parts a collective over these axes covers."""
   return jax.lax.psum(1, names) if names else 1
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip import _groups
+from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip import actions
@@ -126,7 +127,7 @@ def _clipped_sum(leaves: list[Array], limit: Any) -> tuple[list[Array], Array]:
     per_example = jax.tree.map(
         lambda c: c.reshape(c.shape + (1,) * (x.ndim - 1)), coefficient
     )
-    wide = jnp.result_type(_norms.accumulator(x.dtype), x.dtype)
+    wide = jnp.result_type(_moments.accumulator(x.dtype), x.dtype)
     clipped = action.apply(x.astype(wide), per_example, bound)
     return jnp.sum(clipped, axis=0).astype(x.dtype)
 
@@ -139,7 +140,7 @@ def _example_norms(leaves: list[Array]) -> _norms.Norm:
   per_leaf = _norms.leaf_norms(
       leaves, [tuple(range(1, x.ndim)) for x in leaves], 2.0
   )
-  dtype = _norms.accumulator(*(norm.value.dtype for norm in per_leaf))
+  dtype = _moments.accumulator(*(norm.value.dtype for norm in per_leaf))
   value, unit = (
       jnp.stack([x.ravel().astype(dtype) for x in column])
       for column in zip(*per_leaf, strict=True)

@@ -15,6 +15,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip._core import Action
@@ -212,7 +213,7 @@ def rescale_elements() -> Action:
   """
 
   def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
-    wide = _norms.accumulator(leaf.dtype)
+    wide = _moments.accumulator(leaf.dtype)
     large = jnp.abs(leaf).astype(wide) > limit.astype(wide)
     return jnp.where(large, _multiply(leaf, coefficient, limit), leaf)
 
@@ -262,7 +263,7 @@ def _scaled(
         for part in (leaf.real, leaf.imag)
     ]
     return lax.complex(*parts)
-  wide = _norms.accumulator(leaf.dtype)
+  wide = _moments.accumulator(leaf.dtype)
   factor, shift = (x.astype(wide) for x in coefficient)
   product = leaf.astype(wide) * shift * factor
   # Selected, not multiplied by 1: CPUs flush subnormal products to zero.

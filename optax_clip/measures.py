@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from optax_clip import _groups
 from optax_clip import _mesh
+from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip._core import Measure
@@ -34,7 +35,7 @@ def global_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure
 
   def like(params: Any) -> Array:
     leaves = _groups.floating_leaves(params)
-    return jnp.zeros((), _norms.accumulator(*(x.dtype for x in leaves)))
+    return jnp.zeros((), _moments.accumulator(*(x.dtype for x in leaves)))
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
@@ -54,7 +55,7 @@ def layer_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure:
 
   def like(params: Any) -> Any:
     leaves = _groups.floating_leaves(params)
-    dtype = _norms.accumulator(*(x.dtype for x in leaves))
+    dtype = _moments.accumulator(*(x.dtype for x in leaves))
     return jnp.zeros(len(leaves), dtype) if leaves else []
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -73,7 +74,10 @@ def layer_rms(*, axis_name: Any = "auto") -> Measure:
     norms = norm.measure(updates, params, **extra_args)
     leaves = _groups.floating_leaves(updates)
     # Under `shard_map` a leaf is one device's share of the elements.
-    sizes = [max(x.size, 1) * _mesh.copies(x, axis_name) for x in leaves]
+    sizes = [
+        max(x.size, 1) * _mesh.devices(_mesh.collected_axes(x, axis_name))
+        for x in leaves
+    ]
     return [
         n._replace(value=n.value / math.sqrt(size))
         for n, size in zip(norms, sizes, strict=True)
@@ -104,7 +108,7 @@ def group_norm(
   def like(params: Any) -> Array:
     leaves = _groups.floating_leaves(params)
     _groups.label_ids(labels, names, params)  # Errors belong to `init`.
-    dtype = _norms.accumulator(*(x.dtype for x in leaves))
+    dtype = _moments.accumulator(*(x.dtype for x in leaves))
     return jnp.zeros(len(names), dtype)
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -141,7 +145,7 @@ def unit_norm(*, axis: Any = None, ord: float | None = None) -> Measure:
     return [
         jnp.zeros(
             [1 if i in over else n for i, n in enumerate(x.shape)],
-            _norms.accumulator(x.dtype),
+            _moments.accumulator(x.dtype),
         )
         for x, over in zip(leaves, axes(leaves), strict=True)
     ]
