@@ -50,6 +50,18 @@ def same_structure(updates: Any, params: Any) -> None:
         "updates and params must have the same tree structure, got"
         f" {ours} and {theirs}."
     )
+  pairs = zip(
+      jax.tree_util.tree_leaves_with_path(updates),
+      jax.tree.leaves(params),
+      strict=True,
+  )
+  for (path, update), param in pairs:
+    if jnp.shape(update) != jnp.shape(param):
+      raise ValueError(
+          "updates and params must have the same shapes, got"
+          f" {jnp.shape(update)} and {jnp.shape(param)} at"
+          f" updates{jax.tree_util.keystr(path)}."
+      )
 
 
 def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
@@ -68,7 +80,10 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
       raise ValueError(
           f"axis={axis!r} is out of range for a leaf of shape {tuple(shape)}."
       )
-    return tuple(sorted(a % rank for a in axes))
+    distinct = {a % rank for a in axes}
+    if len(distinct) < len(axes):
+      raise ValueError(f"axis={axis!r} names an axis twice.")
+    return tuple(sorted(distinct))
   if sum(n != 1 for n in shape) <= 1:
     return tuple(range(rank))
   if rank <= 3:
