@@ -74,6 +74,50 @@ def run(tx, updates, params=None, state=None):
   return found, state
 
 
+LONGEST = 160
+
+
+@functools.cache
+def _player(name, nonfinite):
+  tx = make(name, nonfinite=nonfinite)
+
+  def play(updates, taken):
+    def body(state, step):
+      u, take = step
+      new, later = tx.update(u, state)
+      return jax.tree.map(lambda a, b: jnp.where(take, a, b), later, state), new
+
+    params = jax.tree.map(lambda x: x[0], updates)
+    return jax.lax.scan(body, tx.init(params), (updates, taken))
+
+  return jax.jit(play)
+
+
+def play(name, *parts, nonfinite="propagate"):
+  """Runs a method over parts of a sequence: (updates, whether they are taken).
+
+  A part that is not taken leaves the state alone. All sequences have one length,
+  so that each method is compiled once for all tests.
+
+  Returns:
+    The updates of all parts, and the last state.
+  """
+  updates = jax.tree.map(lambda *x: np.concatenate(x), *(p for p, _ in parts))
+  taken = np.concatenate(
+      [np.full(len(jax.tree.leaves(p)[0]), take) for p, take in parts]
+  )
+  steps = len(taken)
+  assert steps <= LONGEST
+
+  def padded(x):
+    return np.concatenate([x, np.zeros((LONGEST - steps, *x.shape[1:]), x.dtype)])
+
+  state, found = _player(name, nonfinite)(
+      jax.tree.map(padded, updates), padded(taken)
+  )
+  return jax.tree.map(lambda x: np.asarray(x)[:steps], found), state
+
+
 def memory(state):
   """All a state remembers, without the record: for comparisons bit for bit."""
 
@@ -91,4 +135,5 @@ def assert_same_memory(a, b):
   assert len(a) == len(b)
   for x, y in zip(a, b, strict=True):
     assert x.dtype == y.dtype
-    np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+    assert x.shape == y.shape
+    assert x.tobytes() == y.tobytes()
