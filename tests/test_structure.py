@@ -1,0 +1,221 @@
+"""What clipping costs, read from the compiled program: no timing."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from registry import FIXED
+from registry import names
+
+import optax_clip
+
+WIDTH, LAYERS = 512, 8
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Eight million parameters in 32 leaves."""
+  shapes = {"in": (WIDTH, WIDTH), "out": (WIDTH, WIDTH), "bias": (WIDTH,), "gain": ()}
+  shapes["up"] = (WIDTH, 2 * WIDTH)
+  return [
+      {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+      for _ in range(LAYERS)
+  ]
+
+
+def adamw(*before):
+  return optax.chain(*before, optax.adamw(1e-3))
+
+
+def compiled_step(tx, params):
+  """The compiled optimizer step, with donation as in training."""
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.eval_shape(tx.init, params)
+  return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+def temporary(compiled):
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def size(params):
+  return sum(4 * x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.foreign  # AdamW of optax mixes dtypes.
+class TestMemory:
+  @pytest.mark.parametrize(
+      "keywords", [{}, {"nonfinite": "zero"}, {"strict": True}, {"record": False}]
+  )
+  def test_clipping_makes_no_copy_of_the_updates(self, params, keywords):
+    without = temporary(compiled_step(adamw(), params))
+    clip = optax_clip.clip_by_global_norm(1.0, **keywords)
+    assert temporary(compiled_step(adamw(clip), params)) <= without + 2**20
+
+  @pytest.mark.parametrize("row", FIXED, ids=names(FIXED))
+  def test_no_transformation_makes_a_copy_of_the_updates(self, params, row):
+    without = temporary(compiled_step(adamw(), params))
+    assert temporary(compiled_step(adamw(row.make()), params)) <= without + 2**20
+
+  def test_optax_makes_a_whole_copy(self, params):
+    without = temporary(compiled_step(adamw(), params))
+    clip = optax.clip_by_global_norm(1.0)
+    with_clip = temporary(compiled_step(adamw(clip), params))
+    assert with_clip - without >= 0.9 * size(params)
+
+
+class Computation:
+  """One computation of a compiled program: its lines, by instruction name."""
+
+  def __init__(self, text):
+    self.lines = text.splitlines()[1:]
+
+  def instructions(self, opcode):
+    return [line for line in self.lines if re.search(rf" {opcode}\(", line)]
+
+
+def computations(compiled):
+  """The computations of a compiled program, by name; the entry is "ENTRY"."""
+  text = compiled.as_text()
+  blocks = re.findall(
+      r"^(ENTRY )?%([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, flags=re.M | re.S
+  )
+  return {
+      "ENTRY" if entry else name: Computation("\n" + body)
+      for entry, name, body in blocks
+  }
+
+
+def reductions_by_size(compiled):
+  """Element counts of what is reduced, outside of branches, one for each.
+
+  XLA may reduce in stages; a stage after the first reads a small array.
+  """
+  blocks = computations(compiled)
+  reached, queue = set(), ["ENTRY"]
+  while queue:
+    name = queue.pop()
+    if name in reached or name not in blocks:
+      continue
+    reached.add(name)
+    for line in blocks[name].lines:
+      if " conditional(" in line:
+        continue
+      queue += re.findall(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)", line)
+      for group in re.findall(r"called_computations=\{([^}]*)\}", line):
+        queue += [part.strip().lstrip("%") for part in group.split(",")]
+  sizes = []
+  for name in reached:
+    block = blocks[name]
+    shapes = {}
+    for line in block.lines:
+      if found := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]*)\]", line):
+        dims = [int(d) for d in found[2].split(",") if d]
+        shapes[found[1]] = int(np.prod(dims))
+    for opcode in ("reduce", "reduce-window"):
+      for line in block.instructions(opcode):
+        operand = re.search(rf" {opcode}\((?:\S+ )?%([\w.\-]+)", line)
+        sizes.append(shapes.get(operand[1], 0))
+  return sizes
+
+
+def no_rescue(monkeypatch):
+  """Compiles conditionals as the branch that every ordinary step takes."""
+  cond = jax.lax.cond
+
+  def common(predicate, rescue, keep, *operands):
+    del predicate, rescue
+    return keep(*operands)
+
+  monkeypatch.setattr(jax.lax, "cond", common)
+  return cond
+
+
+def bytes_accessed(compiled):
+  return compiled.cost_analysis()["bytes accessed"]
+
+
+@pytest.mark.foreign
+class TestReads:
+  def test_each_leaf_is_reduced_once_outside_the_rescue_branch(self, params):
+    compiled = compiled_step(adamw(optax_clip.clip_by_global_norm(1.0)), params)
+    large = [n for n in reductions_by_size(compiled) if n >= WIDTH * WIDTH]
+    expected = [x.size for x in jax.tree.leaves(params) if x.size >= WIDTH * WIDTH]
+    assert sorted(large) == sorted(expected)
+
+  def test_the_rescue_branch_is_the_only_conditional(self, params):
+    compiled = compiled_step(adamw(optax_clip.clip_by_global_norm(1.0)), params)
+    blocks = computations(compiled).values()
+    assert sum(len(b.instructions("conditional")) for b in blocks) == 1
+
+  @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_layer_norm"])
+  def test_clipping_touches_one_read_of_the_updates_more(
+      self, params, name, monkeypatch
+  ):
+    # XLA's static count includes both branches of a conditional. The rescue
+    # branch runs only after an over- or underflow: it is left out here, and
+    # nothing else is.
+    no_rescue(monkeypatch)
+    clip = getattr(optax_clip, name)(1.0, nonfinite="zero")
+    without = bytes_accessed(compiled_step(adamw(), params))
+    more = bytes_accessed(compiled_step(adamw(clip), params)) - without
+    jax.clear_caches()
+    assert 0.95 * size(params) <= more <= 1.05 * size(params), more / size(params)
+
+  def test_optax_touches_more(self, params):
+    without = bytes_accessed(compiled_step(adamw(), params))
+    clip = optax.clip_by_global_norm(1.0)
+    more = bytes_accessed(compiled_step(adamw(clip), params)) - without
+    assert more >= 2.5 * size(params)
+
+
+class TestTracing:
+  @pytest.mark.parametrize("row", FIXED, ids=names(FIXED))
+  def test_one_trace_serves_all_steps_and_thresholds(self, row):
+    traces = []
+    params = {"w": jnp.ones((3, 4)), "s": jnp.ones(())}
+
+    @jax.jit
+    def step(params, state, limit):
+      traces.append(1)
+      tx = row.make(limit)
+      updates, state = tx.update(params, state, params)
+      return optax.apply_updates(params, updates), state
+
+    state = row.make(1.0).init(params)
+    for limit in (1.0, 0.5, 2.0, 0.0, 1e9):
+      params, state = step(params, state, np.float32(limit))
+    assert len(traces) == 1
+
+  @pytest.mark.parametrize("row", FIXED, ids=names(FIXED))
+  def test_the_program_grows_linearly_with_the_number_of_leaves(self, row):
+    def equations(count):
+      tx = row.make()
+      leaves = [jax.ShapeDtypeStruct((3,), jnp.float32)] * count
+      state = jax.eval_shape(tx.init, leaves)
+      jaxpr = jax.make_jaxpr(tx.update)(leaves, state, leaves)
+      return count_equations(jaxpr.jaxpr)
+
+    one, two, three = (equations(n) for n in (100, 200, 300))
+    # A jump at a bucket's end aside, equal steps cost equal numbers.
+    assert abs((three - two) - (two - one)) <= 0.05 * (two - one) + 20
+
+
+def count_equations(jaxpr):
+  total = 0
+  for equation in jaxpr.eqns:
+    total += 1
+    for value in jax.tree.leaves(
+        equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    ):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        total += count_equations(inner)
+  return total
