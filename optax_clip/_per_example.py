@@ -127,7 +127,8 @@ def _clipped_sum(leaves: list[Array], limit: Any) -> tuple[list[Array], Array]:
     per_example = jax.tree.map(
         lambda c: c.reshape(c.shape + (1,) * (x.ndim - 1)), coefficient
     )
-    wide = jnp.result_type(_moments.accumulator(x.dtype), x.dtype)
+    # The parts of complex64 are float32 already.
+    wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
     clipped = action.apply(x.astype(wide), per_example, bound)
     return jnp.sum(clipped, axis=0).astype(x.dtype)
 
