@@ -1,0 +1,168 @@
+"""Examples are run: those of every public name, and those of the README."""
+
+import ast
+import doctest
+import inspect
+import pathlib
+import re
+import textwrap
+import types
+
+import jax
+import pytest
+
+import optax_clip
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def public(module, prefix=""):
+  """Every public name of a module that is defined in this package."""
+  found = {}
+  for name in dir(module):
+    value = getattr(module, name)
+    if name.startswith("_") or isinstance(value, types.ModuleType):
+      continue
+    if getattr(value, "__module__", "").startswith("optax_clip"):
+      found[prefix + name] = value
+  return found
+
+
+NAMESPACES = {
+    name: value
+    for name, value in vars(optax_clip).items()
+    if isinstance(value, types.ModuleType) and not name.startswith("_")
+}
+PUBLIC = public(optax_clip)
+# What a namespace defines itself, not what it imports.
+PARTS = {
+    name: value
+    for namespace, module in NAMESPACES.items()
+    for name, value in public(module, f"{namespace}.").items()
+    if value.__module__ == module.__name__
+}
+EVERY = {**PUBLIC, **PARTS}
+FUNCTIONS = {n: f for n, f in PUBLIC.items() if inspect.isfunction(f)}
+CLASSES = {n: c for n, c in EVERY.items() if inspect.isclass(c)}
+
+
+def section(text, title):
+  """The block under `title:` in a docstring without its indent; may be empty."""
+  match = re.search(rf"^{title}:\n((?:(?:[ ].*)?\n)*)", text + "\n", re.MULTILINE)
+  return textwrap.dedent(match[1]).strip() if match else ""
+
+
+def run_examples(name, value):
+  finder = doctest.DocTestFinder(recurse=False)
+  runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+  output = []
+  count = 0
+  for test in finder.find(value, name, globs={}):
+    count += len(test.examples)
+    runner.run(test, out=output.append)
+  assert runner.failures == 0, "".join(output)
+  return count
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+  """Users' JAX promotes implicitly, and so do optax and Flax."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+# --- Docstrings ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_examples_of_public_names(name):
+  run_examples(name, EVERY[name])
+
+
+@pytest.mark.parametrize("name", ["optax_clip", *NAMESPACES])
+def test_modules_are_described(name):
+  module = NAMESPACES.get(name, optax_clip)
+  assert inspect.getdoc(module)
+  run_examples(name, module)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_are_documented(name):
+  text = inspect.getdoc(FUNCTIONS[name])
+  for title in ("Args", "Returns", "Example"):
+    assert section(text, title), f"The docstring of {name} has no {title}: section."
+  assert ">>>" in section(text, "Example")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_examples_show_a_result(name):
+  """An example that prints nothing checks nothing."""
+  examples = doctest.DocTestParser().get_examples(inspect.getdoc(FUNCTIONS[name]))
+  assert any(example.want for example in examples)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_name_has_a_docstring(name):
+  # A NamedTuple without one has that of its fields, "Name(a, b)".
+  text = inspect.getdoc(EVERY[name])
+  assert text
+  assert not text.startswith(f"{name.rsplit('.', 1)[-1]}(")
+
+
+def parameters_of(function):
+  kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  signature = inspect.signature(function)
+  return [n for n, p in signature.parameters.items() if p.kind not in kinds]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_is_described(name):
+  described = section(inspect.getdoc(FUNCTIONS[name]), "Args")
+  for argument in parameters_of(FUNCTIONS[name]):
+    assert re.search(rf"^{argument}:", described, re.MULTILINE), argument
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_argument_is_described_that_does_not_exist(name):
+  described = section(inspect.getdoc(FUNCTIONS[name]), "Args")
+  names = re.findall(r"^(\w+):", described, re.MULTILINE)
+  assert set(names) <= set(parameters_of(FUNCTIONS[name]))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_is_described(name):
+  fields = getattr(CLASSES[name], "_fields", ())
+  described = section(inspect.getdoc(CLASSES[name]), "Attributes")
+  for field in fields:
+    assert re.search(rf"^{field}:", described, re.MULTILINE), field
+
+
+# --- README -------------------------------------------------------------------
+
+FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = FENCED.findall(README.read_text())
+
+
+def test_no_block_of_the_readme_is_overlooked():
+  assert len(BLOCKS) == len(re.findall(r"```\s*(?:python|py)", README.read_text()))
+
+
+def test_readme_runs(monkeypatch, tmp_path):
+  """The python blocks of the README, in order, in one namespace."""
+  if not BLOCKS:
+    pytest.skip("README.md has no python blocks.")
+  monkeypatch.chdir(tmp_path)
+  namespace = {"__name__": "readme"}
+  for number, block in enumerate(BLOCKS):
+    if ">>>" in block:
+      runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+      test = doctest.DocTestParser().get_doctest(
+          block, namespace, f"README block {number}", str(README), 0
+      )
+      output = []
+      runner.run(test, out=output.append, clear_globs=False)
+      namespace.update(test.globs)
+      assert runner.failures == 0, "".join(output)
+      continue
+    code = compile(ast.parse(block), f"README.md, python block {number}", "exec")
+    exec(code, namespace)
