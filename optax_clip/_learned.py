@@ -151,7 +151,7 @@ def zscore(
     skip_update_on_spike: bool = False,
     eps: Any = 1e-6,
 ) -> Threshold:
-  r"""Running mean and variance of clipped norms, and a z-score (ZClip).
+  r"""A z-score by the moments of clipped norms (ZClip); may lock on a rise.
 
   With "adaptive_scaling" and "mean" it does not follow a rise of more than
   `z_threshold` deviations: what it clips to the mean it remembers as the mean.
@@ -367,12 +367,13 @@ def mean_over_rms(
 
 def _inserted(window: Array, n: Array, count: Array) -> Array:
   """The ring with one more norm."""
-  place = jnp.arange(window.shape[1])[None] == (count % window.shape[1])[:, None]
+  size = window.shape[1]
+  place = jnp.arange(size, dtype=count.dtype)[None] == (count % size)[:, None]
   return jnp.where(place, n[:, None], window)
 
 
 def _filled(window: Array, count: Array) -> Array:
-  return jnp.arange(window.shape[1])[None] < count[:, None]
+  return jnp.arange(window.shape[1], dtype=count.dtype)[None] < count[:, None]
 
 
 def _percentile(values: Array, total: Array, q: Any) -> Array:

@@ -1,12 +1,15 @@
 """What the tests of learned thresholds share: drivers, traces, and the methods."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import optax_clip
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 # Every transformation with a memory of norms: name, factory, keyword arguments
 # that make its warm-up short, and the steps after which it limits.
