@@ -184,7 +184,9 @@ def of(limit: Any) -> Threshold:
 
 
 def _stacked(limits: Sequence[Any]) -> Any:
-  return jnp.stack([jnp.asarray(limit) for limit in limits])
+  # The default float: limits of several dtypes have no common one in strict mode.
+  dtype = jnp.result_type(float)
+  return jnp.stack([jnp.asarray(limit).astype(dtype) for limit in limits])
 
 
 def _filled(norms: Any, limit: Any) -> Any:
