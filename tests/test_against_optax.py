@@ -252,13 +252,10 @@ ULPS = 4
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1.0, 100.0, float("inf")])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_transformations_agree(name, limit, seed):
+def test_transformations_agree(name, limit):
   # Of rank 5 and more, optax 0.2.6 wants to be told the axes.
   shapes = SHAPES[:-1]
-  g, params = random_tree(seed, 3.0, shapes), random_tree(seed + 10, 1.0, shapes)
-  if limit == 0 and name == "clip_by_block_rms":
-    return  # optax divides by the limit.
+  g, params = random_tree(0, 3.0, shapes), random_tree(10, 1.0, shapes)
   ours, theirs = (
       clipped(library, name, g, limit, params=params)
       for library in (optax_clip, optax)

@@ -94,6 +94,12 @@ def test_global_norm_of_complex():
   np.testing.assert_allclose(optax_clip.global_norm(z, ord=1), 18, rtol=1e-6)
 
 
+def test_global_norm_of_several_complex_leaves():
+  with jax.numpy_dtype_promotion("strict"):
+    tree = [jnp.array([3 + 4j], jnp.complex64), jnp.array([12j], jnp.complex64)]
+    np.testing.assert_allclose(optax_clip.global_norm(tree), 13, rtol=1e-6)
+
+
 def test_global_norm_keeps_float64():
   with jax.enable_x64(True):
     x = jnp.asarray(np.random.default_rng(0).normal(size=1000))
