@@ -86,8 +86,8 @@ def zclip(
   all zero                 unchanged, not remembered
   a NaN or inf element     as `nonfinite` says, not remembered
   equal norms, sigma = 0   unchanged, bit for bit
-  one norm of 1e30         clipped; in warm-up it is in the mean, which takes
-                           2300 steps to forget it
+  one norm of 1e30         clipped; in warm-up learnt as a million times the
+                           mean, which takes 1000 steps to forget
   =======================  ================================================
 
   Example:
@@ -102,7 +102,8 @@ def zclip(
 
   Differences: one NaN makes the official mean NaN, and nothing is clipped ever
   after; zeros are remembered there. The official `clip_factor` acts in
-  "adaptive_scaling" only. The recorded limit of a step without a spike is the
+  "adaptive_scaling" only. Norms of the warm-up beyond a million times the mean are
+  learnt as that. The recorded limit of a step without a spike is the
   norm from which it would have been one.
 
   References:

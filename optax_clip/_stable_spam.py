@@ -63,7 +63,8 @@ def adaclip(
     >>> print(updates["w"])
     [ 2. -1.]
 
-  Differences: the maxima of leaves of zeros are left out of T.
+  Differences: the maxima of leaves of zeros are left out of T, and one beyond a
+  million times the average is learnt as that.
 
   References:
     Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
@@ -136,8 +137,9 @@ def adagn(
     >>> print(updates["w"])
     [ 0.6 -0.8]
 
-  Differences: the norms of leaves of zeros are left out of a and b. The official
-  schedule of gamma_1 is that of `optax.inject_hyperparams`.
+  Differences: the norms of leaves of zeros are left out of a and b, and one beyond
+  a million times the average is learnt as that. For the official schedule of
+  gamma_1, use `optax.inject_hyperparams`.
 
   References:
     Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,

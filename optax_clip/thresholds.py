@@ -20,10 +20,10 @@ from optax_clip import _validate
 from optax_clip._core import Threshold
 from optax_clip._learned import adagc as adagc
 from optax_clip._learned import average as average
-from optax_clip._learned import history as history
 from optax_clip._learned import mean_over_rms as mean_over_rms
-from optax_clip._learned import percentile as percentile
 from optax_clip._learned import zscore as zscore
+from optax_clip._learned_windows import history as history
+from optax_clip._learned_windows import percentile as percentile
 
 Array = jax.Array
 
