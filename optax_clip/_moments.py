@@ -58,7 +58,7 @@ def parts(
     small = buckets.pop(key)
     if concatenate and len(small) > 1:
       # Complex arrays stay complex: |z|^ord is not a sum over re and im.
-      wide = jnp.result_type(dtype, jnp.complex64) if is_complex else dtype
+      wide = _complex(dtype) if is_complex else dtype
       small = [jnp.concatenate([x.ravel().astype(wide) for x in small])]
     result.append(Part(small, group, names))
 
@@ -73,6 +73,10 @@ def parts(
   for key in list(buckets):
     close(key)
   return result
+
+
+def _complex(dtype: Any) -> Any:
+  return jnp.complex128 if dtype == jnp.float64 else jnp.complex64
 
 
 def moment(

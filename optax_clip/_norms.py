@@ -76,15 +76,17 @@ def plain(value: Array) -> Norm:
 
 def merged(norms: Norm) -> Norm:
   """The 2-norm over axis 0 of norms that are themselves 2-norms of parts."""
-  unit = jnp.max(jnp.where(norms.value > 0, norms.unit, 0), axis=0)
+  unit = jnp.max(
+      jnp.where(norms.value > 0, norms.unit, 0), axis=0, keepdims=True
+  )
   unit = jnp.where(unit > 0, unit, 1)
   scaled = norms.value * (norms.unit / unit)
-  peak = jax.lax.stop_gradient(jnp.max(scaled, axis=0))
+  peak = jax.lax.stop_gradient(jnp.max(scaled, axis=0, keepdims=True))
   # The values of plain norms go up to 1e19 and down to 1e-19: squares may not
   # be floats, so they are taken in units of their largest.
   peak = jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 1)
   moment = jnp.sum(jnp.square(scaled / peak), axis=0)
-  return Norm(_moments.root(moment, 2) * peak, unit)
+  return Norm(_moments.root(moment, 2) * peak[0], unit[0])
 
 
 def joined(norms: Any) -> Any:

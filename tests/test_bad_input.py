@@ -96,9 +96,7 @@ GOOD = [0, 0.0, 1, float("inf"), np.float16(2), jnp.array(1)]
 @pytest.mark.parametrize("limit", GOOD, ids=repr)
 @pytest.mark.parametrize("name", LIMITS)
 def test_good_limits_pass(name, limit):
-  # That nothing promotes a rank implicitly is tested elsewhere.
-  with jax.numpy_rank_promotion("allow"):
-    LIMITS[name][1](limit)
+  LIMITS[name][1](limit)
 
 
 def test_traced_negative_limit_counts_as_zero():

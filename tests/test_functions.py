@@ -308,12 +308,6 @@ def assert_sums(got, expected, terms, dtype):
     assert (error <= bound).all(), (error, bound)
 
 
-@pytest.fixture
-def implicit_ranks():
-  with jax.numpy_rank_promotion("allow"):
-    yield
-
-
 def test_per_example_functions_promote_nothing_implicitly():
   with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
     for dtype in DTYPES:
@@ -321,7 +315,6 @@ def test_per_example_functions_promote_nothing_implicitly():
       optax_clip.per_example_layer_norm_clip(batch(dtype), 1.0)
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 @pytest.mark.parametrize("limit", [0.0, 0.5, 3.0, 1e3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_per_example_global(dtype, limit):
@@ -333,7 +326,6 @@ def test_per_example_global(dtype, limit):
   assert count.dtype == jnp.int32
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_per_example_layer(dtype, uniform):
@@ -347,7 +339,6 @@ def test_per_example_layer(dtype, uniform):
     assert count == clipped
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_global_of_trees():
   grads = {"a": normal(0, (4, 3)), "b": {"c": normal(1, (4, 2))}}
   got, _ = optax_clip.per_example_global_norm_clip(grads, 1.0)
@@ -355,7 +346,6 @@ def test_per_example_global_of_trees():
   assert got["a"].shape == (3,)
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 @pytest.mark.parametrize("scale", [1e20, 1e36, 1e-22, 1e-30])
 def test_per_example_of_any_magnitude(scale):
   """Squares are no floats; sums are."""
@@ -367,7 +357,6 @@ def test_per_example_of_any_magnitude(scale):
   assert count == clipped == BATCH
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_of_both_ends_of_the_range():
   """An example of 3e38 beside one of 1e-30, and one of zeros."""
   grads = [jnp.array([[3e38, 3e38], [1e-30, 0.0], [0.0, 0.0]])]
@@ -376,7 +365,6 @@ def test_per_example_of_both_ends_of_the_range():
   assert count == 1
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_of_float16_whose_square_overflows():
   grads = [jnp.array([[300.0, 400.0], [0.3, 0.4]], jnp.float16)]
   (got,), count = optax_clip.per_example_global_norm_clip(grads, 1.0)
@@ -384,7 +372,6 @@ def test_per_example_of_float16_whose_square_overflows():
   assert count == 1
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_sum_is_accumulated_in_float32():
   """In bfloat16, 256 + 1 is 256."""
   grads = [jnp.ones((1000, 1), jnp.bfloat16)]
@@ -392,7 +379,6 @@ def test_per_example_sum_is_accumulated_in_float32():
   assert got == 1000
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_of_zeros():
   grads = [jnp.zeros((3, 2)), jnp.zeros((3,))]
   for limit in (0.0, 1.0):
@@ -404,14 +390,12 @@ def test_per_example_of_zeros():
     assert all(count == 0 for count in counts)
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_of_an_empty_batch():
   got, count = optax_clip.per_example_global_norm_clip([jnp.zeros((0, 2))], 1.0)
   np.testing.assert_array_equal(got[0], [0, 0])
   assert count == 0
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_with_a_nan_example():
   """It is seen, not hidden, and only in the leaves that share its norm."""
   grads = [jnp.array([[np.nan, 1.0], [3.0, 4.0]]), jnp.ones((2, 1))]
@@ -424,7 +408,6 @@ def test_per_example_with_a_nan_example():
   assert counts[0] == 1
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_under_jit_and_with_a_traced_limit():
   grads = batch("float32")
   function = optax_clip.per_example_global_norm_clip
@@ -435,7 +418,6 @@ def test_per_example_under_jit_and_with_a_traced_limit():
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_of_complex():
   grads = [jnp.array([[3 + 4j, 0], [0.3j, 0.4]], jnp.complex64)]
   (got,), count = optax_clip.per_example_global_norm_clip(grads, 1.0)
@@ -443,7 +425,6 @@ def test_per_example_of_complex():
   assert count == 1
 
 
-@pytest.mark.usefixtures("implicit_ranks")
 def test_per_example_keeps_float64():
   with jax.enable_x64(True):
     grads = [jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))]
