@@ -1,0 +1,68 @@
+"""Real text that every machine has: the source of Python's standard library."""
+
+from collections.abc import Iterator
+from pathlib import Path
+import sysconfig
+from typing import NamedTuple
+
+import numpy as np
+
+# Installed packages are not part of the library; its tests are, but they are
+# two thirds of it and much of them are tables.
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+
+# The last part of each file, 1 byte in so many, is held out. (Whole files would
+# make the two parts of different kinds: some files are one large table.)
+_HELD_OUT = 10
+
+
+class Text(NamedTuple):
+  """Bytes to train on, and other bytes of the same files to test on.
+
+  Attributes:
+    train: u8[n].
+    held_out: u8[m].
+  """
+
+  train: np.ndarray
+  held_out: np.ndarray
+
+
+def load(root: Path | None = None) -> Text:
+  """Reads the sources of the running Python's standard library.
+
+  Args:
+    root: where to look instead.
+
+  Raises:
+    FileNotFoundError: if there is too little of it, as in Pythons that ship
+      only compiled files.
+  """
+  root = root or Path(sysconfig.get_paths()["stdlib"])
+  files = [
+      path
+      for path in sorted(root.rglob("*.py"))
+      if not _LEFT_OUT & set(path.relative_to(root).parts)
+  ]
+  train, held_out = bytearray(), bytearray()
+  for path in files:
+    source = path.read_bytes()
+    cut = len(source) - len(source) // _HELD_OUT
+    train += source[:cut]
+    held_out += source[cut:]
+  if min(len(train), len(held_out)) < 100_000:
+    raise FileNotFoundError(
+        f"{root} holds less than 200 kB of Python sources to train on"
+    )
+  return Text(np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8))
+
+
+def windows(
+    text: np.ndarray, count: int, batch: int, length: int, seed: int
+) -> Iterator[np.ndarray]:
+  """Yields `count` batches, u8[batch, length], of random places of the text."""
+  generator = np.random.default_rng(seed)
+  offsets = np.arange(length)
+  for _ in range(count):
+    starts = generator.integers(len(text) - length, size=(batch, 1))
+    yield text[starts + offsets]

@@ -1,0 +1,175 @@
+"""The training script as its user meets it: flags, files, table, errors."""
+
+import csv
+import math
+from pathlib import Path
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import _report
+import _text
+import train_lm
+
+# Flax promotes ranks implicitly.
+pytestmark = pytest.mark.foreign
+
+TINY = ("--steps", "3", "--width", "16", "--layers", "1")
+
+
+load_text = _text.load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+  """Compiles fast, not well; reads the text once."""
+  text = load_text()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_text, "load", lambda: text)
+    patch.setattr(train_lm, "HELD_OUT_BATCHES", 1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(out, *flags):
+  """Runs the script; returns the rows of its CSV."""
+  train_lm.main([*TINY, "--out", str(out), *flags])
+  assert (out / "steps.png").read_bytes().startswith(b"\x89PNG")
+  with (out / "steps.csv").open() as file:
+    return list(csv.DictReader(file))
+
+
+def test_every_method_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
+  rows = run(tmp_path, "--clip", ",".join(train_lm.METHODS))
+  assert [row["run"] for row in rows] == [
+      name for name in train_lm.METHODS for _ in range(3)
+  ]
+  assert list(rows[0]) == ["run", "step", *_report.FIELDS]
+  for number, row in enumerate(rows):
+    assert row["step"] == str(number % 3 + 1)
+    assert all(math.isfinite(float(row[f])) for f in _report.FIELDS if f != "limit")
+    assert math.isinf(float(row["limit"])) == (row["run"] == "none")
+  # The same weights, the same first batch.
+  assert len({row["loss"] for row in rows if row["step"] == "1"}) == 1
+
+  printed = capsys.readouterr().out
+  table = printed[printed.index("method"):].partition("Wrote")[0]
+  for name in train_lm.METHODS:
+    assert f"\n  {name} " in table
+  assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
+
+
+def test_thresholds_reach_their_methods(tmp_path):
+  rows = run(
+      tmp_path,
+      *("--clip", "none,layer,global"),
+      *("--max-layer-norm", "inf", "--max-norm", "0.001"),
+  )
+  none, layer, clipped = rows[:3], rows[3:6], rows[6:]
+  for row, same in zip(none, layer, strict=True):  # Nothing exceeds inf.
+    assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=1e-5)
+  for row in clipped:
+    assert float(row["clipped_fraction"]) == 1
+    expected = 0.001 / float(row["norm"])
+    assert float(row["coefficient"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def full_precision(tmp_path_factory):
+  return run(tmp_path_factory.mktemp("full"), "--clip", "global", "--lr", "1e-3")
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("--bf16", "adamw"), ("--fp16", "lion")]
+)
+def test_low_precision_gradients_train_float32_weights(
+    tmp_path, full_precision, precision, optimizer
+):
+  rows = run(
+      tmp_path, precision, "--optimizer", optimizer, "--clip", "global",
+      *("--lr", "1e-3"),
+  )
+  # The first norm is of the same weights; bfloat16 has 8 bits.
+  low, exact = (float(run[0]["norm"]) for run in (rows, full_precision))
+  assert low != exact
+  assert low == pytest.approx(exact, rel=0.02)
+  assert all(math.isfinite(float(row["norm"])) for row in rows)
+  assert float(rows[2]["loss"]) < float(rows[0]["loss"])
+
+
+def test_a_run_that_diverges_is_reported(tmp_path, capsys):
+  rows = run(tmp_path, "--clip", "none", "--lr", "1e30")
+  assert not math.isfinite(float(rows[2]["loss"]))
+  assert "diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "part"),
+    [
+        ("--clip", "none,globl", "unknown method 'globl'"),
+        ("--clip", "", "unknown method ''"),
+        ("--clip", "global,global", "'global' is named twice"),
+        ("--max-norm", "-1", "'-1' is not a number of at least 0"),
+        ("--max-norm", "nan", "'nan' is not a number of at least 0"),
+        ("--max-norm", "one", "'one' is not a number of at least 0"),
+        ("--max-layer-norm", "-0.5", "'-0.5' is not a number"),
+        ("--max-rms", "x", "'x' is not a number"),
+        ("--max-ratio", "-2", "'-2' is not a number"),
+        ("--max-value", "", "'' is not a number"),
+        ("--lr", "0", "'0' is not a positive number"),
+        ("--lr", "inf", "'inf' is not a positive number"),
+        ("--steps", "0", "'0' is not a whole number of at least 1"),
+        ("--steps", "2.5", "'2.5' is not a whole number"),
+        ("--width", "50", "'50' is not a positive multiple of 16"),
+        ("--layers", "0", "'0' is not a whole number"),
+        ("--seed", "-1", "'-1' is not a whole number of at least 0"),
+        ("--optimizer", "adam", "'adam'"),
+    ],
+)
+def test_a_bad_flag_is_one_line(capsys, flag, value, part):
+  with pytest.raises(SystemExit) as caught:
+    train_lm.main([f"{flag}={value}"])
+  assert caught.value.code == 2
+  out, err = capsys.readouterr()
+  assert not out
+  assert err.count("\n") == 1
+  assert f"argument {flag}: " in err
+  assert part in err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit) as caught:
+    train_lm.main(["--out", str(tmp_path / "file")])
+  err = capsys.readouterr().err
+  assert caught.value.code == 2
+  assert err.count("\n") == 1
+  assert "--out" in err
+  assert str(tmp_path / "file") in err
+
+
+def test_the_two_precisions_exclude_each_other(capsys):
+  with pytest.raises(SystemExit):
+    train_lm.main(["--bf16", "--fp16"])
+  assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_is_split_within_each_file(tmp_path):
+  for name in "ab":
+    (tmp_path / f"{name}.py").write_text(name * 1_000_000)
+  text = load_text(tmp_path)
+  assert (np.bincount(text.train)[[97, 98]] == 900_000).all()
+  assert (np.bincount(text.held_out)[[97, 98]] == 100_000).all()
+
+
+def test_no_text_is_an_error_that_names_the_place(tmp_path):
+  with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+    load_text(tmp_path)
