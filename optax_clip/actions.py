@@ -214,7 +214,14 @@ def rescale_elements() -> Action:
 
   def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
     wide = _moments.accumulator(leaf.dtype)
-    large = jnp.abs(leaf).astype(wide) > limit.astype(wide)
+    bound = limit.astype(wide)
+    if jnp.iscomplexobj(leaf):
+      large = jnp.abs(leaf).astype(wide) > bound
+    else:
+      # Not by the modulus, which the measure takes as well: XLA would write the
+      # moduli of all updates down for the two.
+      x = leaf.astype(wide)
+      large = (x > bound) | (x < -bound)
     return jnp.where(large, _multiply(leaf, coefficient, limit), leaf)
 
   return Action(rescale().weigh, apply)
