@@ -90,6 +90,24 @@ METHODS = {
         "max-value",
         0.01,
     ),
+    # These learn their limits.
+    "autoclip": Method(optax_clip.autoclip, "global norm", "percentile", 10.0),
+    "layer-percentile": Method(
+        optax_clip.clip_by_layer_percentile,
+        "largest layer norm",
+        "layer-percentile",
+        5.0,
+    ),
+    "history": Method(optax_clip.clip_by_history, "global norm", "sigmas", 3.0),
+    "zclip": Method(
+        lambda z: optax_clip.zclip(z, max_norm=None), "global norm", "z-threshold", 2.5
+    ),
+    "adagc": Method(optax_clip.adagc, "largest layer norm", "ratio", 1.05),
+    "adaclip": Method(optax_clip.adaclip, "largest |g|", "max-decay", 0.999),
+    "adagn": Method(optax_clip.adagn, "largest layer norm", "mean-decay", 0.7),
+    "spikes": Method(
+        optax_clip.clip_element_spikes, "largest |g|/limit", "theta", 5000.0
+    ),
 }
 
 OPTIMIZERS = {
@@ -344,4 +362,7 @@ width = _checked(
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None
