@@ -63,7 +63,7 @@ class Row(NamedTuple):
         continue
       exceeds = norm > limit
       # In this order no quotient or product underflows before the result does.
-      scaled = leaf / np.where(exceeds, norm, 1) * limit
+      scaled = np.where(exceeds, leaf, 0) / np.where(exceeds, norm, 1) * limit
       results.append(np.where(exceeds, scaled, leaf))
     return results
 

@@ -548,8 +548,10 @@ class TestWrappers:
     flipped = jax.tree.map(jnp.negative, new)
     once = step(row, updates, params)
     for a, b in zip(jax.tree.leaves(flipped), jax.tree.leaves(once), strict=True):
-      gap = np.abs(oracles.wide(a) - oracles.wide(b))
-      assert np.all(gap <= oracles.ulps(np.asarray(b)))
+      # Rounding may have left the norm a little above the limit.
+      moved = np.abs(oracles.wide(a) - oracles.wide(b))
+      slack = np.maximum(1e-6 * np.abs(oracles.wide(b)), oracles.ulps(np.asarray(b)))
+      assert np.all(moved <= slack)
     keys = {key.split("/")[0] for key in optax_clip.metrics(state)}
     assert keys == {row.name, f"{row.name}_1"}
 
@@ -595,10 +597,9 @@ class TestWrappers:
     new, state = jax.jit(tx.update)(updates, state, params)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(new), strict=True):
       assert a.dtype == b.dtype
-    # optax rounds hyperparameters to the dtype of the first leaf.
-    limit = float(jnp.asarray(row.threshold, jnp.bfloat16))
-    if isinstance(arguments.get("max_norms"), dict):
-      limit = row.threshold
+    # As optax rounded it; limits in a dict are not hyperparameters to it.
+    injected = [k for k, v in arguments.items() if isinstance(v, float)]
+    limit = float(state.hyperparams[injected[0]]) if injected else row.threshold
     assert_expected(row, new, updates, params, threshold=limit)
 
   @fixed_rows
