@@ -205,7 +205,7 @@ def clip_with(
 
     leaves, treedef = jax.tree.flatten(updates)
     clipped = [
-        _keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
+        keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
         for leaf, coefficient, limit in zip(
             map(jnp.asarray, leaves),
             measure.spread(weigh(norms, each_limit), updates),
@@ -215,7 +215,7 @@ def clip_with(
     ]
     if nonfinite == "zero":
       clipped = [
-          _keep_weak_type(new, jnp.where(finite, new, 0)) for new in clipped
+          keep_weak_type(new, jnp.where(finite, new, 0)) for new in clipped
       ]
     if stateful:
       entries = {
@@ -279,7 +279,8 @@ def _fold(reduce: Callable[[Array], Array], tree: Any) -> Array:
   return reduce(jnp.stack([reduce(x) for x in jax.tree.leaves(tree) if x.size]))
 
 
-def _keep_weak_type(old: Array, new: Array) -> Array:
+def keep_weak_type(old: Array, new: Array) -> Array:
+  """The new array, weakly typed if the old one is."""
   # A strongly typed scalar where a weakly typed one was would make `jit`
   # compile the training step twice.
   return old.at[...].set(new) if jax.typeof(old).weak_type else new

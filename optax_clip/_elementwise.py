@@ -19,6 +19,7 @@ from optax_clip import thresholds
 from optax_clip._core import Action
 from optax_clip._core import Measure
 from optax_clip._core import clip_with
+from optax_clip._core import keep_weak_type
 
 Array = jax.Array
 
@@ -343,8 +344,9 @@ def clip_element_spikes(
           for r, size in zip(old, sizes, strict=True)
       ])
     seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
+    kept = [keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
     result, clip = recorded(norms).update(
-        jax.tree.unflatten(treedef, new), state.clip, params
+        jax.tree.unflatten(treedef, kept), state.clip, params
     )
     return result, ElementSpikesState(seen, rms, clip)
 

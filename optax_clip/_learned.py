@@ -201,7 +201,10 @@ def adagc(
     warm = count.astype(jnp.float32) < jnp.maximum(warmup, 1)
     total = jnp.minimum(_total(n, p), _memory.LARGEST)
     # n first: most / total may be too small for a float.
-    share = jnp.where(n > 0, n / jnp.where(total > 0, total, 1), 1)
+    total = jnp.where(total > 0, total, 1)
+    # In a unit that cancels: the derivative of n / total may not be a float.
+    unit = jax.lax.stop_gradient(total)
+    share = jnp.where(n > 0, (n / unit) / (total / unit), 1)
     limits = jnp.where(warm, share * most, ratio * gamma)
     clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
 
@@ -294,9 +297,10 @@ def _total(norms: Array, ord: float) -> Array:
   """The norm of all entries together, from their norms."""
   if not norms.size:
     return jnp.zeros((), norms.dtype)
-  largest = jnp.max(norms)
   if ord == _INF:
-    return largest
+    return jnp.max(norms)
+  # The unit cancels, and its derivative is left out.
+  largest = jax.lax.stop_gradient(jnp.max(norms))
   unit = jnp.where(largest > 0, largest, 1)
   share = norms / unit
   # The largest share is 1, which keeps the root's derivative finite.

@@ -140,7 +140,7 @@ def _window_moments(window: Array, count: Array) -> tuple[Array, Array]:
   """The mean and the population standard deviation of each row."""
   filled = _filled(window, count)
   total = jnp.maximum(jnp.sum(filled, axis=1), 1).astype(jnp.float32)
-  largest = jnp.max(window, axis=1)
+  largest = jax.lax.stop_gradient(jnp.max(window, axis=1))
   unit = jnp.where(largest > 0, largest, 1)[:, None]
 
   def mean(values: Array) -> Array:

@@ -164,6 +164,12 @@ def debiasing(decay: float | Array, count: Array) -> Array:
 
 def number(value: Any) -> Any:
   """A hyperparameter: a Python float where it is known, else f32[]."""
+  if callable(value):
+    raise TypeError(
+        f"Expected a number, got {value!r}: this hyperparameter takes no schedule."
+        " optax.inject_hyperparams evaluates schedules for transformations whose"
+        " arguments are numbers."
+    )
   if isinstance(value, (int, float)):
     return float(value)
   return jnp.asarray(value, jnp.float32)
@@ -185,7 +191,8 @@ def root_mean(weight: Any, old: Array, new: Array) -> Array:
 
   Squares of neither need be floats.
   """
-  largest = jnp.maximum(old, new)
+  # The unit cancels: its derivative, a quotient by a square, is left out.
+  largest = lax.stop_gradient(jnp.maximum(old, new))
   unit = jnp.where(largest > 0, largest, 1)
   mean = (1 - weight) * (old / unit) ** 2 + weight * (new / unit) ** 2
   # A square root with a finite derivative at 0.

@@ -28,9 +28,6 @@ Array = jax.Array
 # the limit, the coefficient and two products.
 _STRICT_EPSILONS = 16
 
-# Coefficients above this are applied as two multiplications.
-_MOST = 2.0**100
-
 
 def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
   r"""Scales to the limit what exceeds it; all else passes bit for bit.
@@ -186,17 +183,15 @@ def normalize() -> Action:
 
   def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
     down = hard.weigh(norm, limit)
-    value, bound = norm.value, limit / norm.unit
-    up = (value < bound) & (value > 0) & (limit < jnp.inf)
-    value = jnp.where(up, value, 1)
-    # Factors beyond 2^100 are applied as two multiplications, too.
-    most = value * _MOST
-    far = up & (bound > most)
-    factor = jnp.where(far, _MOST, jnp.where(far, 1, bound) / value)
-    shift = jnp.where(far, limit / most / norm.unit, 1)
-    shift = jnp.minimum(shift, jnp.finfo(shift.dtype).max)
+    up = (norm.value < limit / norm.unit) & (norm.value > 0) & (limit < jnp.inf)
+    value = jnp.where(up, norm.value, 1)
+    # By the norm first, then to the limit: the quotient of the two need not be a
+    # float, and the derivative of a quotient divides by a square.
+    size = lax.stop_gradient(value)
+    factor = jnp.where(up, limit, 1) / (value / size)
     return Coefficient(
-        jnp.where(up, factor, down.factor), jnp.where(up, shift, down.shift)
+        jnp.where(up, factor, down.factor),
+        jnp.where(up, 1 / size / norm.unit, down.shift),
     )
 
   return Action(weigh, _multiply)

@@ -6,6 +6,7 @@ what it allows, in float64 NumPy, independent of the package's code.
 
 from collections.abc import Callable
 import inspect
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ class Row(NamedTuple):
       for a threshold that learns.
     needs_params: whether `update` must be given parameters.
     stateful: whether a step depends on the steps before it.
+    extremes: thresholds at the ends of what is allowed.
+    scheduled: whether the threshold may be a schedule.
   """
 
   name: str
@@ -40,6 +43,8 @@ class Row(NamedTuple):
   bounds: Callable[..., list[tuple[Any, Any]]] | None = None
   needs_params: bool = False
   stateful: bool = False
+  extremes: tuple[float, ...] = (0.0, 1.0, math.inf)
+  scheduled: bool = True
 
   def make(self, threshold=None, **keywords):
     """The transformation with its typical threshold, or another one."""
@@ -132,6 +137,30 @@ ROWS = (
         lambda c: {"threshold": c}, 0.4, "rescaling", _rms),
     Row("adaptive_grad_clip", optax_clip.adaptive_grad_clip,
         lambda c: {"clipping": c}, 0.05, "rescaling", _units, needs_params=True),
+    # Thresholds that learn: `threshold` is what each has instead of one.
+    Row("autoclip", optax_clip.autoclip, lambda c: {"percentile": c}, 10.0,
+        "rescaling", stateful=True,
+        extremes=(0.0, 100.0), scheduled=False),
+    Row("clip_by_layer_percentile", optax_clip.clip_by_layer_percentile,
+        lambda c: {"percentile": c}, 5.0, "rescaling", stateful=True,
+        extremes=(0.0, 100.0), scheduled=False),
+    Row("clip_by_history", optax_clip.clip_by_history, lambda c: {"sigmas": c}, 3.0,
+        "rescaling", stateful=True, extremes=(0.0, 3.0),
+        scheduled=False),
+    Row("zclip", optax_clip.zclip, lambda c: {"max_norm": c}, 1.0,
+        "rescaling", stateful=True),
+    Row("adagc", optax_clip.adagc, lambda c: {"warmup_norm": c}, 1.0,
+        "rescaling", stateful=True, extremes=(1e-30, 1.0, 1e30),
+        scheduled=False),
+    Row("adaclip", optax_clip.adaclip, lambda c: {"decay": c}, 0.999,
+        "elementwise", stateful=True, extremes=(0.0, 0.999),
+        scheduled=False),
+    Row("adagn", optax_clip.adagn, lambda c: {"decay_mean": c}, 0.7,
+        "rescaling", stateful=True, extremes=(0.0, 0.999),
+        scheduled=False),
+    Row("clip_element_spikes", optax_clip.clip_element_spikes,
+        lambda c: {"theta": c}, 5000.0, "elementwise", stateful=True,
+        extremes=(1e-30, 1e30), scheduled=False),
 )
 
 # Rows whose limits are known without their history.

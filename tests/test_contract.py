@@ -167,8 +167,9 @@ class TestStructure:
     tx = row.make()
     new, state = tx.update(empty, tx.init(empty), empty)
     assert new == empty
-    for value in optax_clip.metrics(state).values():
-      assert np.isfinite(value)
+    for key, value in optax_clip.metrics(state).items():
+      # Without a norm to learn from there is no limit.
+      assert np.isfinite(value) or (row.stateful and key.endswith("/limit"))
 
   @every_row
   @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -179,7 +180,8 @@ class TestStructure:
     alone = step(row, full, full)
     both = step(row, full | hollow, full | hollow)
     assert_close(both, alone | hollow)
-    assert_expected(row, both, full | hollow, full | hollow)
+    if not row.stateful:
+      assert_expected(row, both, full | hollow, full | hollow)
     oracles.assert_identical(step(row, hollow, hollow), hollow)
 
   @fixed_rows
@@ -344,7 +346,7 @@ class TestDerivatives:
       return forward, jax.vjp(clipped, updates)[1](tangents)
 
     for scale in (0.0, 1e-30, 1.0, 1e30):
-      for limit in (0.0, 1.0, math.inf):
+      for limit in row.extremes:
         result = derivatives(np.float64(limit), tree(0, scale=scale), tree(1), tree(2))
         for x in jax.tree.leaves(result):
           assert np.all(np.isfinite(x)), (scale, limit)
@@ -421,6 +423,8 @@ class TestState:
 
   @every_row
   def test_schedules_keep_the_kind_of_state(self, row):
+    if not row.scheduled:
+      pytest.skip("takes numbers only; optax.inject_hyperparams makes schedules")
     tx = row.make(optax.linear_schedule(1.0, 0.1, 10))
     params = tree(1)
     state = tx.init(params)
