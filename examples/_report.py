@@ -29,7 +29,14 @@ FIELDS = (
 # The train loss of the table is the mean over this many last steps.
 LAST = 20
 
-_COLORS = ("#444444", "#1f6fb4", "#d35400", "#2e8b57", "#8e44ad", "#b8860b")
+# A bit more than that of a model that knows nothing, log 256 = 5.5.
+_HIGHEST_LOSS = 6.5
+
+_COLORS = (
+    "#444444", "#1f6fb4", "#d35400", "#2e8b57", "#8e44ad", "#b8860b",
+    "#c0392b", "#16a085", "#d16ba5", "#7f8c8d", "#6b4226", "#4b0082", "#9acd32",
+    "#00bcd4",
+)
 
 
 class Run(NamedTuple):
@@ -86,14 +93,15 @@ def table(runs: Sequence[Run]) -> Table:
       "\nClipped steps: those in which something was clipped."
       f"\nNorms: {measured}.",
       box=box.SIMPLE_HEAD,
-      padding=(0, 1),
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
   )
-  result.add_column("method", no_wrap=True)
+  result.add_column("method", no_wrap=True, vertical="bottom")
   for name in (
       "lr", "train\nloss", "held-out\nloss", "clipped\nsteps",
-      "non-finite\nsteps", "max\nnorm", "steps\nper s",
+      "non-\nfinite\nsteps", "max\nnorm", "steps\nper s",
   ):
-    result.add_column(name, justify="right", no_wrap=True)
+    result.add_column(name, justify="right", no_wrap=True, vertical="bottom")
   for run in runs:
     norms = run.column("norm")[np.isfinite(run.column("norm"))]
     result.add_row(
@@ -101,7 +109,7 @@ def table(runs: Sequence[Run]) -> Table:
         f"{run.lr:g}",
         _loss(run.train_loss()),
         _loss(run.held_out),
-        f"{run.clipped():.0f} %",
+        f"{run.clipped():.0f}%",
         str(run.nonfinite().sum()),
         number(norms.max() if norms.size else math.nan),
         number(run.speed),
@@ -119,7 +127,11 @@ def number(value: float) -> str:
 def _loss(value: float) -> str:
   if not math.isfinite(value):
     return "[red]diverged[/red]"
-  return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
+  return _digits(value)
+
+
+def _digits(loss: float) -> str:
+  return f"{loss:.3f}" if loss < 1000 else f"{loss:.1e}"
 
 
 def draw(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -135,12 +147,12 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
     )
     colors = [_COLORS[i % len(_COLORS)] for i in range(len(runs))]
     _draw_losses(figure.add_subplot(grid[0, :]), runs, colors)
-    like: dict[str, Any] = {}  # Norms of the same kind share their axis.
+    like: dict[Any, Any] = {}  # Norms of one kind share an axis, if finite.
     for i, (run, color) in enumerate(zip(runs, colors, strict=True)):
       row, column = divmod(i, columns)
-      same = like.get(run.measured)
-      axis = figure.add_subplot(grid[1 + row, column], sharey=same)
-      like.setdefault(run.measured, axis)
+      kind = (run.measured, run.nonfinite().any())
+      axis = figure.add_subplot(grid[1 + row, column], sharey=like.get(kind))
+      like.setdefault(kind, axis)
       _draw_norms(axis, run, color)
       if column == 0:
         axis.set_ylabel("norm")
@@ -162,9 +174,10 @@ def _draw_losses(axis: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
       axis.axvline(first, color=color, linestyle=":")
   # A spike would flatten all that is worth seeing.
   losses = np.concatenate([run.column("loss") for run in runs])
-  if np.isfinite(losses).any():
-    low, high = np.nanpercentile(losses[np.isfinite(losses)], (0, 99))
-    axis.set_ylim(low - 0.1, high + 0.1)
+  losses = losses[np.isfinite(losses)]
+  if losses.size:
+    low, high = np.percentile(losses, (0, 99))
+    axis.set_ylim(low - 0.1, max(min(high, _HIGHEST_LOSS), low) + 0.1)
   axis.set(ylabel="train loss (nats/byte)", xlim=(0, len(runs[0].steps)))
   axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axis.legend(frameon=False, title="held-out loss", alignment="left")
@@ -172,7 +185,7 @@ def _draw_losses(axis: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
 
 def _label(run: Run) -> str:
   if math.isfinite(run.held_out):
-    return f"{run.name}: {run.held_out:.3f}"
+    return f"{run.name}: {_digits(run.held_out)}"
   return f"{run.name}: diverged at step {1 + run.nonfinite().argmax()}"
 
 
@@ -192,16 +205,19 @@ def _draw_norms(axis: Any, run: Run, color: str) -> None:
   axis.plot(steps, norm, color=color, linewidth=0.9)
   if np.isfinite(limit).any():
     axis.plot(steps, limit, color="black", linewidth=1.2, linestyle="--")
-    axis.text(
-        steps[-1], limit[-1], "limit ", ha="right", va="bottom", fontsize=9,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+    axis.annotate(
+        "limit", (steps[-1], limit[-1]), (-2, 2), textcoords="offset points",
+        ha="right", va="bottom", fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0},
     )
-  if (norm[np.isfinite(norm)] > 0).any():
+  positive = norm[np.isfinite(norm) & (norm > 0)]
+  if positive.size:
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    if positive.max() < 1e3 * positive.min():
+      axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.yaxis.set_minor_formatter("")
   axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axis.set_xlim(0, len(run.steps))
   share = f", {run.clipped():.0f}% clipped" if np.isfinite(limit).any() else ""
-  axis.set_title(f"{run.name}: {run.measured}{share}", fontsize=10)
+  axis.set_title(f"{run.name}: {run.measured}{share}", fontsize=9)

@@ -12,9 +12,10 @@ It needs no network and, by default, less than two minutes on two cores. It
 shows each run live, writes every step to ``steps.csv`` and a figure to
 ``steps.png`` in the folder of ``--out``, and closes with a table.
 
-All runs use one learning rate. The default for SGD lies between what is best
-without clipping (0.1) and with `max_norm` 1 (0.2 to 0.3); from 0.5 on, training
-without clipping diverges.
+All runs use one learning rate. With SGD and three seeds, no clipping reaches a
+held-out loss of 2.41 to 2.43 nats/byte at its best rate, 0.1, and `max_norm` 1
+2.33 to 2.37 at its own, 0.2. At the default, 0.2, no clipping is at 2.45 to
+2.63; at 0.5 and above it diverges in most seeds, and clipping does not.
 """
 
 import argparse
@@ -58,8 +59,9 @@ class Method(NamedTuple):
   Attributes:
     build: from the threshold to the transformation.
     measured: what its norm is a norm of, for the table and the figure.
-    flag: the flag that sets the threshold, without dashes; None if it has none.
-    default: the threshold unless set.
+    flag: the flag that sets the threshold, or what a learned threshold is
+      learned by, without dashes; None if it has none.
+    default: its value unless set.
   """
 
   build: Callable[[float], optax.GradientTransformation]
@@ -289,7 +291,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   for name, method in METHODS.items():
     if method.flag:
       add(f"--{method.flag}", type=threshold, default=method.default,
-          help=f"limit of '{name}' on the {method.measured.replace('%', '%%')}")
+          help=f"threshold of '{name}'; its norm: {method.measured}")
   add("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd has momentum")
   rates = ", ".join(f"{name} {lr:g}" for name, (_, lr) in OPTIMIZERS.items())
   add("--lr", type=rate, default=argparse.SUPPRESS,

@@ -7,8 +7,11 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import optax_clip
 
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import _report
 import _text
+from rich.console import Console
 import train_lm
 
 # Flax promotes ranks implicitly.
@@ -48,26 +52,53 @@ def run(out, *flags):
     return list(csv.DictReader(file))
 
 
-def test_every_method_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
-  rows = run(tmp_path, "--clip", ",".join(train_lm.METHODS))
-  assert [row["run"] for row in rows] == [
-      name for name in train_lm.METHODS for _ in range(3)
-  ]
+def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
+  names = ["none", "global", "layer", "agc", "value", "layer-percentile"]
+  rows = run(tmp_path, "--clip", ",".join(names))
+  assert [row["run"] for row in rows] == [name for name in names for _ in range(3)]
   assert list(rows[0]) == ["run", "step", *_report.FIELDS]
   for number, row in enumerate(rows):
     assert row["step"] == str(number % 3 + 1)
     assert all(math.isfinite(float(row[f])) for f in _report.FIELDS if f != "limit")
-    # Two of them have no limit before they have learnt one.
-    unlimited = row["run"] in ("none", "history", "zclip")
-    assert math.isinf(float(row["limit"])) == unlimited
+    assert math.isinf(float(row["limit"])) == (row["run"] == "none")
   # The same weights, the same first batch.
   assert len({row["loss"] for row in rows if row["step"] == "1"}) == 1
 
   printed = capsys.readouterr().out
   table = printed[printed.index("method"):].partition("Wrote")[0]
-  for name in train_lm.METHODS:
+  for name in names:
     assert re.search(rf"^ *{name} +0\.2 ", table, re.MULTILINE)
   assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", train_lm.METHODS)
+def test_every_method_clips_and_records_what_the_script_reads(name):
+  # Without the model, which takes seconds to compile for each method.
+  method = train_lm.METHODS[name]
+  flags = train_lm.parse([f"--clip={name}", "--steps=1"])
+  tx = train_lm.transformation(method, flags)
+  params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+  state = tx.init(params)
+  for size in (0.01, 0.01, 100.0):
+    grads = jax.tree.map(lambda p, size=size: size * p, params)
+    updates, state = tx.update(grads, state, params)
+  seen = {
+      key.rpartition("/")[2]: value
+      for key, value in optax_clip.metrics(state).items()
+  }
+  assert set(_report.FIELDS) - {"loss"} <= set(seen)
+  assert seen["norm"] > 1
+  assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_a_table_of_the_widest_numbers_fits_80_columns(capsys):
+  step = dict.fromkeys(_report.FIELDS, 1.0) | {"loss": math.nan, "norm": 2.76e10}
+  wide = _report.Run("layer-percentile", "norm", 0.0003, [step], math.nan, 123.0)
+  Console().print(_report.table([wide]))
+  printed = capsys.readouterr().out
+  assert max(map(len, printed.splitlines())) <= 80
+  for cell in ("layer-percentile", "0.0003", "diverged", "2.76e+10", "123"):
+    assert cell in printed
 
 
 def test_thresholds_reach_their_methods(tmp_path):
