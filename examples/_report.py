@@ -157,6 +157,8 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
       if column == 0:
         axis.set_ylabel("norm")
       axis.set_xlabel("step")
+    for axis in figure.axes[1:]:
+      _label_decades(axis)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130, facecolor="white")
@@ -210,14 +212,20 @@ def _draw_norms(axis: Any, run: Run, color: str) -> None:
         ha="right", va="bottom", fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0},
     )
-  positive = norm[np.isfinite(norm) & (norm > 0)]
-  if positive.size:
+  if (norm[np.isfinite(norm)] > 0).any():
     axis.set_yscale("log")
-    if positive.max() < 1e3 * positive.min():
-      axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axis.yaxis.set_minor_formatter("")
   axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axis.set_xlim(0, len(run.steps))
   share = f", {run.clipped():.0f}% clipped" if np.isfinite(limit).any() else ""
   axis.set_title(f"{run.name}: {run.measured}{share}", fontsize=9)
+
+
+def _label_decades(axis: Any) -> None:
+  """Plain numbers; once the axis has its range, which others may share."""
+  low, high = axis.get_ylim()
+  if axis.get_yscale() != "log":
+    return
+  if high < 1e5 * low:
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+  axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+  axis.yaxis.set_minor_formatter("")

@@ -72,10 +72,10 @@ def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", train_lm.METHODS)
-def test_every_method_clips_and_records_what_the_script_reads(name):
+def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
   # Without the model, which takes seconds to compile for each method.
   method = train_lm.METHODS[name]
-  flags = train_lm.parse([f"--clip={name}", "--steps=1"])
+  flags = train_lm.parse([f"--clip={name}", f"--out={tmp_path}"])
   tx = train_lm.transformation(method, flags)
   params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
   state = tx.init(params)
