@@ -65,7 +65,7 @@ def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
     held_at = jnp.where(held, least * jnp.maximum(norm.unit, 1), 1)
     # Not limit / least / unit: XLA makes a division by least * unit of it,
     # which may underflow.
-    shift = jnp.where(norm.unit < 1, bound, limit) / held_at
+    shift = limit * jnp.where(norm.unit < 1, 1 / norm.unit, 1) / held_at
     shift = jnp.where(held, shift, 1)
     return Coefficient(factor, shift)
 
