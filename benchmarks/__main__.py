@@ -11,28 +11,26 @@ SUITES = ("overhead", "leaves", "precision", "scale")
 def arguments() -> argparse.ArgumentParser:
   """The command line."""
   parser = argparse.ArgumentParser(
-      prog="python -m benchmarks",
-      description="What clipping costs and how exact it is, next to optax (and"
-      " PyTorch, where installed), in one run.",
+    prog="python -m benchmarks",
+    description="What clipping costs and how exact it is, next to optax (and"
+    " PyTorch, where installed), in one run.",
   )
   parser.add_argument(
-      "--suite",
-      choices=(*SUITES, "all"),
-      default="all",
-      help="which figures to measure (default: all)",
+    "--suite",
+    choices=(*SUITES, "all"),
+    default="all",
+    help="which figures to measure (default: all)",
   )
   parser.add_argument(
-      "--quick", action="store_true", help="smaller models, fewer repetitions"
+    "--quick", action="store_true", help="smaller models, fewer repetitions"
   )
   parser.add_argument(
-      "--device",
-      choices=("cpu", "gpu", "tpu"),
-      help="the platform to run on (default: the one JAX prefers)",
+    "--device",
+    choices=("cpu", "gpu", "tpu"),
+    help="the platform to run on (default: the one JAX prefers)",
   )
   parser.add_argument("--json", type=pathlib.Path, help="write results here")
-  parser.add_argument(
-      "--png", type=pathlib.Path, help="draw the overhead suite here"
-  )
+  parser.add_argument("--png", type=pathlib.Path, help="draw the overhead suite here")
   return parser
 
 
@@ -42,7 +40,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   import jax
 
   if options.device:
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
+    platform = {"gpu": "cuda"}.get(options.device, options.device)
+    jax.config.update("jax_platforms", platform)
   import jax.numpy as jnp
   from rich.console import Console
   from rich.progress import Progress
@@ -63,8 +62,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   console = Console()
   rows: list[dict[str, Any]] = []
   with Progress(
-      SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
-      console=console, transient=True,
+    SpinnerColumn(),
+    TextColumn("{task.description}"),
+    TimeElapsedColumn(),
+    console=console,
+    transient=True,
   ) as progress:
     task = progress.add_task("bandwidth")
 
@@ -80,12 +82,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
       for width, dtype in models:
         one = quick or width > 2000
         rows += overhead.run(
-            width,
-            15,
-            dtype,
-            repeats=5 if quick else 25,
-            optimizers=("adamw",) if one else ("adamw", "sgd", "lion"),
-            note=note,
+          width,
+          15,
+          dtype,
+          repeats=5 if quick else 25,
+          optimizers=("adamw",) if one else ("adamw", "sgd", "lion"),
+          note=note,
         )
     if "leaves" in suites:
       counts = (1, 10, 100) if quick else (1, 10, 100, 300, 1000, 2000)
@@ -93,7 +95,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if "precision" in suites:
       rows += precision.run(10**6 if quick else 10**9, note)
     if "scale" in suites:
-      sizes = ((128, 4), (512, 8)) if quick else ((128, 4), (512, 8), (656, 15), (1536, 16))
+      sizes: tuple[tuple[int, int], ...] = ((128, 4), (512, 8))
+      if not quick:
+        sizes += ((656, 15), (1536, 16))
       if on_gpu and not quick:
         sizes += ((3072, 15), (4096, 24))
       peer = importlib.util.find_spec("torch") is not None
@@ -101,20 +105,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
       rows += scale.run(sizes, types, 5 if quick else 25, peer, note)
   for row in rows:
     if row["suite"] == "scale":
-      row["norm_over_read"] = row["norm_ms"] / 1e3 / (
-          row["gradient_bytes"] / limits["read_bytes_per_s"]
+      row["norm_over_read"] = (
+        row["norm_ms"] / 1e3 / (row["gradient_bytes"] / limits["read_bytes_per_s"])
       )
   _report.show(rows, console)
   about = _timing.environment() | limits
   console.print("  ".join(f"{k} {v}" for k, v in about.items() if isinstance(v, str)))
   console.print(
-      f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s,"
-      f" copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s,"
+    f" copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s"
   )
   if options.json:
     _report.write(rows, about, options.json)
   if options.png:
-    _report.chart(rows, options.png, f"{about['device']}, JAX {about['jax']}, {about['date']}")
+    title = f"{about['device']}, JAX {about['jax']}, {about['date']}"
+    _report.chart(rows, options.png, title)
   return rows
 
 

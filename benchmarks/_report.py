@@ -9,36 +9,36 @@ from rich.table import Table
 
 # The columns of each suite: key, heading, format.
 COLUMNS: dict[str, list[tuple[str, str, str]]] = {
-    "overhead": [
-        ("optimizer", "optimizer", "{}"),
-        ("method", "clipping", "{}"),
-        ("step_ms", "step ms", "{:.2f}"),
-        ("step_over_none", "/ none", "{:.2f}"),
-        ("added_over_norm", "added / norm", "{:.2f}"),
-        ("temp_copies", "temp copies", "{:.2f}"),
-    ],
-    "leaves": [
-        ("leaves", "leaves", "{}"),
-        ("method", "clipping", "{}"),
-        ("lower_s", "trace s", "{:.2f}"),
-        ("compile_s", "compile s", "{:.2f}"),
-        ("step_ms", "step ms", "{:.2f}"),
-        ("added_ms", "added ms", "{:.2f}"),
-    ],
-    "precision": [
-        ("case", "case", "{}"),
-        ("method", "norm by", "{}"),
-        ("norm", "norm", "{:.7g}"),
-        ("relative_error", "error", "{}"),
-    ],
-    "scale": [
-        ("parameters", "parameters", "{:,}"),
-        ("dtype", "dtype", "{}"),
-        ("norm_ms", "norm ms", "{:.3f}"),
-        ("norm_over_read", "norm / read", "{:.2f}"),
-        ("clip_ms", "clip ms", "{:.3f}"),
-        ("torch_clip_grad_norm_ms", "torch ms", "{:.3f}"),
-    ],
+  "overhead": [
+    ("optimizer", "optimizer", "{}"),
+    ("method", "clipping", "{}"),
+    ("step_ms", "step ms", "{:.2f}"),
+    ("step_over_none", "/ none", "{:.2f}"),
+    ("added_over_norm", "added / norm", "{:.2f}"),
+    ("temp_copies", "temp copies", "{:.2f}"),
+  ],
+  "leaves": [
+    ("leaves", "leaves", "{}"),
+    ("method", "clipping", "{}"),
+    ("lower_s", "trace s", "{:.2f}"),
+    ("compile_s", "compile s", "{:.2f}"),
+    ("step_ms", "step ms", "{:.2f}"),
+    ("added_ms", "added ms", "{:.2f}"),
+  ],
+  "precision": [
+    ("case", "case", "{}"),
+    ("method", "norm by", "{}"),
+    ("norm", "norm", "{:.7g}"),
+    ("relative_error", "error", "{}"),
+  ],
+  "scale": [
+    ("parameters", "parameters", "{:,}"),
+    ("dtype", "dtype", "{}"),
+    ("norm_ms", "norm ms", "{:.3f}"),
+    ("norm_over_read", "norm / read", "{:.2f}"),
+    ("clip_ms", "clip ms", "{:.3f}"),
+    ("torch_clip_grad_norm_ms", "torch ms", "{:.3f}"),
+  ],
 }
 
 
@@ -59,7 +59,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def write(
-    rows: list[dict[str, Any]], about: dict[str, Any], path: pathlib.Path
+  rows: list[dict[str, Any]], about: dict[str, Any], path: pathlib.Path
 ) -> None:
   """Writes results as JSON."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,11 +74,11 @@ def chart(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
   import matplotlib.pyplot as plt
 
   bars = [
-      row
-      for row in rows
-      if row["suite"] == "overhead"
-      and row["optimizer"] == "adamw"
-      and row["method"] != "none"
+    row
+    for row in rows
+    if row["suite"] == "overhead"
+    and row["optimizer"] == "adamw"
+    and row["method"] != "none"
   ]
   if not bars:
     return
@@ -103,13 +103,13 @@ def chart(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
 def _subject(row: dict[str, Any]) -> str:
   if row["suite"] == "overhead":
     return (
-        f"{row['parameters'] / 1e6:.0f}M parameters in {row['leaves']} leaves,"
-        f" {row['dtype']}"
+      f"{row['parameters'] / 1e6:.0f}M parameters in {row['leaves']} leaves,"
+      f" {row['dtype']}"
     )
   return {
-      "leaves": "the same bytes in more leaves, an sgd step",
-      "precision": "the global norm against float64",
-      "scale": "norm and clip alone",
+    "leaves": "the same bytes in more leaves, an sgd step",
+    "precision": "the global norm against float64",
+    "scale": "norm and clip alone",
   }[row["suite"]]
 
 

@@ -38,8 +38,8 @@ class Step(NamedTuple):
 def random_tree(shapes: list[tuple[int, ...]], dtype: Any) -> list[jax.Array]:
   """Normal gradients of unit scale."""
   return [
-      jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
-      for i, shape in enumerate(shapes)
+    jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
+    for i, shape in enumerate(shapes)
   ]
 
 
@@ -49,9 +49,7 @@ class Trainer:
   Twelve copies of a large model would not fit on a device.
   """
 
-  def __init__(
-      self, optimizer: optax.GradientTransformation, grads: list[jax.Array]
-  ):
+  def __init__(self, optimizer: optax.GradientTransformation, grads: list[jax.Array]):
     """Starts with small weights, so that AGC clips too."""
     self._optimizer = optimizer
     self._grads = grads
@@ -69,7 +67,7 @@ class Trainer:
     clip_state = [clip.init(self._shared[0])]
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(
-        *self._shared, clip_state[0], self._grads
+      *self._shared, clip_state[0], self._grads
     )
     lower_s = time.perf_counter() - start
     start = time.perf_counter()
@@ -77,16 +75,14 @@ class Trainer:
     compile_s = time.perf_counter() - start
 
     def run() -> None:
-      self._shared, clip_state[0] = compiled(
-          *self._shared, clip_state[0], self._grads
-      )
+      self._shared, clip_state[0] = compiled(*self._shared, clip_state[0], self._grads)
       jax.block_until_ready((self._shared, clip_state))
 
     return Step(
-        run=run,
-        lower_s=lower_s,
-        compile_s=compile_s,
-        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
-        kernels=compiled.as_text().count(" fusion("),
+      run=run,
+      lower_s=lower_s,
+      compile_s=compile_s,
+      temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+      bytes_accessed=compiled.cost_analysis()["bytes accessed"],
+      kernels=compiled.as_text().count(" fusion("),
     )

@@ -17,7 +17,7 @@ Run = Callable[[], Any]
 
 
 def interleaved(
-    runs: dict[str, Run], repeats: int, warmup: int = 2
+  runs: dict[str, Run], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
   """Seconds of each run, measured in turn, so that drift meets all alike."""
   times: dict[str, list[float]] = {name: [] for name in runs}
@@ -32,16 +32,12 @@ def interleaved(
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
   """The median over rounds of the ratio within one round."""
-  return statistics.median(
-      a / b for a, b in zip(numerator, denominator, strict=True)
-  )
+  return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def difference(minuend: list[float], subtrahend: list[float]) -> float:
   """The median over rounds of the difference within one round."""
-  return statistics.median(
-      a - b for a, b in zip(minuend, subtrahend, strict=True)
-  )
+  return statistics.median(a - b for a, b in zip(minuend, subtrahend, strict=True))
 
 
 def spread(times: list[float]) -> float:
@@ -56,15 +52,15 @@ def bandwidth(elements: int, repeats: int) -> dict[str, float]:
   read = jax.jit(lambda x: jnp.sum(x * x))
   copy = jax.jit(lambda x: x + 1)
   times = interleaved(
-      {
-          "read": lambda: read(x).block_until_ready(),
-          "copy": lambda: copy(x).block_until_ready(),
-      },
-      repeats,
+    {
+      "read": lambda: read(x).block_until_ready(),
+      "copy": lambda: copy(x).block_until_ready(),
+    },
+    repeats,
   )
   return {
-      "read_bytes_per_s": x.nbytes / statistics.median(times["read"]),
-      "copy_bytes_per_s": 2 * x.nbytes / statistics.median(times["copy"]),
+    "read_bytes_per_s": x.nbytes / statistics.median(times["read"]),
+    "copy_bytes_per_s": 2 * x.nbytes / statistics.median(times["copy"]),
   }
 
 
@@ -72,21 +68,23 @@ def environment() -> dict[str, str]:
   """What a figure depends on."""
   device = jax.devices()[0]
   return {
-      "date": datetime.date.today().isoformat(),
-      "device": device.device_kind,
-      "platform": device.platform,
-      "machine": platform.machine(),
-      "cpu_count": str(_cpu_count()),
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "optax": optax.__version__,
-      "optax_clip": optax_clip.__version__,
+    "date": datetime.date.today().isoformat(),
+    "device": device.device_kind,
+    "platform": device.platform,
+    "machine": platform.machine(),
+    "cpu_count": str(_cpu_count()),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "optax": optax.__version__,
+    "optax_clip": optax_clip.__version__,
   }
 
 
 def _cpu_count() -> int:
   import os
 
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-      os.cpu_count() or 1
+  return (
+    len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else (os.cpu_count() or 1)
   )

@@ -12,17 +12,17 @@ from benchmarks import _timing
 import optax_clip
 
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "none": optax.identity,
-    "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
-    "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
+  "none": optax.identity,
+  "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
+  "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
 }
 
 
 def run(
-    counts: tuple[int, ...],
-    total: int,
-    repeats: int,
-    note: Callable[[str], None] = lambda text: None,
+  counts: tuple[int, ...],
+  total: int,
+  repeats: int,
+  note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
   """One row for each number of leaves and method; the optimizer is sgd."""
   rows = []
@@ -34,22 +34,21 @@ def run(
       note(f"{count} leaves: {method}")
       steps[method] = trainer.compiled(make())
     times = _timing.interleaved(
-        {method: step.run for method, step in steps.items()}, repeats
+      {method: step.run for method, step in steps.items()}, repeats
     )
     rows += [
-        {
-            "suite": "leaves",
-            "method": method,
-            "leaves": count,
-            "parameters": total // count * count,
-            "lower_s": step.lower_s,
-            "compile_s": step.compile_s,
-            "step_ms": 1e3 * statistics.median(times[method]),
-            "spread": _timing.spread(times[method]),
-            "added_ms": 1e3
-            * _timing.difference(times[method], times["none"]),
-            "temp_bytes": step.temp_bytes,
-        }
-        for method, step in steps.items()
+      {
+        "suite": "leaves",
+        "method": method,
+        "leaves": count,
+        "parameters": total // count * count,
+        "lower_s": step.lower_s,
+        "compile_s": step.compile_s,
+        "step_ms": 1e3 * statistics.median(times[method]),
+        "spread": _timing.spread(times[method]),
+        "added_ms": 1e3 * _timing.difference(times[method], times["none"]),
+        "temp_bytes": step.temp_bytes,
+      }
+      for method, step in steps.items()
     ]
   return rows

@@ -12,40 +12,47 @@ from benchmarks import _timing
 import optax_clip
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "adamw": optax.adamw,
-    "sgd": optax.sgd,
-    "lion": optax.lion,
+  "adamw": optax.adamw,
+  "sgd": optax.sgd,
+  "lion": optax.lion,
 }
 
 # Limits that do clip: gradients are normal, weights are 0.01.
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "none": optax.identity,
-    "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
-    "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
-    "clip_by_global_norm, nonfinite=zero": lambda: optax_clip.clip_by_global_norm(
-        1.0, nonfinite="zero"
-    ),
-    "clip_by_global_norm, strict": lambda: optax_clip.clip_by_global_norm(
-        1.0, strict=True
-    ),
-    "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
-    "optax.clip_by_block_rms": lambda: optax.clip_by_block_rms(0.1),
-    "clip_by_block_rms": lambda: optax_clip.clip_by_block_rms(0.1),
-    "optax.adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.01),
-    "adaptive_grad_clip": lambda: optax_clip.adaptive_grad_clip(0.01),
-    "optax.clip": lambda: optax.clip(0.1),
-    "clip": lambda: optax_clip.clip(0.1),
+  "none": optax.identity,
+  "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
+  "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
+  "clip_by_global_norm, nonfinite=zero": lambda: optax_clip.clip_by_global_norm(
+    1.0, nonfinite="zero"
+  ),
+  "clip_by_global_norm, strict": lambda: optax_clip.clip_by_global_norm(
+    1.0, strict=True
+  ),
+  "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
+  "optax.clip_by_block_rms": lambda: optax.clip_by_block_rms(0.1),
+  "clip_by_block_rms": lambda: optax_clip.clip_by_block_rms(0.1),
+  "optax.adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.01),
+  "adaptive_grad_clip": lambda: optax_clip.adaptive_grad_clip(0.01),
+  "optax.clip": lambda: optax.clip(0.1),
+  "clip": lambda: optax_clip.clip(0.1),
+  "autoclip": optax_clip.autoclip,
+  "zclip": optax_clip.zclip,
+  "clip_by_history": optax_clip.clip_by_history,
+  "clip_by_layer_percentile": optax_clip.clip_by_layer_percentile,
+  "adagc": optax_clip.adagc,
+  "adaclip": optax_clip.adaclip,
+  "stable_spam": optax_clip.stable_spam,
 }
 
 
 def run(
-    width: int,
-    blocks: int,
-    dtype: Any,
-    repeats: int,
-    optimizers: tuple[str, ...] = ("adamw",),
-    methods: tuple[str, ...] = tuple(METHODS),
-    note: Callable[[str], None] = lambda text: None,
+  width: int,
+  blocks: int,
+  dtype: Any,
+  repeats: int,
+  optimizers: tuple[str, ...] = ("adamw",),
+  methods: tuple[str, ...] = tuple(METHODS),
+  note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
   """One row for each optimizer and method."""
   shapes = _steps.transformer_shapes(width, blocks)
@@ -65,27 +72,27 @@ def run(
     times = _timing.interleaved(runs, repeats)
     plain, bare = times["none"], times["norm"]
     rows += [
-        {
-            "suite": "overhead",
-            "optimizer": optimizer,
-            "method": method,
-            "parameters": _steps.elements(shapes),
-            "leaves": len(shapes),
-            "dtype": str(grads[0].dtype),
-            "gradient_bytes": size,
-            "step_ms": 1e3 * statistics.median(times[method]),
-            "spread": _timing.spread(times[method]),
-            "step_over_none": _timing.ratio(times[method], plain),
-            "added_ms": 1e3 * _timing.difference(times[method], plain),
-            "bare_norm_ms": 1e3 * statistics.median(bare),
-            "added_over_norm": _timing.difference(times[method], plain)
-            / statistics.median(bare),
-            "temp_copies": (step.temp_bytes - steps["none"].temp_bytes) / size,
-            "temp_bytes": step.temp_bytes,
-            "lower_s": step.lower_s,
-            "compile_s": step.compile_s,
-            "kernels": step.kernels,
-        }
-        for method, step in steps.items()
+      {
+        "suite": "overhead",
+        "optimizer": optimizer,
+        "method": method,
+        "parameters": _steps.elements(shapes),
+        "leaves": len(shapes),
+        "dtype": str(grads[0].dtype),
+        "gradient_bytes": size,
+        "step_ms": 1e3 * statistics.median(times[method]),
+        "spread": _timing.spread(times[method]),
+        "step_over_none": _timing.ratio(times[method], plain),
+        "added_ms": 1e3 * _timing.difference(times[method], plain),
+        "bare_norm_ms": 1e3 * statistics.median(bare),
+        "added_over_norm": _timing.difference(times[method], plain)
+        / statistics.median(bare),
+        "temp_copies": (step.temp_bytes - steps["none"].temp_bytes) / size,
+        "temp_bytes": step.temp_bytes,
+        "lower_s": step.lower_s,
+        "compile_s": step.compile_s,
+        "kernels": step.kernels,
+      }
+      for method, step in steps.items()
     ]
   return rows

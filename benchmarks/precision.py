@@ -13,22 +13,22 @@ import optax_clip
 
 # name: dtype, leaves, elements a leaf, magnitude
 CASES: dict[str, tuple[Any, int, int, float]] = {
-    "float32, 1e6 elements": (jnp.float32, 1, 10**6, 1.0),
-    "float32, 1e8 elements": (jnp.float32, 1, 10**8, 1.0),
-    "float32, 1e9 elements": (jnp.float32, 10, 10**8, 1.0),
-    "float32, 1000 leaves": (jnp.float32, 1000, 1000, 1.0),
-    "float32, of 1e20": (jnp.float32, 1, 1000, 1e20),
-    "float32, of 1e-30": (jnp.float32, 1, 1000, 1e-30),
-    "bfloat16, 1e8 elements": (jnp.bfloat16, 1, 10**8, 1.0),
-    "bfloat16, 1000 leaves": (jnp.bfloat16, 1000, 1000, 1.0),
-    "float16, 1e6 elements": (jnp.float16, 1, 10**6, 1.0),
-    "float16, of 300": (jnp.float16, 1, 1000, 300.0),
-    "float16, of 1e-4": (jnp.float16, 1, 10**6, 1e-4),
+  "float32, 1e6 elements": (jnp.float32, 1, 10**6, 1.0),
+  "float32, 1e8 elements": (jnp.float32, 1, 10**8, 1.0),
+  "float32, 1e9 elements": (jnp.float32, 10, 10**8, 1.0),
+  "float32, 1000 leaves": (jnp.float32, 1000, 1000, 1.0),
+  "float32, of 1e20": (jnp.float32, 1, 1000, 1e20),
+  "float32, of 1e-30": (jnp.float32, 1, 1000, 1e-30),
+  "bfloat16, 1e8 elements": (jnp.bfloat16, 1, 10**8, 1.0),
+  "bfloat16, 1000 leaves": (jnp.bfloat16, 1000, 1000, 1.0),
+  "float16, 1e6 elements": (jnp.float16, 1, 10**6, 1.0),
+  "float16, of 300": (jnp.float16, 1, 1000, 300.0),
+  "float16, of 1e-4": (jnp.float16, 1, 10**6, 1e-4),
 }
 
 
 def run(
-    most: int, note: Callable[[str], None] = lambda text: None
+  most: int, note: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
   """One row for each case with at most `most` elements, and library."""
   rows = []
@@ -39,23 +39,25 @@ def run(
     # One array of data, in as many leaves as needed: the norm sees them all.
     rng = np.random.default_rng(0)
     leaf = jnp.asarray(
-        rng.standard_normal(size, np.float32) * np.float32(magnitude), dtype
+      rng.standard_normal(size, np.float32) * np.float32(magnitude), dtype
     )
     exact = math.sqrt(leaves) * _float64_norm(leaf)
     tree = [leaf] * leaves
     for name, function in {
-        "optax.global_norm": optax.tree.norm,
-        "optax_clip.global_norm": optax_clip.global_norm,
+      "optax.global_norm": optax.tree.norm,
+      "optax_clip.global_norm": optax_clip.global_norm,
     }.items():
       norm = float(jax.jit(function)(tree))
-      rows.append({
+      rows.append(
+        {
           "suite": "precision",
           "case": case,
           "method": name,
           "norm": _finite(norm),
           "float64_norm": exact,
           "relative_error": _finite(abs(norm / exact - 1)),
-      })
+        }
+      )
   return rows
 
 
@@ -63,7 +65,7 @@ def _float64_norm(x: jax.Array) -> float:
   """In pieces, to hold no float64 copy of 1e8 elements; 1e20 squared fits."""
   pieces = np.array_split(np.asarray(x), max(1, x.size // 10**7))
   return math.sqrt(
-      math.fsum(float(np.sum(np.square(p.astype(np.float64)))) for p in pieces)
+    math.fsum(float(np.sum(np.square(p.astype(np.float64)))) for p in pieces)
   )
 
 

@@ -13,11 +13,11 @@ import optax_clip
 
 
 def run(
-    widths: tuple[tuple[int, int], ...],
-    dtypes: tuple[Any, ...],
-    repeats: int,
-    torch_peer: bool,
-    note: Callable[[str], None] = lambda text: None,
+  widths: tuple[tuple[int, int], ...],
+  dtypes: tuple[Any, ...],
+  repeats: int,
+  torch_peer: bool,
+  note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
   """One row for each size and dtype: clip alone, in an update that donates."""
   rows = []
@@ -30,32 +30,28 @@ def run(
       size = sum(g.nbytes for g in grads)
       norm = jax.jit(optax_clip.global_norm)
       carry = [grads]
-      clip = jax.jit(
-          lambda tree: optax_clip.clip_tree(tree, 1.0), donate_argnums=0
-      )
+      clip = jax.jit(lambda tree: optax_clip.clip_tree(tree, 1.0), donate_argnums=0)
 
       def run_clip(carry: list[Any] = carry, clip: Any = clip) -> None:
         carry[0], _ = clip(carry[0])
         jax.block_until_ready(carry[0])
 
       runs: dict[str, Callable[[], Any]] = {
-          "norm": lambda norm=norm, carry=carry: norm(
-              carry[0]
-          ).block_until_ready(),
-          "clip": run_clip,
+        "norm": lambda norm=norm, carry=carry: norm(carry[0]).block_until_ready(),
+        "clip": run_clip,
       }
       if torch_peer:
         runs["torch"] = _torch_clip(shapes, dtype)
       times = _timing.interleaved(runs, repeats)
       row = {
-          "suite": "scale",
-          "parameters": count,
-          "leaves": len(shapes),
-          "dtype": str(jnp.dtype(dtype)),
-          "gradient_bytes": size,
-          "norm_ms": 1e3 * statistics.median(times["norm"]),
-          "norm_bytes_per_s": size / statistics.median(times["norm"]),
-          "clip_ms": 1e3 * statistics.median(times["clip"]),
+        "suite": "scale",
+        "parameters": count,
+        "leaves": len(shapes),
+        "dtype": str(jnp.dtype(dtype)),
+        "gradient_bytes": size,
+        "norm_ms": 1e3 * statistics.median(times["norm"]),
+        "norm_bytes_per_s": size / statistics.median(times["norm"]),
+        "clip_ms": 1e3 * statistics.median(times["clip"]),
       }
       if torch_peer:
         row["torch_clip_grad_norm_ms"] = 1e3 * statistics.median(times["torch"])

@@ -59,7 +59,7 @@ def loss(model: Transformer, windows: jax.Array) -> jax.Array:
   """The mean cross-entropy of each next byte, in nats; f32."""
   logits = model(windows[:, :-1]).astype(jnp.float32)
   return jnp.mean(
-      optax.softmax_cross_entropy_with_integer_labels(
-          logits, windows[:, 1:].astype(jnp.int32)
-      )
+    optax.softmax_cross_entropy_with_integer_labels(
+      logits, windows[:, 1:].astype(jnp.int32)
+    )
   )

@@ -17,13 +17,13 @@ from rich.table import Table
 
 # Of each step, in this order. All but the loss are `optax_clip.metrics`.
 FIELDS = (
-    "loss",
-    "norm",
-    "limit",
-    "coefficient",
-    "clipped_fraction",
-    "steps_clipped",
-    "steps_nonfinite",
+  "loss",
+  "norm",
+  "limit",
+  "coefficient",
+  "clipped_fraction",
+  "steps_clipped",
+  "steps_nonfinite",
 )
 
 # The train loss of the table is the mean over this many last steps.
@@ -33,9 +33,20 @@ LAST = 20
 _HIGHEST_LOSS = 6.5
 
 _COLORS = (
-    "#444444", "#1f6fb4", "#d35400", "#2e8b57", "#8e44ad", "#b8860b",
-    "#c0392b", "#16a085", "#d16ba5", "#7f8c8d", "#6b4226", "#4b0082", "#9acd32",
-    "#00bcd4",
+  "#444444",
+  "#1f6fb4",
+  "#d35400",
+  "#2e8b57",
+  "#8e44ad",
+  "#b8860b",
+  "#c0392b",
+  "#16a085",
+  "#d16ba5",
+  "#7f8c8d",
+  "#6b4226",
+  "#4b0082",
+  "#9acd32",
+  "#00bcd4",
 )
 
 
@@ -89,30 +100,35 @@ def table(runs: Sequence[Run]) -> Table:
   """The closing table; at most 80 columns wide."""
   measured = "; ".join(f"{run.name}: {run.measured}" for run in runs)
   result = Table(
-      caption=f"Losses in nats/byte; train: mean of the last {LAST} steps."
-      "\nClipped steps: those in which something was clipped."
-      f"\nNorms: {measured}.",
-      box=box.SIMPLE_HEAD,
-      padding=(0, 1, 0, 0),
-      pad_edge=False,
+    caption=f"Losses in nats/byte; train: mean of the last {LAST} steps."
+    "\nClipped steps: those in which something was clipped."
+    f"\nNorms: {measured}.",
+    box=box.SIMPLE_HEAD,
+    padding=(0, 1, 0, 0),
+    pad_edge=False,
   )
   result.add_column("method", no_wrap=True, vertical="bottom")
   for name in (
-      "lr", "train\nloss", "held-out\nloss", "clipped\nsteps",
-      "non-\nfinite\nsteps", "max\nnorm", "steps\nper s",
+    "lr",
+    "train\nloss",
+    "held-out\nloss",
+    "clipped\nsteps",
+    "non-\nfinite\nsteps",
+    "max\nnorm",
+    "steps\nper s",
   ):
     result.add_column(name, justify="right", no_wrap=True, vertical="bottom")
   for run in runs:
     norms = run.column("norm")[np.isfinite(run.column("norm"))]
     result.add_row(
-        run.name,
-        f"{run.lr:g}",
-        _loss(run.train_loss()),
-        _loss(run.held_out),
-        f"{run.clipped():.0f}%",
-        str(run.nonfinite().sum()),
-        number(norms.max() if norms.size else math.nan),
-        number(run.speed),
+      run.name,
+      f"{run.lr:g}",
+      _loss(run.train_loss()),
+      _loss(run.held_out),
+      f"{run.clipped():.0f}%",
+      str(run.nonfinite().sum()),
+      number(norms.max() if norms.size else math.nan),
+      number(run.speed),
     )
   return result
 
@@ -142,9 +158,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
   style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
   with plt.rc_context(style):
     figure = plt.figure(figsize=(9, 3.6 + 2.5 * rows), layout="constrained")
-    grid = figure.add_gridspec(
-        1 + rows, columns, height_ratios=[1.5] + [1] * rows
-    )
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[1.5] + [1] * rows)
     colors = [_COLORS[i % len(_COLORS)] for i in range(len(runs))]
     _draw_losses(figure.add_subplot(grid[0, :]), runs, colors)
     like: dict[Any, Any] = {}  # Norms of one kind share an axis, if finite.
@@ -208,9 +222,14 @@ def _draw_norms(axis: Any, run: Run, color: str) -> None:
   if np.isfinite(limit).any():
     axis.plot(steps, limit, color="black", linewidth=1.2, linestyle="--")
     axis.annotate(
-        "limit", (steps[-1], limit[-1]), (-2, 2), textcoords="offset points",
-        ha="right", va="bottom", fontsize=9,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0},
+      "limit",
+      (steps[-1], limit[-1]),
+      (-2, 2),
+      textcoords="offset points",
+      ha="right",
+      va="bottom",
+      fontsize=9,
+      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0},
     )
   if (norm[np.isfinite(norm)] > 0).any():
     axis.set_yscale("log")

@@ -40,9 +40,9 @@ def load(root: Path | None = None) -> Text:
   """
   root = root or Path(sysconfig.get_paths()["stdlib"])
   files = [
-      path
-      for path in sorted(root.rglob("*.py"))
-      if not _LEFT_OUT & set(path.relative_to(root).parts)
+    path
+    for path in sorted(root.rglob("*.py"))
+    if not _LEFT_OUT & set(path.relative_to(root).parts)
   ]
   train, held_out = bytearray(), bytearray()
   for path in files:
@@ -52,13 +52,13 @@ def load(root: Path | None = None) -> Text:
     held_out += source[cut:]
   if min(len(train), len(held_out)) < 100_000:
     raise FileNotFoundError(
-        f"{root} holds less than 200 kB of Python sources to train on"
+      f"{root} holds less than 200 kB of Python sources to train on"
     )
   return Text(np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8))
 
 
 def windows(
-    text: np.ndarray, count: int, batch: int, length: int, seed: int
+  text: np.ndarray, count: int, batch: int, length: int, seed: int
 ) -> Iterator[np.ndarray]:
   """Yields `count` batches, u8[batch, length], of random places of the text."""
   generator = np.random.default_rng(seed)

@@ -50,8 +50,8 @@ WIDTH = 128
 BLOCKS = 1
 
 LIBRARIES = {
-    "optax": optax.clip_by_global_norm,
-    "optax_clip": optax_clip.clip_by_global_norm,
+  "optax": optax.clip_by_global_norm,
+  "optax_clip": optax_clip.clip_by_global_norm,
 }
 COLORS = {"optax": "#c0392b", "optax_clip": "#1f6fb4"}
 
@@ -71,10 +71,8 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "summed": Variant("loss summed over the batch", jnp.sum, 1.0),
-    "scaled": Variant(
-        "mean loss, loss scale 1024", lambda x: jnp.mean(x) * 1024, 1024.0
-    ),
+  "summed": Variant("loss summed over the batch", jnp.sum, 1.0),
+  "scaled": Variant("mean loss, loss scale 1024", lambda x: jnp.mean(x) * 1024, 1024.0),
 }
 
 
@@ -99,8 +97,11 @@ def load() -> tuple[list[jax.Array], list[jax.Array]]:
   """Images in [0, 1] and labels, a fifth of them held out for the test."""
   images, labels = load_digits(return_X_y=True)
   parts = train_test_split(
-      np.float32(images / 16), labels, test_size=0.2, random_state=0,
-      stratify=labels,
+    np.float32(images / 16),
+    labels,
+    test_size=0.2,
+    random_state=0,
+    stratify=labels,
   )
   train_x, test_x, train_y, test_y = map(jnp.asarray, parts)
   return [train_x, train_y], [test_x, test_y]
@@ -115,12 +116,11 @@ def init(key: jax.Array) -> dict[str, Any]:
     return values * gain / jnp.sqrt(rows)
 
   return {
-      "input": dense(64, WIDTH, 1.0),
-      "blocks": [
-          (dense(WIDTH, WIDTH, 1.0), dense(WIDTH, WIDTH, 0.1))
-          for _ in range(BLOCKS)
-      ],
-      "output": dense(WIDTH, 10, 0.1),
+    "input": dense(64, WIDTH, 1.0),
+    "blocks": [
+      (dense(WIDTH, WIDTH, 1.0), dense(WIDTH, WIDTH, 0.1)) for _ in range(BLOCKS)
+    ],
+    "output": dense(WIDTH, 10, 0.1),
   }
 
 
@@ -141,14 +141,12 @@ def losses(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 def optimizer(library: str, scale: float) -> optax.GradientTransformation:
   """Clip in float16, unscale in float32, then SGD with momentum."""
   unscale = optax.stateless(
-      lambda updates, _: jax.tree.map(
-          lambda u: u.astype(jnp.float32) / scale, updates
-      )
+    lambda updates, _: jax.tree.map(lambda u: u.astype(jnp.float32) / scale, updates)
   )
   return optax.chain(
-      LIBRARIES[library](MAX_NORM * scale),
-      unscale,
-      optax.sgd(LEARNING_RATE, momentum=MOMENTUM),
+    LIBRARIES[library](MAX_NORM * scale),
+    unscale,
+    optax.sgd(LEARNING_RATE, momentum=MOMENTUM),
   )
 
 
@@ -176,7 +174,7 @@ def train(library: str, variant: str, seeds: int = SEEDS) -> Run:
     picked = jax.random.choice(key, len(train_x), (BATCH,), replace=False)
     half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
     grads, loss = jax.grad(objective, has_aux=True)(
-        half, train_x[picked], train_y[picked]
+      half, train_x[picked], train_y[picked]
     )
     norm = exact_norm(grads) / scale
     updates, state = tx.update(grads, state, params)
@@ -188,9 +186,7 @@ def train(library: str, variant: str, seeds: int = SEEDS) -> Run:
     init_key, data_key = jax.random.split(jax.random.key(seed))
     params = init(init_key)
     keys = jax.random.split(data_key, STEPS)
-    _, (loss, norm, zero, after) = jax.lax.scan(
-        step, (params, tx.init(params)), keys
-    )
+    _, (loss, norm, zero, after) = jax.lax.scan(step, (params, tx.init(params)), keys)
     return loss, norm, zero, jnp.concatenate([accuracy(params)[None], after])
 
   return Run(*map(np.asarray, jax.jit(jax.vmap(one_seed))(jnp.arange(seeds))))
@@ -198,9 +194,7 @@ def train(library: str, variant: str, seeds: int = SEEDS) -> Run:
 
 def exact_norm(tree: Any) -> jax.Array:
   """A norm that owes nothing to either library: everything in float32."""
-  squares = [
-      jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
-  ]
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(squares))
 
 
@@ -208,10 +202,10 @@ def table(runs: dict[tuple[str, str], Run]) -> Table:
   """Test accuracy of each seed, and how many updates were zero."""
   seeds, steps = next(iter(runs.values())).zero.shape
   result = Table(
-      title=f"Test accuracy in % after {STEPS} steps, float16 gradients",
-      caption=f"Of {seeds * steps} updates in all, zero: every element is 0."
-      f"\nclip: the true norm is above max_norm = {MAX_NORM:g}.",
-      box=box.SIMPLE_HEAD,
+    title=f"Test accuracy in % after {STEPS} steps, float16 gradients",
+    caption=f"Of {seeds * steps} updates in all, zero: every element is 0."
+    f"\nclip: the true norm is above max_norm = {MAX_NORM:g}.",
+    box=box.SIMPLE_HEAD,
   )
   for name in ("loss", "clipped by"):
     result.add_column(name, no_wrap=True)
@@ -220,13 +214,13 @@ def table(runs: dict[tuple[str, str], Run]) -> Table:
   for (variant, library), run in runs.items():
     final = 100 * run.accuracy[:, -1]
     result.add_row(
-        variant,
-        library,
-        *(f"{value:.1f}" for value in final),
-        f"{final.mean():.1f}",
-        f"{run.zero.sum()}",
-        f"{(run.norm > MAX_NORM).sum()}",
-        end_section=library == list(LIBRARIES)[-1],
+      variant,
+      library,
+      *(f"{value:.1f}" for value in final),
+      f"{final.mean():.1f}",
+      f"{run.zero.sum()}",
+      f"{(run.norm > MAX_NORM).sum()}",
+      end_section=library == list(LIBRARIES)[-1],
     )
   return result
 
@@ -246,8 +240,11 @@ def draw(runs: dict[tuple[str, str], Run], path: Path) -> None:
         _draw_run(axis, library, runs[key, library])
     axes[0].set_ylabel("test accuracy (%)")
     figure.suptitle(
-        "The silent stall: float16 gradients, the same clip, two libraries",
-        x=0.01, ha="left", fontsize=13, fontweight="bold",
+      "The silent stall: float16 gradients, the same clip, two libraries",
+      x=0.01,
+      ha="left",
+      fontsize=13,
+      fontweight="bold",
     )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,9 +263,15 @@ def _draw_run(axis: Any, library: str, run: Run) -> None:
     note += f"{final.mean():.1f}% on average"
   height = final.min() - 5 if learned else final.max() + 3
   axis.text(
-      STEPS - 2, height, note, color=color, ha="right",
-      va="top" if learned else "bottom", fontweight="bold", fontsize=10,
-      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    STEPS - 2,
+    height,
+    note,
+    color=color,
+    ha="right",
+    va="top" if learned else "bottom",
+    fontweight="bold",
+    fontsize=10,
+    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
   )
 
 
@@ -277,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   default = Path(__file__).parent.parent / "docs" / "figures" / "silent_stall.png"
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument(
-      "--out", type=Path, default=default, help="the figure (default: %(default)s)"
+    "--out", type=Path, default=default, help="the figure (default: %(default)s)"
   )
   out = parser.parse_args(argv).out
   console = Console()

@@ -72,50 +72,44 @@ class Method(NamedTuple):
 
 # A new method is one new row.
 METHODS = {
-    # Nothing is above an infinite limit: this only measures.
-    "none": Method(optax_clip.clip_by_global_norm, "global norm"),
-    "global": Method(
-        optax_clip.clip_by_global_norm, "global norm", "max-norm", 1.0
-    ),
-    "layer": Method(
-        optax_clip.clip_by_layer_norm, "largest layer norm", "max-layer-norm", 0.3
-    ),
-    "rms": Method(
-        optax_clip.clip_by_block_rms, "largest layer RMS", "max-rms", 0.003
-    ),
-    "agc": Method(
-        optax_clip.adaptive_grad_clip, "largest |g|/|w|", "max-ratio", 0.03
-    ),
-    "value": Method(
-        lambda limit: optax_clip.clip(limit, record=True),
-        "largest |g|",
-        "max-value",
-        0.01,
-    ),
-    # These learn their limits.
-    "autoclip": Method(optax_clip.autoclip, "global norm", "percentile", 10.0),
-    "layer-percentile": Method(
-        optax_clip.clip_by_layer_percentile,
-        "largest layer norm",
-        "layer-percentile",
-        5.0,
-    ),
-    "history": Method(optax_clip.clip_by_history, "global norm", "sigmas", 3.0),
-    "zclip": Method(
-        lambda z: optax_clip.zclip(z, max_norm=None), "global norm", "z-threshold", 2.5
-    ),
-    "adagc": Method(optax_clip.adagc, "largest layer norm", "ratio", 1.05),
-    "adaclip": Method(optax_clip.adaclip, "largest |g|", "max-decay", 0.999),
-    "adagn": Method(optax_clip.adagn, "largest layer norm", "mean-decay", 0.7),
-    "spikes": Method(
-        optax_clip.clip_element_spikes, "largest |g|/limit", "theta", 5000.0
-    ),
+  # Nothing is above an infinite limit: this only measures.
+  "none": Method(optax_clip.clip_by_global_norm, "global norm"),
+  "global": Method(optax_clip.clip_by_global_norm, "global norm", "max-norm", 1.0),
+  "layer": Method(
+    optax_clip.clip_by_layer_norm, "largest layer norm", "max-layer-norm", 0.3
+  ),
+  "rms": Method(optax_clip.clip_by_block_rms, "largest layer RMS", "max-rms", 0.003),
+  "agc": Method(optax_clip.adaptive_grad_clip, "largest |g|/|w|", "max-ratio", 0.03),
+  "value": Method(
+    lambda limit: optax_clip.clip(limit, record=True),
+    "largest |g|",
+    "max-value",
+    0.01,
+  ),
+  # These learn their limits.
+  "autoclip": Method(optax_clip.autoclip, "global norm", "percentile", 10.0),
+  "layer-percentile": Method(
+    optax_clip.clip_by_layer_percentile,
+    "largest layer norm",
+    "layer-percentile",
+    5.0,
+  ),
+  "history": Method(optax_clip.clip_by_history, "global norm", "sigmas", 3.0),
+  "zclip": Method(
+    lambda z: optax_clip.zclip(z, max_norm=None), "global norm", "z-threshold", 2.5
+  ),
+  "adagc": Method(optax_clip.adagc, "largest layer norm", "ratio", 1.05),
+  "adaclip": Method(optax_clip.adaclip, "largest |g|", "max-decay", 0.999),
+  "adagn": Method(optax_clip.adagn, "largest layer norm", "mean-decay", 0.7),
+  "spikes": Method(
+    optax_clip.clip_element_spikes, "largest |g|/limit", "theta", 5000.0
+  ),
 }
 
 OPTIMIZERS = {
-    "sgd": (lambda lr: optax.sgd(lr, momentum=0.9), 0.2),
-    "adamw": (optax.adamw, 3e-3),
-    "lion": (optax.lion, 5e-4),
+  "sgd": (lambda lr: optax.sgd(lr, momentum=0.9), 0.2),
+  "adamw": (optax.adamw, 3e-3),
+  "lion": (optax.lion, 5e-4),
 }
 
 
@@ -138,9 +132,7 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
   length = LENGTH + 1  # Inputs and targets overlap.
   model = _model.Transformer(flags.width, flags.layers, LENGTH, nnx.Rngs(flags.seed))
   optimizer = nnx.Optimizer(model, transformation(method, flags), wrt=nnx.Param)
-  batches = _text.windows(
-      flags.text.train, flags.steps, BATCH, length, flags.seed
-  )
+  batches = _text.windows(flags.text.train, flags.steps, BATCH, length, flags.seed)
   steps, started = [], math.nan
   bar = bars.add_task(name, total=flags.steps, status="compiling")
   for portion in portions(make_step(flags.dtype), model, optimizer, batches):
@@ -151,20 +143,23 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
       speed = (len(steps) - 1) / (time.perf_counter() - started)
       show(bars, bar, steps, speed)
   return _report.Run(
-      name, method.measured, flags.lr, steps,
-      held_out(model, flags.text.held_out, flags.seed),
-      speed if len(steps) > 1 else math.nan,
+    name,
+    method.measured,
+    flags.lr,
+    steps,
+    held_out(model, flags.text.held_out, flags.seed),
+    speed if len(steps) > 1 else math.nan,
   )
 
 
 def transformation(
-    method: Method, flags: argparse.Namespace
+  method: Method, flags: argparse.Namespace
 ) -> optax.GradientTransformation:
   """Clip in the gradients' dtype, then optimize in float32."""
   optimizer, _ = OPTIMIZERS[flags.optimizer]
   limit = getattr(flags, method.flag.replace("-", "_")) if method.flag else math.inf
   return optax.chain(
-      method.build(limit), cast_updates(jnp.float32), optimizer(flags.lr)
+    method.build(limit), cast_updates(jnp.float32), optimizer(flags.lr)
   )
 
 
@@ -184,9 +179,9 @@ def make_step(dtype: Any) -> Callable[..., dict[str, jax.Array]]:
   @nnx.jit
   def step(model: Any, optimizer: Any, batch: jax.Array) -> dict[str, jax.Array]:
     graph, weights = nnx.split(model)
-    loss, grads = jax.value_and_grad(
-        lambda w: _model.loss(nnx.merge(graph, w), batch)
-    )(cast(weights, dtype))
+    loss, grads = jax.value_and_grad(lambda w: _model.loss(nnx.merge(graph, w), batch))(
+      cast(weights, dtype)
+    )
     optimizer.update(model, grads)
     # What clipping did is a part of the optimizer's state, free to read.
     seen = optax_clip.metrics(optimizer)
@@ -196,10 +191,10 @@ def make_step(dtype: Any) -> Callable[..., dict[str, jax.Array]]:
 
 
 def portions(
-    step: Callable[..., dict[str, jax.Array]],
-    model: Any,
-    optimizer: Any,
-    batches: Iterator[Any],
+  step: Callable[..., dict[str, jax.Array]],
+  model: Any,
+  optimizer: Any,
+  batches: Iterator[Any],
 ) -> Iterator[list[dict[str, float]]]:
   """Runs all steps; yields their results on the host, the first one at once."""
   yield fetch([step(model, optimizer, next(batches))])
@@ -216,8 +211,8 @@ def portions(
 def fetch(results: list[dict[str, jax.Array]]) -> list[dict[str, float]]:
   """Results as numbers; waits for the device."""
   return [
-      {key: value.item() for key, value in result.items()}
-      for result in jax.device_get(results)
+    {key: value.item() for key, value in result.items()}
+    for result in jax.device_get(results)
   ]
 
 
@@ -227,9 +222,7 @@ test_loss = nnx.jit(_model.loss)
 
 def held_out(model: Any, text: Any, seed: int) -> float:
   """Nats per byte on text that was not trained on, with float32 weights."""
-  batches = _text.windows(
-      text, HELD_OUT_BATCHES, HELD_OUT_BATCH, LENGTH + 1, seed
-  )
+  batches = _text.windows(text, HELD_OUT_BATCHES, HELD_OUT_BATCH, LENGTH + 1, seed)
   losses = [test_loss(model, batch) for batch in batches]
   return float(sum(losses)) / HELD_OUT_BATCHES
 
@@ -237,12 +230,12 @@ def held_out(model: Any, text: Any, seed: int) -> float:
 def progress(console: Console) -> Progress:
   """A bar for each run; none, but a few plain lines, outside a terminal."""
   return Progress(
-      TextColumn("{task.description:6}"),
-      BarColumn(bar_width=None),
-      TextColumn("{task.completed}/{task.total} {task.fields[status]}"),
-      console=console,
-      disable=not console.is_terminal,
-      expand=True,
+    TextColumn("{task.description:6}"),
+    BarColumn(bar_width=None),
+    TextColumn("{task.completed}/{task.total} {task.fields[status]}"),
+    console=console,
+    disable=not console.is_terminal,
+    expand=True,
   )
 
 
@@ -251,8 +244,8 @@ def show(bars: Progress, bar: Any, steps: list[Any], speed: float) -> None:
   last, done = steps[-1], len(steps)
   clipped = 100 * last["steps_clipped"] / done
   status = (
-      f"loss {last['loss']:.3f} {speed * BATCH * LENGTH / 1000:.0f}k tok/s"
-      f" norm {_report.number(last['norm'])} clipped {clipped:.0f}%"
+    f"loss {last['loss']:.3f} {speed * BATCH * LENGTH / 1000:.0f}k tok/s"
+    f" norm {_report.number(last['norm'])} clipped {clipped:.0f}%"
   )
   before = bars.tasks[bar].completed
   bars.update(bar, completed=done, status=status)
@@ -265,9 +258,9 @@ def show(bars: Progress, bar: Any, steps: list[Any], speed: float) -> None:
 def describe(flags: argparse.Namespace) -> str:
   """The title of the figure."""
   return (
-      f"{flags.optimizer}, lr {flags.lr:g}, width {flags.width},"
-      f" {flags.layers} layers, {jnp.dtype(flags.dtype).name} gradients,"
-      f" seed {flags.seed}"
+    f"{flags.optimizer}, lr {flags.lr:g}, width {flags.width},"
+    f" {flags.layers} layers, {jnp.dtype(flags.dtype).name} gradients,"
+    f" seed {flags.seed}"
   )
 
 
@@ -282,20 +275,32 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads and checks all flags, the text and the folder of `--out`."""
   parser = Parser(
-      description=__doc__.partition("\n")[0],
-      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description=__doc__.partition("\n")[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   add = parser.add_argument
-  add("--clip", type=methods, default="none,global",
-      help=f"methods to compare, of {','.join(METHODS)}")
+  add(
+    "--clip",
+    type=methods,
+    default="none,global",
+    help=f"methods to compare, of {','.join(METHODS)}",
+  )
   for name, method in METHODS.items():
     if method.flag:
-      add(f"--{method.flag}", type=threshold, default=method.default,
-          help=f"threshold of '{name}'; its norm: {method.measured}")
+      add(
+        f"--{method.flag}",
+        type=threshold,
+        default=method.default,
+        help=f"threshold of '{name}'; its norm: {method.measured}",
+      )
   add("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd has momentum")
   rates = ", ".join(f"{name} {lr:g}" for name, (_, lr) in OPTIMIZERS.items())
-  add("--lr", type=rate, default=argparse.SUPPRESS,
-      help=f"learning rate (default: {rates})")
+  add(
+    "--lr",
+    type=rate,
+    default=argparse.SUPPRESS,
+    help=f"learning rate (default: {rates})",
+  )
   add("--steps", type=positive, default=300, help="steps of each run")
   add("--width", type=width, default=64, help=f"a multiple of {_model.HEAD}")
   add("--layers", type=positive, default=2, help="transformer blocks")
@@ -304,9 +309,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   low = parser.add_mutually_exclusive_group()
   for flag, dtype in (("--bf16", jnp.bfloat16), ("--fp16", jnp.float16)):
     low.add_argument(
-        flag, dest="dtype", action="store_const", const=dtype,
-        default=jnp.float32,
-        help=f"loss and gradients in {jnp.dtype(dtype).name}, weights in float32",
+      flag,
+      dest="dtype",
+      action="store_const",
+      const=dtype,
+      default=jnp.float32,
+      help=f"loss and gradients in {jnp.dtype(dtype).name}, weights in float32",
     )
   flags = parser.parse_args(argv)
   if "lr" not in flags:
@@ -328,7 +336,7 @@ def methods(value: str) -> list[str]:
   for name in names:
     if name not in METHODS:
       raise argparse.ArgumentTypeError(
-          f"unknown method {name!r}, choose from {', '.join(METHODS)}"
+        f"unknown method {name!r}, choose from {', '.join(METHODS)}"
       )
     if names.count(name) > 1:
       raise argparse.ArgumentTypeError(f"{name!r} is named twice in {value!r}")
@@ -336,7 +344,7 @@ def methods(value: str) -> list[str]:
 
 
 def _checked(
-    convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
+  convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
 ) -> Callable[[str], Any]:
   """A type for argparse whose error names the value and what is wanted."""
 
@@ -357,9 +365,9 @@ rate = _checked(float, lambda x: 0 < x < math.inf, "a positive number")
 positive = _checked(int, lambda x: x >= 1, "a whole number of at least 1")
 natural = _checked(int, lambda x: 0 <= x < 2**32, "a whole number of at least 0")
 width = _checked(
-    int,
-    lambda x: x >= 1 and x % _model.HEAD == 0,
-    f"a positive multiple of {_model.HEAD}",
+  int,
+  lambda x: x >= 1 and x % _model.HEAD == 0,
+  f"a positive multiple of {_model.HEAD}",
 )
 
 

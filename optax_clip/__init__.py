@@ -8,7 +8,7 @@ from optax_clip._adaptive import zclip as zclip
 from optax_clip._adaptive_windows import autoclip as autoclip
 from optax_clip._adaptive_windows import clip_by_history as clip_by_history
 from optax_clip._adaptive_windows import (
-    clip_by_layer_percentile as clip_by_layer_percentile,
+  clip_by_layer_percentile as clip_by_layer_percentile,
 )
 from optax_clip._core import Action as Action
 from optax_clip._core import ClipState as ClipState
@@ -26,10 +26,10 @@ from optax_clip._functions import unitwise_norm as unitwise_norm
 from optax_clip._metrics import metrics as metrics
 from optax_clip._norms import Norm as Norm
 from optax_clip._per_example import (
-    per_example_global_norm_clip as per_example_global_norm_clip,
+  per_example_global_norm_clip as per_example_global_norm_clip,
 )
 from optax_clip._per_example import (
-    per_example_layer_norm_clip as per_example_layer_norm_clip,
+  per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
 from optax_clip._stable_spam import adaclip as adaclip
 from optax_clip._stable_spam import adagn as adagn

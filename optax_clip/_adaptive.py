@@ -12,21 +12,21 @@ from optax_clip._core import clip_with
 
 
 def zclip(
-    z_threshold: Any = 2.5,
-    decay: Any = 0.97,
-    warmup: Any = 25,
-    max_norm: Any = 1.0,
-    mode: str = "adaptive_scaling",
-    clip_factor: Any = 1.0,
-    skip_update_on_spike: bool = False,
-    eps: Any = 1e-6,
-    *,
-    ord: float | None = None,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "zclip",
+  z_threshold: Any = 2.5,
+  decay: Any = 0.97,
+  warmup: Any = 25,
+  max_norm: Any = 1.0,
+  mode: str = "adaptive_scaling",
+  clip_factor: Any = 1.0,
+  skip_update_on_spike: bool = False,
+  eps: Any = 1e-6,
+  *,
+  ord: float | None = None,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "zclip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips global norms with a high z-score (ZClip); may lock on a rising norm.
 
@@ -111,34 +111,34 @@ def zclip(
     arXiv:2504.02507.
   """
   threshold = thresholds.zscore(
-      z_threshold, decay, warmup, mode, clip_factor, skip_update_on_spike, eps
+    z_threshold, decay, warmup, mode, clip_factor, skip_update_on_spike, eps
   )
   if max_norm is not None:
     _validate.nonnegative(max_norm=max_norm)
     threshold = thresholds.at_most(threshold, max_norm)
   return clip_with(
-      measures.global_norm(ord=ord, axis_name=axis_name),
-      threshold,
-      actions.rescale(strict=strict),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.global_norm(ord=ord, axis_name=axis_name),
+    threshold,
+    actions.rescale(strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )
 
 
 def adagc(
-    ratio: Any = 1.05,
-    decay: Any = 0.98,
-    warmup: Any = 100,
-    warmup_norm: Any = 1.0,
-    *,
-    ord: float | None = None,
-    eps: Any = 0.0,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "adagc",
+  ratio: Any = 1.05,
+  decay: Any = 0.98,
+  warmup: Any = 100,
+  warmup_norm: Any = 1.0,
+  *,
+  ord: float | None = None,
+  eps: Any = 0.0,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "adagc",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips each leaf to a little above its own average (AdaGC).
 
@@ -215,10 +215,10 @@ def adagc(
     Pretraining, 2025, arXiv:2502.11034.
   """
   return clip_with(
-      measures.layer_norm(ord=ord, axis_name=axis_name),
-      thresholds.adagc(ratio, decay, warmup, warmup_norm, ord),
-      actions.rescale(eps=eps, strict=strict),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.layer_norm(ord=ord, axis_name=axis_name),
+    thresholds.adagc(ratio, decay, warmup, warmup_norm, ord),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )

@@ -11,16 +11,16 @@ from optax_clip._core import clip_with
 
 
 def autoclip(
-    percentile: Any = 10.0,
-    window: int = 1000,
-    *,
-    ord: float | None = None,
-    eps: Any = 0.0,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "autoclip",
+  percentile: Any = 10.0,
+  window: int = 1000,
+  *,
+  ord: float | None = None,
+  eps: Any = 0.0,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "autoclip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips to a percentile of the global norms seen so far (AutoClip).
 
@@ -84,26 +84,26 @@ def autoclip(
     Networks, 2020, arXiv:2007.14469.
   """
   return clip_with(
-      measures.global_norm(ord=ord, axis_name=axis_name),
-      thresholds.percentile(percentile, window),
-      actions.rescale(eps=eps, strict=strict),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.global_norm(ord=ord, axis_name=axis_name),
+    thresholds.percentile(percentile, window),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )
 
 
 def clip_by_layer_percentile(
-    percentile: Any = 5.0,
-    window: int = 100,
-    *,
-    ord: float | None = None,
-    eps: Any = 0.0,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "clip_by_layer_percentile",
+  percentile: Any = 5.0,
+  window: int = 100,
+  *,
+  ord: float | None = None,
+  eps: Any = 0.0,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "clip_by_layer_percentile",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips each leaf to a percentile of its own last norms.
 
@@ -159,26 +159,26 @@ def clip_by_layer_percentile(
     arXiv:2110.02861 (the library that had it; it was withdrawn in 2026).
   """
   return clip_with(
-      measures.layer_norm(ord=ord, axis_name=axis_name),
-      thresholds.percentile(percentile, window),
-      actions.rescale(eps=eps, strict=strict),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.layer_norm(ord=ord, axis_name=axis_name),
+    thresholds.percentile(percentile, window),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )
 
 
 def clip_by_history(
-    sigmas: Any = 3.0,
-    window: int = 128,
-    *,
-    ord: float | None = None,
-    eps: Any = 0.0,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "clip_by_history",
+  sigmas: Any = 3.0,
+  window: int = 128,
+  *,
+  ord: float | None = None,
+  eps: Any = 0.0,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "clip_by_history",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips what is some deviations above the mean of the last global norms.
 
@@ -242,10 +242,10 @@ def clip_by_history(
     `clip_update_by_historical_norm` of Levanter, Stanford CRFM, 2025.
   """
   return clip_with(
-      measures.global_norm(ord=ord, axis_name=axis_name),
-      thresholds.history(sigmas, window),
-      actions.rescale(eps=eps, strict=strict),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.global_norm(ord=ord, axis_name=axis_name),
+    thresholds.history(sigmas, window),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )

@@ -127,13 +127,13 @@ class ClipState(NamedTuple):
 
 
 def clip_with(
-    measure: Measure,
-    threshold: Threshold,
-    action: Action,
-    *,
-    nonfinite: str = "propagate",
-    record: bool = True,
-    name: str = "clip",
+  measure: Measure,
+  threshold: Threshold,
+  action: Action,
+  *,
+  nonfinite: str = "propagate",
+  record: bool = True,
+  name: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Joins a measure, a threshold and an action to a transformation.
 
@@ -185,7 +185,7 @@ def clip_with(
     return ClipState(memory, {name: _blank()} if record else {})
 
   def update(
-      updates: Any, state: Any, params: Any = None, **extra_args: Any
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     norms = measure.measure(updates, params, **extra_args)
     table = _norms.joined(norms)
@@ -205,22 +205,20 @@ def clip_with(
 
     leaves, treedef = jax.tree.flatten(updates)
     clipped = [
-        keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
-        for leaf, coefficient, limit in zip(
-            map(jnp.asarray, leaves),
-            measure.spread(weigh(norms, each_limit), updates),
-            measure.spread(each_limit, updates),
-            strict=True,
-        )
+      keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
+      for leaf, coefficient, limit in zip(
+        map(jnp.asarray, leaves),
+        measure.spread(weigh(norms, each_limit), updates),
+        measure.spread(each_limit, updates),
+        strict=True,
+      )
     ]
     if nonfinite == "zero":
-      clipped = [
-          keep_weak_type(new, jnp.where(finite, new, 0)) for new in clipped
-      ]
+      clipped = [keep_weak_type(new, jnp.where(finite, new, 0)) for new in clipped]
     if stateful:
       entries = {
-          key: _noted(entry, sizes, limits, weigh(table, limits), finite)
-          for key, entry in state.record.items()
+        key: _noted(entry, sizes, limits, weigh(table, limits), finite)
+        for key, entry in state.record.items()
       }
       state = ClipState(memory, entries)
     return jax.tree.unflatten(treedef, clipped), state
@@ -232,34 +230,30 @@ def _blank() -> Record:
   # Separate arrays: a donated state may not hold one buffer twice.
   floats = [jnp.zeros((), jnp.float32) for _ in range(4)]
   counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
-  return Record(*floats, *counts)._replace(
-      coefficient=jnp.ones((), jnp.float32)
-  )
+  return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
 
 
 def _noted(
-    last: Record, sizes: Any, limits: Any, coefficients: Any, finite: Array
+  last: Record, sizes: Any, limits: Any, coefficients: Any, finite: Array
 ) -> Record:
   """The record after one more step."""
   if not _size(sizes):
     return last._replace(steps=optax.safe_increment(last.steps))
-  above = jax.tree.map(
-      lambda n, limit: (n > limit).astype(jnp.float32), sizes, limits
-  )
+  above = jax.tree.map(lambda n, limit: (n > limit).astype(jnp.float32), sizes, limits)
   factors = jax.tree.map(
-      lambda c: c.factor * c.shift,
-      coefficients,
-      is_leaf=lambda c: isinstance(c, Coefficient),
+    lambda c: c.factor * c.shift,
+    coefficients,
+    is_leaf=lambda c: isinstance(c, Coefficient),
   )
   number_above = _fold(jnp.sum, above)
   return Record(
-      norm=_fold(jnp.max, sizes).astype(jnp.float32),
-      limit=_fold(jnp.min, limits).astype(jnp.float32),
-      coefficient=_fold(jnp.min, factors).astype(jnp.float32),
-      clipped_fraction=number_above / _size(sizes),
-      steps=optax.safe_increment(last.steps),
-      steps_clipped=_count(finite & (number_above > 0), last.steps_clipped),
-      steps_nonfinite=_count(~finite, last.steps_nonfinite),
+    norm=_fold(jnp.max, sizes).astype(jnp.float32),
+    limit=_fold(jnp.min, limits).astype(jnp.float32),
+    coefficient=_fold(jnp.min, factors).astype(jnp.float32),
+    clipped_fraction=number_above / _size(sizes),
+    steps=optax.safe_increment(last.steps),
+    steps_clipped=_count(finite & (number_above > 0), last.steps_clipped),
+    steps_nonfinite=_count(~finite, last.steps_nonfinite),
   )
 
 

@@ -25,15 +25,15 @@ Array = jax.Array
 
 
 def clippy(
-    relative: Any = 0.1,
-    absolute: Any = 1e-7,
-    accumulator_relative: Any = 0.0,
-    *,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "clippy",
+  relative: Any = 0.1,
+  absolute: Any = 1e-7,
+  accumulator_relative: Any = 0.0,
+  *,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "clippy",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf so that no weight changes by more than a share of itself.
 
@@ -90,22 +90,22 @@ def clippy(
     authors' code in TensorFlow Recommenders.
   """
   _validate.nonnegative(
-      relative=relative,
-      absolute=absolute,
-      accumulator_relative=accumulator_relative,
+    relative=relative,
+    absolute=absolute,
+    accumulator_relative=accumulator_relative,
   )
   return clip_with(
-      _share_of_bound(
-          _memory.number(relative),
-          _memory.number(absolute),
-          _memory.number(accumulator_relative),
-          axis_name,
-      ),
-      thresholds.constant(1.0),
-      actions.rescale(strict=strict),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    _share_of_bound(
+      _memory.number(relative),
+      _memory.number(absolute),
+      _memory.number(accumulator_relative),
+      axis_name,
+    ),
+    thresholds.constant(1.0),
+    actions.rescale(strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )
 
 
@@ -116,7 +116,7 @@ def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
   big = 2.0**64
 
   def measure(
-      updates: Any, params: Any = None, *, accumulator: Any = None, **extra: Any
+    updates: Any, params: Any = None, *, accumulator: Any = None, **extra: Any
   ) -> Any:
     del extra
     _groups.same_structure(updates, params)
@@ -126,8 +126,8 @@ def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
     if not (isinstance(s, float) and s == 0):
       if accumulator is None:
         raise ValueError(
-            "With accumulator_relative, pass the sums of squares, as in"
-            " tx.update(updates, state, params, accumulator=v)."
+          "With accumulator_relative, pass the sums of squares, as in"
+          " tx.update(updates, state, params, accumulator=v)."
         )
       sums = _groups.floating_leaves(accumulator)
 
@@ -143,20 +143,16 @@ def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
       return jnp.where(jnp.isfinite(size), jnp.minimum(share, most), size)
 
     def largest(unit: float) -> Any:
-      shares = [
-          ratio(*x, unit) for x in zip(leaves, weights, sums, strict=True)
-      ]
+      shares = [ratio(*x, unit) for x in zip(leaves, weights, sums, strict=True)]
       return peak.measure(shares)
 
     def chosen(near: _norms.Norm, far: _norms.Norm) -> _norms.Norm:
       use = jnp.isfinite(near.value) & (near.value > big)
       return _norms.Norm(
-          jnp.where(use, far.value, near.value), jnp.where(use, big, near.unit)
+        jnp.where(use, far.value, near.value), jnp.where(use, big, near.unit)
       )
 
-    return jax.tree.map(
-        chosen, largest(1.0), largest(big), is_leaf=_norms.is_norm
-    )
+    return jax.tree.map(chosen, largest(1.0), largest(big), is_leaf=_norms.is_norm)
 
   return peak._replace(measure=measure)
 
@@ -177,14 +173,14 @@ class ElementSpikesState(NamedTuple):
 
 
 def clip_element_spikes(
-    theta: Any = 5000.0,
-    decay: Any = 0.999,
-    warmup: Any = 1,
-    *,
-    nonfinite: str = "propagate",
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "clip_element_spikes",
+  theta: Any = 5000.0,
+  decay: Any = 0.999,
+  warmup: Any = 1,
+  *,
+  nonfinite: str = "propagate",
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "clip_element_spikes",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips elements that are far beyond what they were before (SPAM).
 
@@ -264,12 +260,12 @@ def clip_element_spikes(
   def recorded(norms: Any) -> optax.GradientTransformationExtraArgs:
     """Writes down norms that are known, and leaves the updates alone."""
     return clip_with(
-        peak._replace(measure=lambda *args, **extra_args: norms),
-        thresholds.constant(1.0),
-        Action(actions.rescale().weigh, lambda leaf, coefficient, limit: leaf),
-        nonfinite=nonfinite,
-        record=record,
-        name=name,
+      peak._replace(measure=lambda *args, **extra_args: norms),
+      thresholds.constant(1.0),
+      Action(actions.rescale().weigh, lambda leaf, coefficient, limit: leaf),
+      nonfinite=nonfinite,
+      record=record,
+      name=name,
     )
 
   def init(params: Any) -> ElementSpikesState:
@@ -294,26 +290,26 @@ def clip_element_spikes(
       new = jnp.copysign(limit, g.astype(limit.dtype)).astype(g.dtype)
     share = jnp.minimum(share, jnp.finfo(share.dtype).max)
     return (
-        jnp.where(spike, new, g),
-        jnp.where(spike, limit, size),
-        jnp.where(jnp.isfinite(size), share, size),
+      jnp.where(spike, new, g),
+      jnp.where(spike, limit, size),
+      jnp.where(jnp.isfinite(size), share, size),
     )
 
   def update(
-      updates: Any,
-      state: ElementSpikesState,
-      params: Any = None,
-      *,
-      second_moment: Any = None,
-      **extra_args: Any,
+    updates: Any,
+    state: ElementSpikesState,
+    params: Any = None,
+    *,
+    second_moment: Any = None,
+    **extra_args: Any,
   ) -> tuple[Any, ElementSpikesState]:
     del extra_args
     leaves = _groups.floating_leaves(updates)
     if decay is None:
       if second_moment is None:
         raise ValueError(
-            "With decay=None, pass the second moment, as in"
-            " tx.update(updates, state, second_moment=v)."
+          "With decay=None, pass the second moment, as in"
+          " tx.update(updates, state, second_moment=v)."
         )
       moments = _groups.floating_leaves(second_moment)
       old, ready = [jnp.sqrt(v) for v in moments], jnp.asarray(True)
@@ -321,32 +317,37 @@ def clip_element_spikes(
       old = jax.tree.leaves(state.rms)
       if [x.shape for x in old] != [x.shape for x in leaves]:
         raise ValueError(
-            f"The state of clip_element_spikes is of {len(old)} leaves, the"
-            f" updates have {len(leaves)} or other shapes: it is of another model"
-            " (a checkpoint of it, perhaps). Make a new state with tx.init."
+          f"The state of clip_element_spikes is of {len(old)} leaves, the"
+          f" updates have {len(leaves)} or other shapes: it is of another model"
+          " (a checkpoint of it, perhaps). Make a new state with tx.init."
         )
       ready = state.seen.astype(jnp.float32) >= warmup
-    new, sizes, shares = zip(
+    new, sizes, shares = (
+      zip(
         *(clipped(g, r, ready) for g, r in zip(leaves, old, strict=True)),
         strict=True,
-    ) if leaves else ((), (), ())
+      )
+      if leaves
+      else ((), (), ())
+    )
 
     norms = peak.measure(list(shares))
-    exact = _memory.flat(
-        jax.tree.map(_norms.magnitude, norms, is_leaf=_norms.is_norm)
-    )
+    exact = _memory.flat(jax.tree.map(_norms.magnitude, norms, is_leaf=_norms.is_norm))
     finite = jnp.all(jnp.isfinite(exact))
     treedef = jax.tree.structure(updates)
     rms = state.rms
     if decay is not None:
-      rms = jax.tree.unflatten(treedef, [
+      rms = jax.tree.unflatten(
+        treedef,
+        [
           jnp.where(finite, _next_rms(1 - decay, r, size), r)
           for r, size in zip(old, sizes, strict=True)
-      ])
+        ],
+      )
     seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
     kept = [keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
     result, clip = recorded(norms).update(
-        jax.tree.unflatten(treedef, kept), state.clip, params
+      jax.tree.unflatten(treedef, kept), state.clip, params
     )
     return result, ElementSpikesState(seen, rms, clip)
 

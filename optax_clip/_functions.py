@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 def global_norm(
-    tree: Any, *, ord: float | None = None, axis_name: Any = "auto"
+  tree: Any, *, ord: float | None = None, axis_name: Any = "auto"
 ) -> Array:
   r"""The norm of all elements of a tree.
 
@@ -54,15 +54,15 @@ def global_norm(
 
 
 def clip_tree(
-    tree: Any,
-    max_norm: Any,
-    *,
-    norm: Any = None,
-    ord: float | None = None,
-    eps: Any = 0.0,
-    nonfinite: str = "propagate",
-    strict: bool = False,
-    axis_name: Any = "auto",
+  tree: Any,
+  max_norm: Any,
+  *,
+  norm: Any = None,
+  ord: float | None = None,
+  eps: Any = 0.0,
+  nonfinite: str = "propagate",
+  strict: bool = False,
+  axis_name: Any = "auto",
 ) -> tuple[Any, Array]:
   r"""Clips a tree by its global norm, and returns both.
 
@@ -97,17 +97,13 @@ def clip_tree(
   """
   _validate.nonnegative(max_norm=max_norm)
   measure = measures.global_norm(ord=ord, axis_name=axis_name)
-  measured = (
-      measure.measure(tree)
-      if norm is None
-      else _norms.plain(jnp.asarray(norm))
-  )
+  measured = measure.measure(tree) if norm is None else _norms.plain(jnp.asarray(norm))
   tx = clip_with(
-      measure._replace(measure=lambda *args, **extra_args: measured),
-      thresholds.constant(max_norm),
-      actions.rescale(eps=eps, strict=strict),
-      nonfinite=nonfinite,
-      record=False,
+    measure._replace(measure=lambda *args, **extra_args: measured),
+    thresholds.constant(max_norm),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=False,
   )
   _groups.floating_leaves(tree)
   clipped, _ = tx.update(tree, optax.EmptyState())
@@ -144,7 +140,7 @@ def unitwise_norm(x: Array, axis: Any = None) -> Array:
 
 
 def unitwise_clip(
-    g_norm: Array, max_norm: Array, grad: Array, div_eps: Any = 1e-6
+  g_norm: Array, max_norm: Array, grad: Array, div_eps: Any = 1e-6
 ) -> Array:
   r"""Clips each unit of an array, given norms and limits element by element.
 
@@ -175,14 +171,12 @@ def unitwise_clip(
   shapes = {jnp.shape(g_norm), jnp.shape(max_norm), grad.shape}
   if len(shapes) > 1:
     raise ValueError(
-        "g_norm, max_norm and grad must have one shape, got"
-        f" {jnp.shape(g_norm)}, {jnp.shape(max_norm)} and {grad.shape}."
+      "g_norm, max_norm and grad must have one shape, got"
+      f" {jnp.shape(g_norm)}, {jnp.shape(max_norm)} and {grad.shape}."
     )
   wide = _moments.accumulator(grad.dtype)
   norm, limit = (jnp.asarray(x, wide) for x in (g_norm, max_norm))
   divisor = jnp.maximum(norm, jnp.asarray(div_eps, wide))
   action = actions.rescale()
-  clipped = action.apply(
-      grad, action.weigh(_norms.plain(divisor), limit), limit
-  )
+  clipped = action.apply(grad, action.weigh(_norms.plain(divisor), limit), limit)
   return jnp.where(norm < limit, grad, clipped)

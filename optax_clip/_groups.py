@@ -28,9 +28,9 @@ def floating_leaves(tree: Any) -> list[Array]:
       leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       raise TypeError(
-          f"updates{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which"
-          " cannot be clipped. Only floating and complex leaves can: leave the"
-          " others out with optax.masked."
+        f"updates{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which"
+        " cannot be clipped. Only floating and complex leaves can: leave the"
+        " others out with optax.masked."
       )
     leaves.append(leaf)
   return leaves
@@ -40,27 +40,26 @@ def same_structure(updates: Any, params: Any) -> None:
   """Raises unless two trees match."""
   if params is None:
     raise ValueError(
-        "This transformation compares updates with parameters: pass them, as"
-        " in tx.update(updates, state, params)."
+      "This transformation compares updates with parameters: pass them, as"
+      " in tx.update(updates, state, params)."
     )
   ours: Any = jax.tree.structure(updates)
   theirs: Any = jax.tree.structure(params)
   if ours != theirs:
     raise ValueError(
-        "updates and params must have the same tree structure, got"
-        f" {ours} and {theirs}."
+      f"updates and params must have the same tree structure, got {ours} and {theirs}."
     )
   pairs = zip(
-      jax.tree_util.tree_leaves_with_path(updates),
-      jax.tree.leaves(params),
-      strict=True,
+    jax.tree_util.tree_leaves_with_path(updates),
+    jax.tree.leaves(params),
+    strict=True,
   )
   for (path, update), param in pairs:
     if jnp.shape(update) != jnp.shape(param):
       raise ValueError(
-          "updates and params must have the same shapes, got"
-          f" {jnp.shape(update)} and {jnp.shape(param)} at"
-          f" updates{jax.tree_util.keystr(path)}."
+        "updates and params must have the same shapes, got"
+        f" {jnp.shape(update)} and {jnp.shape(param)} at"
+        f" updates{jax.tree_util.keystr(path)}."
       )
 
 
@@ -78,7 +77,7 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if not all(-rank <= a < rank for a in axes):
       raise ValueError(
-          f"axis={axis!r} is out of range for a leaf of shape {tuple(shape)}."
+        f"axis={axis!r} is out of range for a leaf of shape {tuple(shape)}."
       )
     distinct = {a % rank for a in axes}
     if len(distinct) < len(axes):
@@ -91,8 +90,8 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
   if rank <= 5:
     return tuple(range(rank - 1))
   raise ValueError(
-      f"A leaf of shape {tuple(shape)} has rank {rank}; units are known up to"
-      " rank 5. Pass axis= to say which axes belong to one unit."
+    f"A leaf of shape {tuple(shape)} has rank {rank}; units are known up to"
+    " rank 5. Pass axis= to say which axes belong to one unit."
   )
 
 
@@ -103,24 +102,22 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
   found = set(jax.tree.leaves(labels))
   if not found:
     raise ValueError(
-        f"labels={labels!r} holds no label. Pass a tree (or a prefix of one)"
-        " of labels, or a function from updates to one."
+      f"labels={labels!r} holds no label. Pass a tree (or a prefix of one)"
+      " of labels, or a function from updates to one."
     )
   _all_known(found, names)
 
 
-def label_ids(
-    labels: Labels, names: Sequence[Hashable], tree: Any
-) -> list[int]:
+def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
   """For each leaf of `tree`, the index of its label in `names`."""
   resolved = labels(tree) if callable(labels) else labels
   try:
     full = jax.tree.broadcast(resolved, tree)
   except ValueError as error:
     raise ValueError(
-        "labels must be a tree prefix of the updates, got"
-        f" {jax.tree.structure(resolved)} for updates of structure"
-        f" {jax.tree.structure(tree)}."
+      "labels must be a tree prefix of the updates, got"
+      f" {jax.tree.structure(resolved)} for updates of structure"
+      f" {jax.tree.structure(tree)}."
     ) from error
   found = jax.tree.leaves(full)
   _all_known(set(found), names)
@@ -132,9 +129,9 @@ def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:
   unknown = sorted(map(repr, found - set(names)))
   if unknown:
     raise ValueError(
-        f"max_norms has no limit for the labels {', '.join(unknown)}; it has"
-        f" {', '.join(sorted(map(repr, names)))}. Use float('inf') for a group"
-        " that is never clipped."
+      f"max_norms has no limit for the labels {', '.join(unknown)}; it has"
+      f" {', '.join(sorted(map(repr, names)))}. Use float('inf') for a group"
+      " that is never clipped."
     )
 
 
@@ -142,7 +139,7 @@ def named_limits(max_norms: Mapping[Hashable, Any]) -> list[Hashable]:
   """The names of the groups, in a stable order."""
   if not max_norms:
     raise ValueError(
-        "max_norms is empty: pass one limit for each label, as in"
-        " {'encoder': 1.0, 'head': 0.1}."
+      "max_norms is empty: pass one limit for each label, as in"
+      " {'encoder': 1.0, 'head': 0.1}."
     )
   return sorted(max_norms, key=repr)

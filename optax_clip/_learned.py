@@ -68,13 +68,13 @@ class RatioMemory(NamedTuple):
 
 
 def zscore(
-    z_threshold: Any = 2.5,
-    decay: Any = 0.97,
-    warmup: Any = 25,
-    mode: str = "adaptive_scaling",
-    clip_factor: Any = 1.0,
-    skip_update_on_spike: bool = False,
-    eps: Any = 1e-6,
+  z_threshold: Any = 2.5,
+  decay: Any = 0.97,
+  warmup: Any = 25,
+  mode: str = "adaptive_scaling",
+  clip_factor: Any = 1.0,
+  skip_update_on_spike: bool = False,
+  eps: Any = 1e-6,
 ) -> Threshold:
   r"""A z-score by the moments of clipped norms (ZClip); may lock on a rise.
 
@@ -110,14 +110,14 @@ def zscore(
   _validate.positive(warmup=warmup, clip_factor=clip_factor, eps=eps)
   _validate.choice(("adaptive_scaling", "mean", "percentile"), mode=mode)
   z, alpha, factor, eps, warmup = map(
-      _memory.number, (z_threshold, decay, clip_factor, eps, warmup)
+    _memory.number, (z_threshold, decay, clip_factor, eps, warmup)
   )
 
   def start(norms: Array) -> MomentsMemory:
     return MomentsMemory(jnp.zeros_like(norms), jnp.zeros_like(norms))
 
   def rule(
-      n: Array, memory: MomentsMemory, count: Array
+    n: Array, memory: MomentsMemory, count: Array
   ) -> tuple[Array, MomentsMemory]:
     mean, std = memory
     before = count.astype(jnp.float32)
@@ -142,9 +142,9 @@ def zscore(
     weight = jnp.where(warm & restart, 1, weight)
     new_mean = mean + weight * (x - mean)
     deviation = jnp.where(
-        warm & ~restart,
-        jnp.abs(x - mean) * jnp.sqrt(before / (before + 1)),
-        jnp.abs(x - new_mean),
+      warm & ~restart,
+      jnp.abs(x - mean) * jnp.sqrt(before / (before + 1)),
+      jnp.abs(x - new_mean),
     )
     new = MomentsMemory(new_mean, _memory.root_mean(weight, std, deviation))
     if skip_update_on_spike:
@@ -156,11 +156,11 @@ def zscore(
 
 
 def adagc(
-    ratio: Any = 1.05,
-    decay: Any = 0.98,
-    warmup: Any = 100,
-    warmup_norm: Any = 1.0,
-    ord: float | None = None,
+  ratio: Any = 1.05,
+  decay: Any = 0.98,
+  warmup: Any = 100,
+  warmup_norm: Any = 1.0,
+  ord: float | None = None,
 ) -> Threshold:
   r"""A little above the running mean of each entry's clipped norms (AdaGC).
 
@@ -184,19 +184,15 @@ def adagc(
   _validate.positive(ratio=ratio, warmup=warmup, warmup_norm=warmup_norm)
   _validate.fraction(decay=decay)
   p = _validate.order(ord)
-  ratio, beta, warmup, most = map(
-      _memory.number, (ratio, decay, warmup, warmup_norm)
-  )
+  ratio, beta, warmup, most = map(_memory.number, (ratio, decay, warmup, warmup_norm))
 
   def start(norms: Array) -> BoundMemory:
     return BoundMemory(
-        jnp.full_like(norms, _memory.LARGEST),
-        jnp.full_like(norms, _memory.LARGEST),
+      jnp.full_like(norms, _memory.LARGEST),
+      jnp.full_like(norms, _memory.LARGEST),
     )
 
-  def rule(
-      n: Array, memory: BoundMemory, count: Array
-  ) -> tuple[Array, BoundMemory]:
+  def rule(n: Array, memory: BoundMemory, count: Array) -> tuple[Array, BoundMemory]:
     gamma, calmest = memory
     warm = count.astype(jnp.float32) < jnp.maximum(warmup, 1)
     total = jnp.minimum(_total(n, p), _memory.LARGEST)
@@ -212,13 +208,13 @@ def adagc(
     spike = total > _memory.LEAP * calmest
     after_spikes = calmest > _memory.LEAP * total
     least = jnp.where(
-        spike,
-        gamma,
-        jnp.where(after_spikes, clipped, jnp.minimum(gamma, clipped)),
+      spike,
+      gamma,
+      jnp.where(after_spikes, clipped, jnp.minimum(gamma, clipped)),
     )
     return limits, BoundMemory(
-        jnp.where(warm, least, gamma + (1 - beta) * (clipped - gamma)),
-        jnp.where(warm, jnp.minimum(calmest, total), calmest),
+      jnp.where(warm, least, gamma + (1 - beta) * (clipped - gamma)),
+      jnp.where(warm, jnp.minimum(calmest, total), calmest),
     )
 
   return _memory.remembering(start, rule)
@@ -237,7 +233,7 @@ def average(decay: Any = 0.999) -> Threshold:
   beta = _memory.number(decay)
 
   def rule(
-      n: Array, memory: AverageMemory, count: Array
+    n: Array, memory: AverageMemory, count: Array
   ) -> tuple[Array, AverageMemory]:
     x, restart = _memory.plausible(n, memory.mean, count)
     weight = jnp.where(restart, 1, _memory.debiasing(beta, count))
@@ -250,7 +246,7 @@ def average(decay: Any = 0.999) -> Threshold:
 
 
 def mean_over_rms(
-    decay_mean: Any = 0.7, decay_square: Any = 0.9, eps: Any = 1e-8
+  decay_mean: Any = 0.7, decay_square: Any = 0.9, eps: Any = 1e-8
 ) -> Threshold:
   r"""The ratio of a running mean to a running root mean square (AdaGN).
 
@@ -277,12 +273,10 @@ def mean_over_rms(
   def start(norms: Array) -> RatioMemory:
     return RatioMemory(jnp.zeros_like(norms), jnp.zeros_like(norms))
 
-  def rule(
-      n: Array, memory: RatioMemory, count: Array
-  ) -> tuple[Array, RatioMemory]:
+  def rule(n: Array, memory: RatioMemory, count: Array) -> tuple[Array, RatioMemory]:
     x, restart = _memory.plausible(n, memory.rms, count)
     first, second = (
-        jnp.where(restart, 1, _memory.debiasing(decay, count)) for decay in decays
+      jnp.where(restart, 1, _memory.debiasing(decay, count)) for decay in decays
     )
     mean = memory.mean + first * (x - memory.mean)
     rms = _memory.root_mean(second, memory.rms, x)

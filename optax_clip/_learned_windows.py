@@ -49,9 +49,7 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Threshold:
   def start(norms: Array) -> WindowMemory:
     return WindowMemory(jnp.zeros((*norms.shape, size), jnp.float32))
 
-  def rule(
-      n: Array, memory: WindowMemory, count: Array
-  ) -> tuple[Array, WindowMemory]:
+  def rule(n: Array, memory: WindowMemory, count: Array) -> tuple[Array, WindowMemory]:
     _same_window(memory.window, size)
     learnt = _inserted(memory.window, n, count)
     # A norm that is not to be remembered leaves the window as it was.
@@ -84,9 +82,7 @@ def history(sigmas: Any = 3.0, window: int = 128) -> Threshold:
   def start(norms: Array) -> WindowMemory:
     return WindowMemory(jnp.zeros((*norms.shape, size), jnp.float32))
 
-  def rule(
-      n: Array, memory: WindowMemory, count: Array
-  ) -> tuple[Array, WindowMemory]:
+  def rule(n: Array, memory: WindowMemory, count: Array) -> tuple[Array, WindowMemory]:
     _same_window(memory.window, size)
     mean, std = _window_moments(memory.window, count)
     ready = count >= max(2, size // 2)
@@ -99,9 +95,9 @@ def history(sigmas: Any = 3.0, window: int = 128) -> Threshold:
 def _same_window(window: Array, size: int) -> None:
   if window.shape[1] != size:
     raise ValueError(
-        f"The state holds a window of {window.shape[1]} norms, but window={size}:"
-        " it was made with another one (by a checkpoint, perhaps). Pass that one,"
-        " or make a new state with tx.init."
+      f"The state holds a window of {window.shape[1]} norms, but window={size}:"
+      " it was made with another one (by a checkpoint, perhaps). Pass that one,"
+      " or make a new state with tx.init."
     )
 
 

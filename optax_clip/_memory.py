@@ -70,8 +70,8 @@ class MemoryState(NamedTuple):
 
 
 def remembering(
-    start: Callable[[Array], Any],
-    rule: Callable[[Array, Any, Array], tuple[Array, Any]],
+  start: Callable[[Array], Any],
+  rule: Callable[[Array, Any, Array], tuple[Array, Any]],
 ) -> Threshold:
   """The threshold of a rule, see the module's docstring.
 
@@ -87,7 +87,7 @@ def remembering(
     return MemoryState(jnp.zeros_like(like, jnp.int32), start(like))
 
   def update(
-      norms: Any, state: MemoryState, **extra_args: Any
+    norms: Any, state: MemoryState, **extra_args: Any
   ) -> tuple[Any, MemoryState]:
     del extra_args
     exact = flat(norms)
@@ -106,8 +106,8 @@ def remembering(
     near = exact <= limits * (1 + _NOISE)
     limits = jnp.where(near, jnp.maximum(limits, exact), limits)
     return unflat(limits, norms), MemoryState(
-        kept(optax.safe_increment(state.seen), state.seen),
-        jax.tree.map(kept, memory, state.memory),
+      kept(optax.safe_increment(state.seen), state.seen),
+      jax.tree.map(kept, memory, state.memory),
     )
 
   return Threshold(init, update)
@@ -136,8 +136,8 @@ def unflat(vector: Array, norms: Any) -> Any:
   for x in leaves:
     ends.append(ends[-1] + x.size)
   parts = [
-      vector[a:b].reshape(x.shape).astype(x.dtype)
-      for x, a, b in zip(leaves, ends[:-1], ends[1:], strict=True)
+    vector[a:b].reshape(x.shape).astype(x.dtype)
+    for x, a, b in zip(leaves, ends[:-1], ends[1:], strict=True)
   ]
   # Without the barrier XLA reads each leaf's limit out of the vector within the
   # kernel that scales the leaf, and compiles one such kernel for each leaf.
@@ -166,9 +166,9 @@ def number(value: Any) -> Any:
   """A hyperparameter: a Python float where it is known, else f32[]."""
   if callable(value):
     raise TypeError(
-        f"Expected a number, got {value!r}: this hyperparameter takes no schedule."
-        " optax.inject_hyperparams evaluates schedules for transformations whose"
-        " arguments are numbers."
+      f"Expected a number, got {value!r}: this hyperparameter takes no schedule."
+      " optax.inject_hyperparams evaluates schedules for transformations whose"
+      " arguments are numbers."
     )
   if isinstance(value, (int, float)):
     return float(value)
@@ -206,8 +206,8 @@ def _same_size(size: int, state: MemoryState) -> None:
   if sizes != {(size,)}:
     found = ", ".join(sorted(str(s[0]) if s else "a scalar" for s in sizes))
     raise ValueError(
-        f"The state of this threshold remembers {found} norms, but the updates"
-        f" have {size}: it is of a model with another number of layers or"
-        " groups (a checkpoint of it, perhaps). Make a new state with tx.init,"
-        " which learns afresh, or restore the checkpoint that fits."
+      f"The state of this threshold remembers {found} norms, but the updates"
+      f" have {size}: it is of a model with another number of layers or"
+      " groups (a checkpoint of it, perhaps). Make a new state with tx.init,"
+      " which learns afresh, or restore the checkpoint that fits."
     )

@@ -32,9 +32,9 @@ def collected_axes(x: Any, axis_name: Any) -> tuple[str, ...]:
 
 
 def collect(
-    values: Sequence[Array],
-    axes: Sequence[tuple[str, ...]],
-    collective: Callable[..., Array],
+  values: Sequence[Array],
+  axes: Sequence[tuple[str, ...]],
+  collective: Callable[..., Array],
 ) -> Array:
   """Stacks scalars, after one collective for each distinct set of axes."""
   distinct = sorted(set(axes))
@@ -51,14 +51,20 @@ def collect(
 
 
 def collect_each(
-    values: Sequence[Array],
-    axes: Sequence[tuple[str, ...]],
-    collective: Callable[..., Array],
+  values: Sequence[Array],
+  axes: Sequence[tuple[str, ...]],
+  collective: Callable[..., Array],
 ) -> list[Array]:
   """As `collect`, for scalars that stay apart (or arrays, if no axes)."""
   if not any(axes):
     return list(values)
   return list(collect(values, axes, collective))
+
+
+def is_explicitly_sharded(x: Any) -> bool:
+  """Whether the type of `x` says that a dimension of it is sharded."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  return any(axis is not None for axis in getattr(sharding, "spec", None) or ())
 
 
 def on_one_device(arrays: Sequence[Any]) -> bool:
@@ -88,7 +94,7 @@ def require_unsharded(arrays: Sequence[Any], what: str) -> None:
   for x in arrays:
     if names := varying_axes(x):
       raise ValueError(
-          f"{what} cannot be taken of a leaf that varies over the mesh axes"
-          f" {names}: its type does not say which dimension is sharded. Clip"
-          " outside of shard_map, or sum the gradients over these axes first."
+        f"{what} cannot be taken of a leaf that varies over the mesh axes"
+        f" {names}: its type does not say which dimension is sharded. Clip"
+        " outside of shard_map, or sum the gradients over these axes first."
       )

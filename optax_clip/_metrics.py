@@ -47,11 +47,9 @@ def metrics(opt_state: Any) -> dict[str, Array]:
   """
   state = getattr(opt_state, "opt_state", opt_state)
   leaves = jax.tree_util.tree_leaves_with_path(
-      state, is_leaf=lambda node: isinstance(node, Record)
+    state, is_leaf=lambda node: isinstance(node, Record)
   )
-  records = [
-      (path[-1].key, node) for path, node in leaves if isinstance(node, Record)
-  ]
+  records = [(path[-1].key, node) for path, node in leaves if isinstance(node, Record)]
   # A name that a user chose may look like a numbered one.
   chosen = {name for name, _ in records}
   used: set[str] = set()

@@ -14,6 +14,8 @@ What makes it right in every dtype lives here and in `_moments`, nowhere else:
   second read every step. Instead the plain sum is taken, and *only if it left
   the safe range* a second measurement, in units of a power of two near the
   largest element, replaces it (`lax.cond`: the branch not taken costs nothing).
+  Orders above 2, whose powers leave the range (and whose derivatives leave it
+  sooner) for values that are not rare, always take the second way: two reads.
 * *Wide results.* The 2-norm of finite float32 values may itself exceed the
   largest float32. A `Norm` is therefore ``value * unit``.
 
@@ -62,9 +64,9 @@ def magnitude(norm: Norm) -> Array:
   """The norm as one float; a finite norm stays finite (it saturates)."""
   largest = jnp.finfo(norm.value.dtype).max
   return jnp.where(
-      jnp.isfinite(norm.value),
-      jnp.minimum(norm.value * norm.unit, largest),
-      norm.value,
+    jnp.isfinite(norm.value),
+    jnp.minimum(norm.value * norm.unit, largest),
+    norm.value,
   )
 
 
@@ -76,9 +78,7 @@ def plain(value: Array) -> Norm:
 
 def merged(norms: Norm) -> Norm:
   """The 2-norm over axis 0 of norms that are themselves 2-norms of parts."""
-  unit = jnp.max(
-      jnp.where(norms.value > 0, norms.unit, 0), axis=0, keepdims=True
-  )
+  unit = jnp.max(jnp.where(norms.value > 0, norms.unit, 0), axis=0, keepdims=True)
   unit = jnp.where(unit > 0, unit, 1)
   scaled = norms.value * (norms.unit / unit)
   peak = jax.lax.stop_gradient(jnp.max(scaled, axis=0, keepdims=True))
@@ -107,18 +107,18 @@ def apart(limits: Any, norms: Any) -> Any:
 
 def _are_scalars(norms: Any) -> bool:
   return (
-      isinstance(norms, list)
-      and len(norms) > 0
-      and all(norm.value.ndim == 0 for norm in norms)
+    isinstance(norms, list)
+    and len(norms) > 0
+    and all(norm.value.ndim == 0 for norm in norms)
   )
 
 
 def group_norms(
-    leaves: Sequence[Array],
-    groups: Sequence[int],
-    count: int,
-    ord: float,
-    axis_name: Any,
+  leaves: Sequence[Array],
+  groups: Sequence[int],
+  count: int,
+  ord: float,
+  axis_name: Any,
 ) -> Norm:
   """One norm for each group of arrays.
 
@@ -140,32 +140,32 @@ def group_norms(
     return plain(jnp.zeros(count, dtype))
   arrays, group_of = zip(*kept, strict=True)
   return _group_norms(
-      arrays,
-      groups=group_of,
-      count=count,
-      ord=ord,
-      dtype=dtype,
-      axes=tuple(_mesh.collected_axes(x, axis_name) for x in arrays),
-      concatenate=_mesh.on_one_device(arrays),
+    arrays,
+    groups=group_of,
+    count=count,
+    ord=ord,
+    dtype=dtype,
+    axes=tuple(_mesh.collected_axes(x, axis_name) for x in arrays),
+    concatenate=_mesh.on_one_device(arrays),
   )
 
 
 # `jit` so that eager callers compile the `cond` once, not at every call. Inside
 # another `jit` it is inlined and leaves no trace.
 @functools.partial(
-    jax.jit,
-    static_argnames=("groups", "count", "ord", "dtype", "axes", "concatenate"),
-    inline=True,
+  jax.jit,
+  static_argnames=("groups", "count", "ord", "dtype", "axes", "concatenate"),
+  inline=True,
 )
 def _group_norms(
-    arrays: tuple[Array, ...],
-    *,
-    groups: tuple[int, ...],
-    count: int,
-    ord: float,
-    dtype: Any,
-    axes: tuple[tuple[str, ...], ...],
-    concatenate: bool,
+  arrays: tuple[Array, ...],
+  *,
+  groups: tuple[int, ...],
+  count: int,
+  ord: float,
+  dtype: Any,
+  axes: tuple[tuple[str, ...], ...],
+  concatenate: bool,
 ) -> Norm:
   parts = _moments.parts(arrays, groups, axes, dtype, concatenate)
   index = [part.group for part in parts]
@@ -173,8 +173,7 @@ def _group_norms(
   def per_part(local: Callable[..., Array], collect: Any, *units: Any) -> Array:
     """Reduces each part, with one collective for each set of mesh axes."""
     values = [
-        local(part.arrays, *(unit[i] for unit in units))
-        for i, part in enumerate(parts)
+      local(part.arrays, *(unit[i] for unit in units)) for i, part in enumerate(parts)
     ]
     return _mesh.collect(values, [part.axes for part in parts], collect)
 
@@ -188,12 +187,6 @@ def _group_norms(
   if ord == math.inf:
     return plain(_moments.segment(jnp.max, largest(), index, count))
 
-  moments = _moments.segment(jnp.sum, moment(), index, count)
-  size = [0] * count
-  for part in parts:
-    elements = sum(x.size for x in part.arrays)
-    size[part.group] += elements * _mesh.devices(part.axes)
-
   def keep() -> tuple[Array, Array]:
     return moments, jnp.ones_like(moments)
 
@@ -203,18 +196,28 @@ def _group_norms(
     share = (units / unit[jnp.asarray(index)]) ** ord
     return _moments.segment(jnp.sum, moment(units) * share, index, count), unit
 
+  if ord > 2:
+    return _finished(ord, *rescale())
+  moments = _moments.segment(jnp.sum, moment(), index, count)
   if not _moments.can_leave_range(ord, arrays):
-    return Norm(_moments.root(moments, ord), jnp.ones_like(moments))
+    return _finished(ord, *keep())
+  size = [0] * count
+  for part in parts:
+    elements = sum(x.size for x in part.arrays)
+    size[part.group] += elements * _mesh.devices(part.axes)
   unsafe = _moments.out_of_range([moments], [jnp.asarray(size, dtype)])
-  moments, unit = lax.cond(unsafe, rescale, keep)
-  return Norm(_moments.root(moments, ord), unit)
+  return _finished(ord, *lax.cond(unsafe, rescale, keep))
+
+
+def _finished(ord: float, moment: Array, unit: Array) -> Norm:
+  return Norm(*_moments.root_and_unit(moment, unit, ord))
 
 
 def leaf_norms(
-    leaves: Sequence[Array],
-    axes: Sequence[tuple[int, ...] | None],
-    ord: float,
-    axis_name: Any = (),
+  leaves: Sequence[Array],
+  axes: Sequence[tuple[int, ...] | None],
+  ord: float,
+  axis_name: Any = (),
 ) -> list[Norm]:
   """One norm, or an array of them, for each leaf.
 
@@ -231,63 +234,59 @@ def leaf_norms(
     axis_name: the mesh axes to collect over, as in `optax_clip.measures`.
   """
   return _leaf_norms(
-      tuple(leaves),
-      axes=tuple(axes),
-      ord=ord,
-      mesh_axes=tuple(_mesh.collected_axes(x, axis_name) for x in leaves),
+    tuple(leaves),
+    axes=tuple(axes),
+    ord=ord,
+    mesh_axes=tuple(_mesh.collected_axes(x, axis_name) for x in leaves),
   )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("axes", "ord", "mesh_axes"), inline=True
-)
+@functools.partial(jax.jit, static_argnames=("axes", "ord", "mesh_axes"), inline=True)
 def _leaf_norms(
-    leaves: tuple[Array, ...],
-    *,
-    axes: tuple[tuple[int, ...] | None, ...],
-    ord: float,
-    mesh_axes: tuple[tuple[str, ...], ...],
+  leaves: tuple[Array, ...],
+  *,
+  axes: tuple[tuple[int, ...] | None, ...],
+  ord: float,
+  mesh_axes: tuple[tuple[str, ...], ...],
 ) -> list[Norm]:
   over = [
-      (x, a, _moments.accumulator(x.dtype))
-      for x, a in zip(leaves, axes, strict=True)
+    (x, a, _moments.accumulator(x.dtype)) for x, a in zip(leaves, axes, strict=True)
   ]
 
   def largest() -> list[Array]:
     peaks = [
-        _moments.over_axes(jnp.max, _moments.modulus(x, dtype), a)
-        for x, a, dtype in over
+      _moments.over_axes(jnp.max, _moments.modulus(x, dtype), a) for x, a, dtype in over
     ]
     return _mesh.collect_each(peaks, mesh_axes, lax.pmax)
 
   def moment(units: Sequence[Array | None]) -> list[Array]:
     sums = [
-        _moments.over_axes(jnp.sum, _moments.power(x, ord, dtype, unit), a)
-        for (x, a, dtype), unit in zip(over, units, strict=True)
+      _moments.power_sum(x, ord, dtype, unit, a)
+      for (x, a, dtype), unit in zip(over, units, strict=True)
     ]
     return _mesh.collect_each(sums, mesh_axes, lax.psum)
 
   if ord == math.inf:
     return [plain(m) for m in largest()]
 
-  moments = moment([None] * len(leaves))
-  units = [jnp.ones_like(m) for m in moments]
-
   def rescale() -> tuple[list[Array], list[Array]]:
     units = [_moments.power_of_two(m) for m in largest()]
     return moment(units), units
 
-
   def finished(moments: list[Array], units: list[Array]) -> list[Norm]:
-    roots = [_moments.root(m, ord) for m in moments]
-    return [Norm(*pair) for pair in zip(roots, units, strict=True)]
+    pairs = zip(moments, units, strict=True)
+    return [_finished(ord, m, unit) for m, unit in pairs]
 
+  if ord > 2:
+    return finished(*rescale())
+  moments = moment([None] * len(leaves))
+  units = [jnp.ones_like(m) for m in moments]
   if not _moments.can_leave_range(ord, leaves) or not any(x.size for x in leaves):
     return finished(moments, units)
   # How many elements each norm is of.
   sizes = [
-      x.size // max(m.size, 1) * _mesh.devices(names)
-      for x, m, names in zip(leaves, moments, mesh_axes, strict=True)
+    x.size // max(m.size, 1) * _mesh.devices(names)
+    for x, m, names in zip(leaves, moments, mesh_axes, strict=True)
   ]
   if all(m.ndim == 0 for m in moments):
     # As one vector: arithmetic on 300 scalars takes seconds to compile.

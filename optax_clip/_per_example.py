@@ -15,9 +15,7 @@ from optax_clip import actions
 Array = jax.Array
 
 
-def per_example_global_norm_clip(
-    grads: Any, l2_norm_clip: Any
-) -> tuple[Any, Array]:
+def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, Array]:
   r"""Clips each example's gradient by its norm over all leaves, and sums.
 
   .. math::
@@ -55,7 +53,7 @@ def per_example_global_norm_clip(
 
 
 def per_example_layer_norm_clip(
-    grads: Any, global_l2_norm_clip: Any, uniform: bool = True
+  grads: Any, global_l2_norm_clip: Any, uniform: bool = True
 ) -> tuple[Any, Any]:
   r"""Clips each example's gradient by its norm in each leaf, and sums.
 
@@ -97,8 +95,8 @@ def per_example_layer_norm_clip(
   total = sum(sizes)
   shares = [1 / len(leaves) if uniform else size / total for size in sizes]
   clipped = [
-      _clipped_sum([x], global_l2_norm_clip * share**0.5)
-      for x, share in zip(leaves, shares, strict=True)
+    _clipped_sum([x], global_l2_norm_clip * share**0.5)
+    for x, share in zip(leaves, shares, strict=True)
   ]
   sums = [leaf for (leaf,), _ in clipped]
   counts = [count for _, count in clipped]
@@ -110,9 +108,9 @@ def _batched_leaves(grads: Any) -> list[Array]:
   batches = {x.shape[0] if x.ndim else None for x in leaves}
   if len(batches) != 1 or None in batches:
     raise ValueError(
-        "Every leaf of grads must have the batch as its axis 0, got the shapes"
-        f" {[x.shape for x in leaves]}. Take the gradients with"
-        " jax.vmap(jax.grad(loss), in_axes=(None, 0))."
+      "Every leaf of grads must have the batch as its axis 0, got the shapes"
+      f" {[x.shape for x in leaves]}. Take the gradients with"
+      " jax.vmap(jax.grad(loss), in_axes=(None, 0))."
     )
   return leaves
 
@@ -125,7 +123,7 @@ def _clipped_sum(leaves: list[Array], limit: Any) -> tuple[list[Array], Array]:
 
   def total(x: Array) -> Array:
     per_example = jax.tree.map(
-        lambda c: c.reshape(c.shape + (1,) * (x.ndim - 1)), coefficient
+      lambda c: c.reshape(c.shape + (1,) * (x.ndim - 1)), coefficient
     )
     # The parts of complex64 are float32 already.
     wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
@@ -138,12 +136,10 @@ def _clipped_sum(leaves: list[Array], limit: Any) -> tuple[list[Array], Array]:
 
 def _example_norms(leaves: list[Array]) -> _norms.Norm:
   """The norm of each example over all leaves, f32[batch]."""
-  per_leaf = _norms.leaf_norms(
-      leaves, [tuple(range(1, x.ndim)) for x in leaves], 2.0
-  )
+  per_leaf = _norms.leaf_norms(leaves, [tuple(range(1, x.ndim)) for x in leaves], 2.0)
   dtype = _moments.accumulator(*(norm.value.dtype for norm in per_leaf))
   value, unit = (
-      jnp.stack([x.ravel().astype(dtype) for x in column])
-      for column in zip(*per_leaf, strict=True)
+    jnp.stack([x.ravel().astype(dtype) for x in column])
+    for column in zip(*per_leaf, strict=True)
   )
   return _norms.merged(_norms.Norm(value, unit))

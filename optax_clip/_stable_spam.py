@@ -12,12 +12,12 @@ from optax_clip._core import clip_with
 
 
 def adaclip(
-    decay: Any = 0.999,
-    *,
-    nonfinite: str = "propagate",
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "adaclip",
+  decay: Any = 0.999,
+  *,
+  nonfinite: str = "propagate",
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "adaclip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales elements beyond the average of their leaf's largest (AdaClip).
 
@@ -71,24 +71,24 @@ def adaclip(
     2025, arXiv:2502.17055. Not the AdaCliP of differential privacy.
   """
   return clip_with(
-      measures.layer_norm(ord=math.inf, axis_name=axis_name),
-      thresholds.average(decay),
-      actions.rescale_elements(),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.layer_norm(ord=math.inf, axis_name=axis_name),
+    thresholds.average(decay),
+    actions.rescale_elements(),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )
 
 
 def adagn(
-    decay_mean: Any = 0.7,
-    decay_square: Any = 0.9,
-    eps: Any = 1e-8,
-    *,
-    nonfinite: str = "propagate",
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "adagn",
+  decay_mean: Any = 0.7,
+  decay_square: Any = 0.9,
+  eps: Any = 1e-8,
+  *,
+  nonfinite: str = "propagate",
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "adagn",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Normalizes each leaf to the ratio of its norm's running moments (AdaGN).
 
@@ -146,25 +146,25 @@ def adagn(
     2025, arXiv:2502.17055.
   """
   return clip_with(
-      measures.layer_norm(axis_name=axis_name),
-      thresholds.mean_over_rms(decay_mean, decay_square, eps),
-      actions.normalize(),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
+    measures.layer_norm(axis_name=axis_name),
+    thresholds.mean_over_rms(decay_mean, decay_square, eps),
+    actions.normalize(),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
   )
 
 
 def stable_spam(
-    decay_max: Any = 0.999,
-    decay_mean: Any = 0.7,
-    decay_square: Any = 0.9,
-    eps: Any = 1e-8,
-    *,
-    nonfinite: str = "propagate",
-    axis_name: Any = "auto",
-    record: bool = True,
-    name: str = "stable_spam",
+  decay_max: Any = 0.999,
+  decay_mean: Any = 0.7,
+  decay_square: Any = 0.9,
+  eps: Any = 1e-8,
+  *,
+  nonfinite: str = "propagate",
+  axis_name: Any = "auto",
+  record: bool = True,
+  name: str = "stable_spam",
 ) -> optax.GradientTransformationExtraArgs:
   """`adaclip`, then `adagn`: what Stable-SPAM does to gradients before Adam.
 
@@ -207,10 +207,12 @@ def stable_spam(
     2025, arXiv:2502.17055.
   """
   common: dict[str, Any] = {
-      "nonfinite": nonfinite, "axis_name": axis_name, "record": record
+    "nonfinite": nonfinite,
+    "axis_name": axis_name,
+    "record": record,
   }
   chained = optax.chain(
-      adaclip(decay_max, name=f"{name}_adaclip", **common),
-      adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common),
+    adaclip(decay_max, name=f"{name}_adaclip", **common),
+    adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common),
   )
   return optax.with_extra_args_support(chained)

@@ -24,8 +24,8 @@ def _numeric(name: str, value: Any) -> np.ndarray | None:
   # bfloat16 and the float8 types are of numpy kind "V".
   if concrete.dtype.kind not in "iufV" or isinstance(value, (bool, np.bool_)):
     raise TypeError(
-        f"{name} must be a number, an array or a schedule (a function of the"
-        f" step), got {value!r} of type {type(value).__name__}."
+      f"{name} must be a number, an array or a schedule (a function of the"
+      f" step), got {value!r} of type {type(value).__name__}."
     )
   return concrete.astype(np.float64)
 
@@ -36,8 +36,8 @@ def nonnegative(**values: Any) -> None:
     concrete = _numeric(name, value)
     if concrete is not None and not np.all(concrete >= 0):
       raise ValueError(
-          f"{name} must be non-negative, got {value!r}. Use 0 to turn every"
-          " update into zeros and float('inf') to never clip."
+        f"{name} must be non-negative, got {value!r}. Use 0 to turn every"
+        " update into zeros and float('inf') to never clip."
       )
 
 
@@ -54,9 +54,7 @@ def within(low: float, high: float, **values: Any) -> None:
   for name, value in values.items():
     concrete = _numeric(name, value)
     if concrete is not None and not np.all((concrete >= low) & (concrete <= high)):
-      raise ValueError(
-          f"{name} must be between {low:g} and {high:g}, got {value!r}."
-      )
+      raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
 
 
 def fraction(**values: Any) -> None:
@@ -65,8 +63,8 @@ def fraction(**values: Any) -> None:
     concrete = _numeric(name, value)
     if concrete is not None and not np.all((concrete >= 0) & (concrete < 1)):
       raise ValueError(
-          f"{name} must be at least 0 and below 1, got {value!r}. The closer to"
-          " 1, the longer is remembered."
+        f"{name} must be at least 0 and below 1, got {value!r}. The closer to"
+        " 1, the longer is remembered."
       )
 
 
@@ -75,9 +73,9 @@ def size(*, least: int = 1, **values: Any) -> int:
   ((name, value),) = values.items()
   if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
     raise TypeError(
-        f"{name} must be a Python integer, as it is the length of an array, got"
-        f" {value!r}. With optax.inject_hyperparams, pass"
-        f" static_args=({name!r},)."
+      f"{name} must be a Python integer, as it is the length of an array, got"
+      f" {value!r}. With optax.inject_hyperparams, pass"
+      f" static_args=({name!r},)."
     )
   if value < least:
     raise ValueError(f"{name} must be at least {least}, got {value!r}.")
@@ -90,14 +88,14 @@ def order(ord: Any) -> float:
     return 2.0
   if isinstance(ord, jax.core.Tracer) or not isinstance(ord, (int, float)):
     raise TypeError(
-        "ord must be a Python number, as it decides what is compiled, got"
-        f" {ord!r}. With optax.inject_hyperparams, pass static_args=('ord',)."
+      "ord must be a Python number, as it decides what is compiled, got"
+      f" {ord!r}. With optax.inject_hyperparams, pass static_args=('ord',)."
     )
   # Beyond 64 the powers of float32 leave its range even after rescaling.
   if not (ord == math.inf or 0 < ord <= 64):
     raise ValueError(
-        f"ord must be float('inf') or in (0, 64], got {ord!r}. The usual ones"
-        " are 1, 2 and float('inf')."
+      f"ord must be float('inf') or in (0, 64], got {ord!r}. The usual ones"
+      " are 1, 2 and float('inf')."
     )
   return float(ord)
 
@@ -107,6 +105,5 @@ def choice(options: tuple[str, ...], **values: Any) -> None:
   for name, value in values.items():
     if value not in options:
       raise ValueError(
-          f"{name} must be one of {', '.join(map(repr, options))}, got"
-          f" {value!r}."
+        f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}."
       )

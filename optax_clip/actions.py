@@ -83,16 +83,20 @@ def clamp(*, strict: bool = False) -> Action:
 
   Args:
     strict: whether a limit that the leaf's dtype cannot hold is rounded down
-      instead of to the nearest value.
+      instead of to the nearest value. It costs one unit in the last place.
   """
 
   def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
     del coefficient
     if jnp.iscomplexobj(leaf):
       raise TypeError(
-          "Complex leaves have no order to clip elements by: use"
-          " clip_by_global_norm or clip_by_layer_norm for them."
+        "Complex leaves have no order to clip elements by: use"
+        " clip_by_global_norm or clip_by_layer_norm for them."
       )
+    if strict:
+      # The limit was rounded to the nearest float, which may lie above it.
+      below = jnp.nextafter(limit, jnp.zeros_like(limit))
+      limit = jnp.where(jnp.isfinite(limit), below, limit)
     bound = _cast(limit, leaf.dtype, toward_zero=strict)
     # Not two comparisons with -L and L: XLA makes a minimum and a maximum of
     # them, and CPUs flush subnormals in those.
@@ -190,8 +194,8 @@ def normalize() -> Action:
     size = lax.stop_gradient(value)
     factor = jnp.where(up, limit, 1) / (value / size)
     return Coefficient(
-        jnp.where(up, factor, down.factor),
-        jnp.where(up, 1 / size / norm.unit, down.shift),
+      jnp.where(up, factor, down.factor),
+      jnp.where(up, 1 / size / norm.unit, down.shift),
     )
 
   return Action(weigh, _multiply)
@@ -237,9 +241,7 @@ def _soft(shape: Callable[[Array], Array]) -> Action:
     # Not for NaN, inf, or a limit of 0, which `rescale` deals with.
     near = norm.value < bound * (2 / jnp.finfo(bound.dtype).eps)
     ratio = jnp.where(near, norm.value, 0) / jnp.where(near, bound, 1)
-    return Coefficient(
-        jnp.where(near, shape(ratio), factor), jnp.where(near, 1, shift)
-    )
+    return Coefficient(jnp.where(near, shape(ratio), factor), jnp.where(near, 1, shift))
 
   return Action(weigh, _multiply)
 
@@ -249,30 +251,27 @@ def _multiply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
   return _scaled(leaf, coefficient, toward_zero=False)
 
 
-def _multiply_toward_zero(
-    leaf: Array, coefficient: Coefficient, limit: Array
-) -> Array:
+def _multiply_toward_zero(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
   del limit
   return _scaled(leaf, coefficient, toward_zero=True)
 
 
-def _scaled(
-    leaf: Array, coefficient: Coefficient, *, toward_zero: bool
-) -> Array:
+def _scaled(leaf: Array, coefficient: Coefficient, *, toward_zero: bool) -> Array:
   if jnp.iscomplexobj(leaf):
     parts = [
-        _scaled(part, coefficient, toward_zero=toward_zero)
-        for part in (leaf.real, leaf.imag)
+      _scaled(part, coefficient, toward_zero=toward_zero)
+      for part in (leaf.real, leaf.imag)
     ]
     return lax.complex(*parts)
   wide = _moments.accumulator(leaf.dtype)
   factor, shift = (x.astype(wide) for x in coefficient)
   product = leaf.astype(wide) * shift * factor
+  if toward_zero and leaf.dtype == wide:
+    # Subnormals become zero even within the limit: no norm has counted them.
+    return _cast(product, leaf.dtype, toward_zero=True)
   # Selected, not multiplied by 1: CPUs flush subnormal products to zero.
   unchanged = (factor == 1) & (shift == 1)
-  return jnp.where(
-      unchanged, leaf, _cast(product, leaf.dtype, toward_zero=toward_zero)
-  )
+  return jnp.where(unchanged, leaf, _cast(product, leaf.dtype, toward_zero=toward_zero))
 
 
 def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
@@ -288,7 +287,7 @@ def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
   # The next value toward zero has the bit pattern that is smaller by one.
   carrier = jnp.dtype(f"uint{jnp.finfo(dtype).bits}")
   below = lax.bitcast_convert_type(
-      lax.bitcast_convert_type(result, carrier) - carrier.type(1), dtype
+    lax.bitcast_convert_type(result, carrier) - carrier.type(1), dtype
   )
   away = jnp.abs(result).astype(x.dtype) > jnp.abs(x)
   return jnp.where(away, below, result)

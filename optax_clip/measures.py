@@ -75,23 +75,22 @@ def layer_rms(*, axis_name: Any = "auto") -> Measure:
     leaves = _groups.floating_leaves(updates)
     # Under `shard_map` a leaf is one device's share of the elements.
     sizes = [
-        max(x.size, 1) * _mesh.devices(_mesh.collected_axes(x, axis_name))
-        for x in leaves
+      max(x.size, 1) * _mesh.devices(_mesh.collected_axes(x, axis_name)) for x in leaves
     ]
     return [
-        n._replace(value=n.value / math.sqrt(size))
-        for n, size in zip(norms, sizes, strict=True)
+      n._replace(value=n.value / math.sqrt(size))
+      for n, size in zip(norms, sizes, strict=True)
     ]
 
   return norm._replace(measure=measure)
 
 
 def group_norm(
-    labels: _groups.Labels,
-    names: Sequence[Hashable],
-    *,
-    ord: float | None = None,
-    axis_name: Any = "auto",
+  labels: _groups.Labels,
+  names: Sequence[Hashable],
+  *,
+  ord: float | None = None,
+  axis_name: Any = "auto",
 ) -> Measure:
   """The norm of each group of leaves: shape ``[len(names)]``.
 
@@ -143,11 +142,11 @@ def unit_norm(*, axis: Any = None, ord: float | None = None) -> Measure:
   def like(params: Any) -> list[Array]:
     leaves = _groups.floating_leaves(params)
     return [
-        jnp.zeros(
-            [1 if i in over else n for i, n in enumerate(x.shape)],
-            _moments.accumulator(x.dtype),
-        )
-        for x, over in zip(leaves, axes(leaves), strict=True)
+      jnp.zeros(
+        [1 if i in over else n for i, n in enumerate(x.shape)],
+        _moments.accumulator(x.dtype),
+      )
+      for x, over in zip(leaves, axes(leaves), strict=True)
     ]
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -175,20 +174,18 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
     big = 2.0**64
     high = updates.value > big
     return _norms.Norm(
-        value=jnp.where(high, updates.value / big, updates.value)
-        / floor.astype(updates.value.dtype),
-        unit=jnp.where(high, updates.unit * big, updates.unit),
+      value=jnp.where(high, updates.value / big, updates.value)
+      / floor.astype(updates.value.dtype),
+      unit=jnp.where(high, updates.unit * big, updates.unit),
     )
 
-  def relative_measure(
-      updates: Any, params: Any = None, **extra_args: Any
-  ) -> Any:
+  def relative_measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     _groups.same_structure(updates, params)
     return jax.tree.map(
-        ratio,
-        measure.measure(updates, None, **extra_args),
-        measure.measure(params, None, **extra_args),
-        is_leaf=_norms.is_norm,
+      ratio,
+      measure.measure(updates, None, **extra_args),
+      measure.measure(params, None, **extra_args),
+      is_leaf=_norms.is_norm,
     )
 
   return measure._replace(measure=relative_measure)

@@ -93,7 +93,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
     return ScheduleState(jnp.zeros((), jnp.int32))
 
   def update(
-      norms: Any, state: ScheduleState, **extra_args: Any
+    norms: Any, state: ScheduleState, **extra_args: Any
   ) -> tuple[Any, ScheduleState]:
     del extra_args
     limits = _filled(norms, schedule(state.step))
@@ -112,9 +112,9 @@ def per_group(limits: Sequence[Any]) -> Threshold:
     _validate.nonnegative(**{f"limits[{i}]": x for i, x in enumerate(limits)})
     return constant(_stacked(limits))
   return scheduled(
-      lambda count: _stacked([
-          limit(count) if callable(limit) else limit for limit in limits
-      ])
+    lambda count: _stacked(
+      [limit(count) if callable(limit) else limit for limit in limits]
+    )
   )
 
 
@@ -130,9 +130,7 @@ def at_most(threshold: Threshold, cap: Any) -> Threshold:
   def init(norms: Any) -> PairState:
     return PairState(threshold.init(norms), other.init(norms))
 
-  def update(
-      norms: Any, state: PairState, **extra_args: Any
-  ) -> tuple[Any, PairState]:
+  def update(norms: Any, state: PairState, **extra_args: Any) -> tuple[Any, PairState]:
     limits, memory = threshold.update(norms, state.threshold, **extra_args)
     caps, cap = other.update(norms, state.cap, **extra_args)
     return jax.tree.map(jnp.minimum, limits, caps), PairState(memory, cap)
@@ -159,7 +157,7 @@ def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold
     return WarmupState(seen, threshold.init(norms), first.init(norms))
 
   def update(
-      norms: Any, state: WarmupState, **extra_args: Any
+    norms: Any, state: WarmupState, **extra_args: Any
   ) -> tuple[Any, WarmupState]:
     later, memory = threshold.update(norms, state.threshold, **extra_args)
     early, other = first.update(norms, state.limit, **extra_args)

@@ -4,10 +4,12 @@ import os
 
 # Before jax is imported: meshes need devices. The flag of the user wins.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = " ".join([
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
       os.environ.get("XLA_FLAGS", ""),
       "--xla_force_host_platform_device_count=8",
-  ]).strip()
+    ]
+  ).strip()
 
 import hypothesis
 import jax
@@ -15,23 +17,23 @@ import pytest
 
 # `pytest --hypothesis-profile=slow` for thousands of examples of each property.
 hypothesis.settings.register_profile(
-    "default",
-    max_examples=25,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
+  "default",
+  max_examples=25,
+  derandomize=True,
+  deadline=None,
+  database=None,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile(
-    "slow", hypothesis.settings.get_profile("default"), max_examples=3000
+  "slow", hypothesis.settings.get_profile("default"), max_examples=3000
 )
 hypothesis.settings.load_profile("default")
 
 
 def pytest_configure(config):
   config.addinivalue_line(
-      "markers",
-      "foreign: runs code of others, which promotes dtypes and ranks implicitly",
+    "markers",
+    "foreign: runs code of others, which promotes dtypes and ranks implicitly",
   )
   # The package must not cause a warning, whoever it comes from.
   config.addinivalue_line("filterwarnings", "error")
@@ -54,7 +56,7 @@ def no_implicit_promotion(request):
     yield
     return
   with (
-      jax.numpy_dtype_promotion("strict"),
-      jax.numpy_rank_promotion("raise"),
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
   ):
     yield

@@ -14,22 +14,29 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 # Every transformation with a memory of norms: name, factory, keyword arguments
 # that make its warm-up short, and the steps after which it limits.
 METHODS = {
-    "autoclip": (optax_clip.autoclip, {"window": 50}, 1),
-    "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 10),
-    "zclip_mean": (
-        optax_clip.zclip, {"warmup": 10, "max_norm": None, "mode": "mean"}, 10),
-    "zclip_percentile": (
-        optax_clip.zclip,
-        {"warmup": 10, "max_norm": None, "mode": "percentile"}, 10),
-    "adagc": (optax_clip.adagc, {"warmup": 10}, 10),
-    "clip_by_history": (optax_clip.clip_by_history, {"window": 32}, 16),
-    "clip_by_layer_percentile": (
-        optax_clip.clip_by_layer_percentile, {"window": 50}, 1),
-    "adaclip": (optax_clip.adaclip, {}, 1),
-    "adagn": (optax_clip.adagn, {}, 0),
-    "stable_spam": (optax_clip.stable_spam, {}, 1),
-    "clip_element_spikes": (
-        optax_clip.clip_element_spikes, {"theta": 25.0, "decay": 0.9}, 1),
+  "autoclip": (optax_clip.autoclip, {"window": 50}, 1),
+  "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 10),
+  "zclip_mean": (
+    optax_clip.zclip,
+    {"warmup": 10, "max_norm": None, "mode": "mean"},
+    10,
+  ),
+  "zclip_percentile": (
+    optax_clip.zclip,
+    {"warmup": 10, "max_norm": None, "mode": "percentile"},
+    10,
+  ),
+  "adagc": (optax_clip.adagc, {"warmup": 10}, 10),
+  "clip_by_history": (optax_clip.clip_by_history, {"window": 32}, 16),
+  "clip_by_layer_percentile": (optax_clip.clip_by_layer_percentile, {"window": 50}, 1),
+  "adaclip": (optax_clip.adaclip, {}, 1),
+  "adagn": (optax_clip.adagn, {}, 0),
+  "stable_spam": (optax_clip.stable_spam, {}, 1),
+  "clip_element_spikes": (
+    optax_clip.clip_element_spikes,
+    {"theta": 25.0, "decay": 0.9},
+    1,
+  ),
 }
 
 
@@ -107,7 +114,7 @@ def play(name, *parts, nonfinite="propagate"):
   """
   updates = jax.tree.map(lambda *x: np.concatenate(x), *(p for p, _ in parts))
   taken = np.concatenate(
-      [np.full(len(jax.tree.leaves(p)[0]), take) for p, take in parts]
+    [np.full(len(jax.tree.leaves(p)[0]), take) for p, take in parts]
   )
   steps = len(taken)
   assert steps <= LONGEST
@@ -115,9 +122,7 @@ def play(name, *parts, nonfinite="propagate"):
   def padded(x):
     return np.concatenate([x, np.zeros((LONGEST - steps, *x.shape[1:]), x.dtype)])
 
-  state, found = _player(name, nonfinite)(
-      jax.tree.map(padded, updates), padded(taken)
-  )
+  state, found = _player(name, nonfinite)(jax.tree.map(padded, updates), padded(taken))
   return jax.tree.map(lambda x: np.asarray(x)[:steps], found), state
 
 

@@ -29,8 +29,16 @@ def history(norms, sigmas=3.0, window=128):
 class ZClip:
   """The official code's buffer, moments and decision."""
 
-  def __init__(self, z=2.5, alpha=0.97, warmup=25, mode="adaptive_scaling",
-               factor=1.0, skip=False, eps=1e-6):
+  def __init__(
+    self,
+    z=2.5,
+    alpha=0.97,
+    warmup=25,
+    mode="adaptive_scaling",
+    factor=1.0,
+    skip=False,
+    eps=1e-6,
+  ):
     self.z, self.alpha, self.warmup, self.mode = z, alpha, warmup, mode
     self.factor, self.skip, self.eps = factor, skip, eps
     self.buffer, self.mean, self.var = [], None, None

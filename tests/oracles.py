@@ -66,8 +66,7 @@ def _exact_square(x):
   integers = np.ldexp(mantissa, 53).astype(np.int64).tolist()
   least = int(exponent.min())
   total = sum(
-      (m << (e - least)) ** 2
-      for m, e in zip(integers, exponent.tolist(), strict=True)
+    (m << (e - least)) ** 2 for m, e in zip(integers, exponent.tolist(), strict=True)
   )
   return Fraction(total) * Fraction(2) ** (2 * (least - 53))
 

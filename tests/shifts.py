@@ -12,14 +12,14 @@ from optax_clip import thresholds
 
 # With the defaults of the named transformations; no cap, which is not memory.
 METHODS = {
-    "autoclip": thresholds.percentile(),
-    "clip_by_layer_percentile": thresholds.percentile(5.0, 100),
-    "clip_by_history": thresholds.history(),
-    "zclip": thresholds.zscore(),
-    'zclip, mode="mean"': thresholds.zscore(mode="mean"),
-    'zclip, mode="percentile"': thresholds.zscore(mode="percentile"),
-    "adagc": thresholds.adagc(warmup_norm=1e9),
-    "adaclip": thresholds.average(),
+  "autoclip": thresholds.percentile(),
+  "clip_by_layer_percentile": thresholds.percentile(5.0, 100),
+  "clip_by_history": thresholds.history(),
+  "zclip": thresholds.zscore(),
+  'zclip, mode="mean"': thresholds.zscore(mode="mean"),
+  'zclip, mode="percentile"': thresholds.zscore(mode="percentile"),
+  "adagc": thresholds.adagc(warmup_norm=1e9),
+  "adaclip": thresholds.average(),
 }
 
 BEFORE, AFTER = 2000, 8000
@@ -73,10 +73,10 @@ def measured():
   rows = {}
   for name, threshold in METHODS.items():
     rows[name] = (
-        steps_to_follow(threshold, shift(30), 30, BEFORE),
-        steps_to_follow(threshold, shift(1 / 30), 1 / 30, BEFORE),
-        steps_to_follow(threshold, drift(100), 100, BEFORE + 2000),
-        kept_while_drifting(threshold, 100),
+      steps_to_follow(threshold, shift(30), 30, BEFORE),
+      steps_to_follow(threshold, shift(1 / 30), 1 / 30, BEFORE),
+      steps_to_follow(threshold, drift(100), 100, BEFORE + 2000),
+      kept_while_drifting(threshold, 100),
     )
   return rows
 
@@ -84,8 +84,8 @@ def measured():
 def table():
   """The rows in Markdown."""
   lines = [
-      "| method | x30 | /30 | after x100 in 2,000 steps | kept meanwhile |",
-      "|---|---|---|---|---|",
+    "| method | x30 | /30 | after x100 in 2,000 steps | kept meanwhile |",
+    "|---|---|---|---|---|",
   ]
   for name, (up, down, after, kept) in measured().items():
     cells = [f"> {AFTER:,}" if x is None else f"{x:,}" for x in (up, down)]

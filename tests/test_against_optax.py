@@ -16,21 +16,21 @@ import pytest
 import optax_clip
 
 DROP_INS = (
-    "adaptive_grad_clip",
-    "clip",
-    "clip_by_block_rms",
-    "clip_by_global_norm",
-    "per_example_global_norm_clip",
-    "per_example_layer_norm_clip",
-    "unitwise_clip",
-    "unitwise_norm",
+  "adaptive_grad_clip",
+  "clip",
+  "clip_by_block_rms",
+  "clip_by_global_norm",
+  "per_example_global_norm_clip",
+  "per_example_layer_norm_clip",
+  "unitwise_clip",
+  "unitwise_norm",
 )
 
 TRANSFORMATIONS = (
-    "clip",
-    "clip_by_global_norm",
-    "clip_by_block_rms",
-    "adaptive_grad_clip",
+  "clip",
+  "clip_by_global_norm",
+  "clip_by_block_rms",
+  "adaptive_grad_clip",
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -59,8 +59,8 @@ def is_wrong(condition):
   """Skips the rest of the test if this optax does not err."""
   if not condition:
     pytest.skip(
-        f"optax {optax.__version__} is right here, as ours is: if it is new, the"
-        " README's table wants an update."
+      f"optax {optax.__version__} is right here, as ours is: if it is new, the"
+      " README's table wants an update."
     )
 
 
@@ -100,9 +100,7 @@ def test_float16_whose_squares_underflow():
   np.testing.assert_array_equal(clipped(optax, "clip_by_global_norm", g, 1e-3), g)
 
 
-@pytest.mark.parametrize(
-    "values", [[1e20, 1e20], [3e38] * 4, [1e30, -2e38, 0.0]]
-)
+@pytest.mark.parametrize("values", [[1e20, 1e20], [3e38] * 4, [1e30, -2e38, 0.0]])
 def test_float32_whose_squares_overflow(values):
   g = jnp.array(values, jnp.float32)
   direction = np.asarray(g, np.float64) / float64_norm(g)
@@ -121,14 +119,12 @@ def test_float32_whose_squares_underflow():
 
 def test_zeros_with_a_limit_of_zero():
   g = jnp.zeros(3)
-  np.testing.assert_array_equal(
-      clipped(optax_clip, "clip_by_global_norm", g, 0.0), g
-  )
+  np.testing.assert_array_equal(clipped(optax_clip, "clip_by_global_norm", g, 0.0), g)
   is_wrong(jnp.isnan(clipped(optax, "clip_by_global_norm", g, 0.0)).all())
 
 
 @pytest.mark.parametrize(
-    "name", ["clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"]
+  "name", ["clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"]
 )
 def test_derivative_at_zero(name):
   params = jnp.array([3.0, 4.0])
@@ -184,13 +180,11 @@ def test_agc_on_a_mesh_with_explicit_axes():
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   values = np.arange(12, dtype=np.float32).reshape(4, 3)
   expected = clipped(
-      optax, "adaptive_grad_clip", jnp.asarray(values), 0.1, params=jnp.ones((4, 3))
+    optax, "adaptive_grad_clip", jnp.asarray(values), 0.1, params=jnp.ones((4, 3))
   )
 
   def on_mesh(library):
-    g, params = (
-        jax.device_put(x, sharding) for x in (values, np.ones_like(values))
-    )
+    g, params = (jax.device_put(x, sharding) for x in (values, np.ones_like(values)))
     return clipped(library, "adaptive_grad_clip", g, 0.1, params=params)
 
   with jax.set_mesh(mesh):
@@ -228,8 +222,8 @@ SHAPES = [(), (7,), (5, 4), (3, 4, 5), (3, 3, 2, 4), (1, 6), (2, 2, 2, 3, 4)]
 def random_tree(seed, scale=1.0, shapes=tuple(SHAPES)):
   rng = np.random.default_rng(seed)
   return {
-      f"leaf{i}": jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
-      for i, shape in enumerate(shapes)
+    f"leaf{i}": jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+    for i, shape in enumerate(shapes)
   }
 
 
@@ -237,11 +231,9 @@ def assert_ulps(actual, expected, ulps):
   """Equal to a few units in the last place of each element."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   jax.tree.map(
-      lambda a, b: np.testing.assert_array_max_ulp(
-          np.asarray(a), np.asarray(b), ulps
-      ),
-      actual,
-      expected,
+    lambda a, b: np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), ulps),
+    actual,
+    expected,
   )
 
 
@@ -257,8 +249,7 @@ def test_transformations_agree(name, limit):
   shapes = SHAPES[:-1]
   g, params = random_tree(0, 3.0, shapes), random_tree(10, 1.0, shapes)
   ours, theirs = (
-      clipped(library, name, g, limit, params=params)
-      for library in (optax_clip, optax)
+    clipped(library, name, g, limit, params=params) for library in (optax_clip, optax)
   )
   assert_ulps(ours, theirs, ULPS)
 
@@ -268,8 +259,8 @@ def test_agc_agrees_for_given_axes(axis):
   shapes = [(5, 4), (3, 4, 5), (2, 2, 2, 3, 4)]
   g, params = random_tree(0, 3.0, shapes), random_tree(1, 1.0, shapes)
   ours, theirs = (
-      clipped(library, "adaptive_grad_clip", g, 0.3, 1e-2, axis, params=params)
-      for library in (optax_clip, optax)
+    clipped(library, "adaptive_grad_clip", g, 0.3, 1e-2, axis, params=params)
+    for library in (optax_clip, optax)
   )
   assert_ulps(ours, theirs, ULPS)
 
@@ -278,8 +269,8 @@ def test_agc_agrees_for_small_weights():
   """Below eps, weights count as eps."""
   g, params = random_tree(0, 1.0, SHAPES[:-1]), random_tree(1, 1e-5, SHAPES[:-1])
   ours, theirs = (
-      clipped(library, "adaptive_grad_clip", g, 0.01, params=params)
-      for library in (optax_clip, optax)
+    clipped(library, "adaptive_grad_clip", g, 0.01, params=params)
+    for library in (optax_clip, optax)
   )
   assert_ulps(ours, theirs, ULPS)
 
@@ -318,13 +309,13 @@ def test_unitwise_clip_agrees_below_div_eps():
 def test_per_example_global_norm_clip_agrees(limit):
   grads = random_tree(7, 1.0, [(6, 3), (6, 2, 4), (6,)])
   (ours, our_count), (theirs, their_count) = (
-      library.per_example_global_norm_clip(grads, limit)
-      for library in (optax_clip, optax)
+    library.per_example_global_norm_clip(grads, limit)
+    for library in (optax_clip, optax)
   )
   assert our_count == their_count
   # Sums over examples may cancel: a bound on the sum, not on each element.
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs
   )
 
 
@@ -333,12 +324,12 @@ def test_per_example_global_norm_clip_agrees(limit):
 def test_per_example_layer_norm_clip_agrees(limit, uniform):
   grads = list(random_tree(8, 1.0, [(6, 3), (6, 2, 4), (6,)]).values())
   (ours, our_counts), (theirs, their_counts) = (
-      library.per_example_layer_norm_clip(grads, limit, uniform)
-      for library in (optax_clip, optax)
+    library.per_example_layer_norm_clip(grads, limit, uniform)
+    for library in (optax_clip, optax)
   )
   assert jax.tree.map(int, our_counts) == jax.tree.map(int, their_counts)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs
   )
 
 
@@ -365,8 +356,8 @@ def test_positional_arguments_are_those_of_optax(name):
 @pytest.mark.parametrize("name", DROP_INS)
 def test_what_is_ours_alone_is_keyword_only(name):
   ours, theirs = (
-      inspect.signature(getattr(library, name)).parameters
-      for library in (optax_clip, optax.transforms)
+    inspect.signature(getattr(library, name)).parameters
+    for library in (optax_clip, optax.transforms)
   )
   for extra in set(ours) - set(theirs):
     assert ours[extra].kind == inspect.Parameter.KEYWORD_ONLY
@@ -395,7 +386,7 @@ def test_run_of_optax_goes_on_with_ours():
   grads = [random_tree(seed, 2.0, [(4, 3), (3,)]) for seed in range(1, 7)]
   theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
   ours = optax.chain(
-      optax_clip.clip_by_global_norm(1.0, record=False), optax.adam(1e-2)
+    optax_clip.clip_by_global_norm(1.0, record=False), optax.adam(1e-2)
   )
 
   def after(steps):
@@ -409,9 +400,9 @@ def test_run_of_optax_goes_on_with_ours():
   switched = after(zip([theirs] * 3 + [ours] * 3, grads, strict=True))
   stayed = after(zip([theirs] * 6, grads, strict=True))
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
-      switched,
-      stayed,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+    switched,
+    stayed,
   )
 
 
@@ -419,21 +410,21 @@ def test_run_of_optax_goes_on_with_ours():
 
 
 @pytest.mark.parametrize(
-    ("params", "updates", "clipping", "expected"),
-    [
-        ([3.0, 4.0], [7.0, 24.0], 0.5, [0.7, 2.4]),
-        ([3.0, 4.0], [30.0, 40.0], 0.3, [0.9, 1.2]),
-        # Weights of zeros count as eps.
-        ([0.0, 0.0], [3.0, 4.0], 0.5, [3e-4, 4e-4]),
-    ],
+  ("params", "updates", "clipping", "expected"),
+  [
+    ([3.0, 4.0], [7.0, 24.0], 0.5, [0.7, 2.4]),
+    ([3.0, 4.0], [30.0, 40.0], 0.3, [0.9, 1.2]),
+    # Weights of zeros count as eps.
+    ([0.0, 0.0], [3.0, 4.0], 0.5, [3e-4, 4e-4]),
+  ],
 )
 def test_agc_by_hand(params, updates, clipping, expected):
   ours = clipped(
-      optax_clip,
-      "adaptive_grad_clip",
-      jnp.array(updates),
-      clipping,
-      params=jnp.array(params),
+    optax_clip,
+    "adaptive_grad_clip",
+    jnp.array(updates),
+    clipping,
+    params=jnp.array(params),
   )
   np.testing.assert_array_max_ulp(np.asarray(ours), np.float32(expected), 2)
 

@@ -16,42 +16,42 @@ BATCH = [jnp.ones((2, 3))]
 
 # For each function with a limit: the name of the argument, and a call with it.
 LIMITS = {
-    "clip": ("max_delta", optax_clip.clip),
-    "clip_by_global_norm": ("max_norm", optax_clip.clip_by_global_norm),
-    "clip_by_layer_norm": ("max_norm", optax_clip.clip_by_layer_norm),
-    "clip_by_group_norm": (
-        r"max_norms\['x'\]",
-        lambda limit: optax_clip.clip_by_group_norm({"a": "x"}, {"x": limit}),
-    ),
-    "clip_by_block_rms": ("threshold", optax_clip.clip_by_block_rms),
-    "adaptive_grad_clip": ("clipping", optax_clip.adaptive_grad_clip),
-    "clip_tree": ("max_norm", lambda limit: optax_clip.clip_tree(G, limit)),
-    "per_example_global_norm_clip": (
-        "l2_norm_clip",
-        lambda limit: optax_clip.per_example_global_norm_clip(BATCH, limit),
-    ),
-    "per_example_layer_norm_clip": (
-        "global_l2_norm_clip",
-        lambda limit: optax_clip.per_example_layer_norm_clip(BATCH, limit),
-    ),
-    "thresholds.constant": ("limit", thresholds.constant),
+  "clip": ("max_delta", optax_clip.clip),
+  "clip_by_global_norm": ("max_norm", optax_clip.clip_by_global_norm),
+  "clip_by_layer_norm": ("max_norm", optax_clip.clip_by_layer_norm),
+  "clip_by_group_norm": (
+    r"max_norms\['x'\]",
+    lambda limit: optax_clip.clip_by_group_norm({"a": "x"}, {"x": limit}),
+  ),
+  "clip_by_block_rms": ("threshold", optax_clip.clip_by_block_rms),
+  "adaptive_grad_clip": ("clipping", optax_clip.adaptive_grad_clip),
+  "clip_tree": ("max_norm", lambda limit: optax_clip.clip_tree(G, limit)),
+  "per_example_global_norm_clip": (
+    "l2_norm_clip",
+    lambda limit: optax_clip.per_example_global_norm_clip(BATCH, limit),
+  ),
+  "per_example_layer_norm_clip": (
+    "global_l2_norm_clip",
+    lambda limit: optax_clip.per_example_layer_norm_clip(BATCH, limit),
+  ),
+  "thresholds.constant": ("limit", thresholds.constant),
 }
 
 NEGATIVE = {
-    "float": -1.5,
-    "int": -1,
-    "minus inf": float("-inf"),
-    "numpy scalar": np.float32(-1.5),
-    "numpy float16": np.float16(-1.5),
-    "numpy array": np.array(-1.5),
-    "jax array": jnp.array(-1.5),
-    "jax bfloat16": jnp.array(-1.5, jnp.bfloat16),
+  "float": -1.5,
+  "int": -1,
+  "minus inf": float("-inf"),
+  "numpy scalar": np.float32(-1.5),
+  "numpy float16": np.float16(-1.5),
+  "numpy array": np.array(-1.5),
+  "jax array": jnp.array(-1.5),
+  "jax bfloat16": jnp.array(-1.5, jnp.bfloat16),
 }
 NANS = {
-    "float": float("nan"),
-    "numpy scalar": np.float32("nan"),
-    "jax array": jnp.array(jnp.nan),
-    "jax bfloat16": jnp.array(jnp.nan, jnp.bfloat16),
+  "float": float("nan"),
+  "numpy scalar": np.float32("nan"),
+  "jax array": jnp.array(jnp.nan),
+  "jax bfloat16": jnp.array(jnp.nan, jnp.bfloat16),
 }
 
 
@@ -79,9 +79,9 @@ def test_limit_error_says_what_to_do_instead(name):
 
 
 @pytest.mark.parametrize(
-    "limit",
-    [True, False, np.bool_(True), jnp.array(True), "1.0", None, 1j, [1.0, "a"], {}],
-    ids=repr,
+  "limit",
+  [True, False, np.bool_(True), jnp.array(True), "1.0", None, 1j, [1.0, "a"], {}],
+  ids=repr,
 )
 @pytest.mark.parametrize("name", LIMITS)
 def test_limit_that_is_no_number(name, limit):
@@ -109,14 +109,14 @@ def test_traced_negative_limit_counts_as_zero():
 # --- Other numbers ------------------------------------------------------------
 
 WITH_EPS = {
-    "clip_by_global_norm": optax_clip.clip_by_global_norm,
-    "clip_by_layer_norm": optax_clip.clip_by_layer_norm,
-    "clip_by_block_rms": optax_clip.clip_by_block_rms,
-    "clip_by_group_norm": lambda limit, eps: optax_clip.clip_by_group_norm(
-        {"a": "x"}, {"x": limit}, eps=eps
-    ),
-    "clip_tree": lambda limit, eps: optax_clip.clip_tree(G, limit, eps=eps),
-    "actions.rescale": lambda limit, eps: actions.rescale(eps=eps),
+  "clip_by_global_norm": optax_clip.clip_by_global_norm,
+  "clip_by_layer_norm": optax_clip.clip_by_layer_norm,
+  "clip_by_block_rms": optax_clip.clip_by_block_rms,
+  "clip_by_group_norm": lambda limit, eps: optax_clip.clip_by_group_norm(
+    {"a": "x"}, {"x": limit}, eps=eps
+  ),
+  "clip_tree": lambda limit, eps: optax_clip.clip_tree(G, limit, eps=eps),
+  "actions.rescale": lambda limit, eps: actions.rescale(eps=eps),
 }
 
 
@@ -134,15 +134,15 @@ def test_bad_eps_of_agc(eps):
 
 
 WITH_ORD = {
-    "clip_by_global_norm": lambda ord: optax_clip.clip_by_global_norm(1.0, ord=ord),
-    "clip_by_layer_norm": lambda ord: optax_clip.clip_by_layer_norm(1.0, ord=ord),
-    "clip_by_group_norm": lambda ord: optax_clip.clip_by_group_norm(
-        {"a": "x"}, {"x": 1.0}, ord=ord
-    ),
-    "adaptive_grad_clip": lambda ord: optax_clip.adaptive_grad_clip(1.0, ord=ord),
-    "global_norm": lambda ord: optax_clip.global_norm(G, ord=ord),
-    "clip_tree": lambda ord: optax_clip.clip_tree(G, 1.0, ord=ord),
-    "measures.global_norm": lambda ord: measures.global_norm(ord=ord),
+  "clip_by_global_norm": lambda ord: optax_clip.clip_by_global_norm(1.0, ord=ord),
+  "clip_by_layer_norm": lambda ord: optax_clip.clip_by_layer_norm(1.0, ord=ord),
+  "clip_by_group_norm": lambda ord: optax_clip.clip_by_group_norm(
+    {"a": "x"}, {"x": 1.0}, ord=ord
+  ),
+  "adaptive_grad_clip": lambda ord: optax_clip.adaptive_grad_clip(1.0, ord=ord),
+  "global_norm": lambda ord: optax_clip.global_norm(G, ord=ord),
+  "clip_tree": lambda ord: optax_clip.clip_tree(G, 1.0, ord=ord),
+  "measures.global_norm": lambda ord: measures.global_norm(ord=ord),
 }
 
 
@@ -166,32 +166,32 @@ def test_injected_ord(ord):
   with pytest.raises(TypeError, match=r"static_args=\('ord',\)"):
     tx.init(G)
   # The fix that the message names.
-  tx = optax.inject_hyperparams(
-      optax_clip.clip_by_global_norm, static_args=("ord",)
-  )(1.0, ord=ord)
+  tx = optax.inject_hyperparams(optax_clip.clip_by_global_norm, static_args=("ord",))(
+    1.0, ord=ord
+  )
   updates, _ = jax.jit(tx.update)(G, tx.init(G))
   norm = np.linalg.norm(np.asarray(updates["a"], np.float64), ord)
   assert norm == pytest.approx(1.0, rel=2e-7)
 
 
 NONFINITE = {
-    "clip": optax_clip.clip,
-    "clip_by_global_norm": optax_clip.clip_by_global_norm,
-    "clip_by_layer_norm": optax_clip.clip_by_layer_norm,
-    "clip_by_block_rms": optax_clip.clip_by_block_rms,
-    "adaptive_grad_clip": optax_clip.adaptive_grad_clip,
-    "clip_by_group_norm": lambda limit, nonfinite: optax_clip.clip_by_group_norm(
-        {"a": "x"}, {"x": limit}, nonfinite=nonfinite
-    ),
-    "clip_tree": lambda limit, nonfinite: optax_clip.clip_tree(
-        G, limit, nonfinite=nonfinite
-    ),
-    "clip_with": lambda limit, nonfinite: optax_clip.clip_with(
-        measures.global_norm(),
-        thresholds.constant(limit),
-        actions.rescale(),
-        nonfinite=nonfinite,
-    ),
+  "clip": optax_clip.clip,
+  "clip_by_global_norm": optax_clip.clip_by_global_norm,
+  "clip_by_layer_norm": optax_clip.clip_by_layer_norm,
+  "clip_by_block_rms": optax_clip.clip_by_block_rms,
+  "adaptive_grad_clip": optax_clip.adaptive_grad_clip,
+  "clip_by_group_norm": lambda limit, nonfinite: optax_clip.clip_by_group_norm(
+    {"a": "x"}, {"x": limit}, nonfinite=nonfinite
+  ),
+  "clip_tree": lambda limit, nonfinite: optax_clip.clip_tree(
+    G, limit, nonfinite=nonfinite
+  ),
+  "clip_with": lambda limit, nonfinite: optax_clip.clip_with(
+    measures.global_norm(),
+    thresholds.constant(limit),
+    actions.rescale(),
+    nonfinite=nonfinite,
+  ),
 }
 
 
@@ -206,23 +206,23 @@ def test_unknown_nonfinite(name, value):
 # --- Leaves -------------------------------------------------------------------
 
 INTEGERS = {
-    "int32": jnp.arange(3),
-    "uint8": jnp.arange(3, dtype=jnp.uint8),
-    "bool": jnp.array([True, False]),
-    "numpy": np.arange(3),
-    "python int": 3,
-    "python bool": True,
+  "int32": jnp.arange(3),
+  "uint8": jnp.arange(3, dtype=jnp.uint8),
+  "bool": jnp.array([True, False]),
+  "numpy": np.arange(3),
+  "python int": 3,
+  "python bool": True,
 }
 
 TRANSFORMATIONS = {
-    "clip": lambda: optax_clip.clip(1.0),
-    "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
-    "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
-    "clip_by_block_rms": lambda: optax_clip.clip_by_block_rms(1.0),
-    "adaptive_grad_clip": lambda: optax_clip.adaptive_grad_clip(1.0),
-    "clip_by_group_norm": lambda: optax_clip.clip_by_group_norm(
-        lambda tree: jax.tree.map(lambda _: "x", tree), {"x": 1.0}
-    ),
+  "clip": lambda: optax_clip.clip(1.0),
+  "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
+  "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
+  "clip_by_block_rms": lambda: optax_clip.clip_by_block_rms(1.0),
+  "adaptive_grad_clip": lambda: optax_clip.adaptive_grad_clip(1.0),
+  "clip_by_group_norm": lambda: optax_clip.clip_by_group_norm(
+    lambda tree: jax.tree.map(lambda _: "x", tree), {"x": 1.0}
+  ),
 }
 
 
@@ -240,17 +240,15 @@ def test_integer_leaf_in_a_transformation(name, kind):
 
 
 FUNCTIONS = {
-    "global_norm": optax_clip.global_norm,
-    "clip_tree": lambda tree: optax_clip.clip_tree(tree, 1.0),
-    "clip_tree with a known norm": lambda tree: optax_clip.clip_tree(
-        tree, 1.0, norm=2.0
-    ),
-    "per_example_global_norm_clip": lambda tree: (
-        optax_clip.per_example_global_norm_clip(tree, 1.0)
-    ),
-    "per_example_layer_norm_clip": lambda tree: (
-        optax_clip.per_example_layer_norm_clip(tree, 1.0)
-    ),
+  "global_norm": optax_clip.global_norm,
+  "clip_tree": lambda tree: optax_clip.clip_tree(tree, 1.0),
+  "clip_tree with a known norm": lambda tree: optax_clip.clip_tree(tree, 1.0, norm=2.0),
+  "per_example_global_norm_clip": lambda tree: optax_clip.per_example_global_norm_clip(
+    tree, 1.0
+  ),
+  "per_example_layer_norm_clip": lambda tree: optax_clip.per_example_layer_norm_clip(
+    tree, 1.0
+  ),
 }
 
 
@@ -262,11 +260,11 @@ def test_integer_leaf_in_a_function(name):
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        optax_clip.unitwise_norm,
-        lambda x: optax_clip.unitwise_clip(jnp.ones(3), jnp.ones(3), x),
-    ],
+  "call",
+  [
+    optax_clip.unitwise_norm,
+    lambda x: optax_clip.unitwise_clip(jnp.ones(3), jnp.ones(3), x),
+  ],
 )
 def test_integer_array(call):
   with pytest.raises(TypeError, match="int32"):
@@ -315,8 +313,8 @@ def test_rank_beyond_five():
   g = {"deep": jnp.ones((2,) * 6)}
   tx = optax_clip.adaptive_grad_clip(0.1)
   for call in (
-      lambda: tx.update(g, tx.init(g), g),
-      lambda: optax_clip.unitwise_norm(g["deep"]),
+    lambda: tx.update(g, tx.init(g), g),
+    lambda: optax_clip.unitwise_norm(g["deep"]),
   ):
     with pytest.raises(ValueError, match=r"rank 6.*axis="):
       call()
@@ -372,7 +370,7 @@ def test_empty_limits():
 
 
 @pytest.mark.parametrize(
-    "labels", [{"b": "x"}, {"a": "x", "b": "x"}, ["x"], {"a": {"deep": "x"}}], ids=repr
+  "labels", [{"b": "x"}, {"a": "x", "b": "x"}, ["x"], {"a": {"deep": "x"}}], ids=repr
 )
 def test_labels_that_do_not_fit(labels):
   tx = optax_clip.clip_by_group_norm(labels, {"x": 1.0})
@@ -384,17 +382,17 @@ def test_labels_that_do_not_fit(labels):
 
 
 @pytest.mark.parametrize(
-    "function",
-    [optax_clip.per_example_global_norm_clip, optax_clip.per_example_layer_norm_clip],
+  "function",
+  [optax_clip.per_example_global_norm_clip, optax_clip.per_example_layer_norm_clip],
 )
 @pytest.mark.parametrize(
-    "grads",
-    [
-        [jnp.ones((2, 3)), jnp.ones((3, 3))],
-        [jnp.ones((2, 3)), jnp.ones(())],
-        [jnp.ones(())],
-    ],
-    ids=["two batches", "a scalar among others", "a scalar"],
+  "grads",
+  [
+    [jnp.ones((2, 3)), jnp.ones((3, 3))],
+    [jnp.ones((2, 3)), jnp.ones(())],
+    [jnp.ones(())],
+  ],
+  ids=["two batches", "a scalar among others", "a scalar"],
 )
 def test_leaves_without_a_common_batch(function, grads):
   with pytest.raises(ValueError, match=r"axis 0.*jax\.vmap"):

@@ -29,18 +29,18 @@ collected_rows = over(COLLECTED, ids=names(COLLECTED))
 every_dtype = pytest.mark.parametrize("dtype", oracles.LOW)
 
 SHAPES = {
-    "bias": (4,),
-    "kernel": (2, 2, 3, 4),
-    "matrix": (8, 16),
-    "scalar": (),
+  "bias": (4,),
+  "kernel": (2, 2, 3, 4),
+  "matrix": (8, 16),
+  "scalar": (),
 }
 
 
 def tree(seed, dtype="float32", scale=1.0):
   rng = np.random.default_rng(seed)
   return {
-      name: jnp.asarray(scale * rng.standard_normal(shape), dtype)
-      for name, shape in SHAPES.items()
+    name: jnp.asarray(scale * rng.standard_normal(shape), dtype)
+    for name, shape in SHAPES.items()
   }
 
 
@@ -125,7 +125,7 @@ class TestResult:
     params = jax.tree.map(jax.lax.complex, tree(2), tree(3))
     new = step(row, updates, params)
     for got, want in zip(
-        jax.tree.leaves(new), row.expected(updates, params), strict=True
+      jax.tree.leaves(new), row.expected(updates, params), strict=True
     ):
       assert got.dtype == jnp.complex64
       np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -142,9 +142,9 @@ class TestStructure:
   @every_row
   def test_mixed_dtypes_and_structure_stay(self, row):
     updates = {
-        "half": jnp.ones((3, 4), "float16"),
-        "brain": [jnp.ones((3, 4), "bfloat16"), None],
-        "single": (jnp.ones((3, 4)), optax.MaskedNode()),
+      "half": jnp.ones((3, 4), "float16"),
+      "brain": [jnp.ones((3, 4), "bfloat16"), None],
+      "single": (jnp.ones((3, 4)), optax.MaskedNode()),
     }
     new = step(row, updates, updates)
     assert jax.tree.structure(new) == jax.tree.structure(updates)
@@ -225,8 +225,16 @@ class TestPassThrough:
   @every_dtype
   def test_within_the_limit_nothing_changes(self, row, dtype):
     info = oracles.finfo(dtype)
-    special = [-0.0, 0.0, info.tiny, -info.tiny, info.smallest_subnormal,
-               -3 * info.smallest_subnormal, 1.0, info.eps]
+    special = [
+      -0.0,
+      0.0,
+      info.tiny,
+      -info.tiny,
+      info.smallest_subnormal,
+      -3 * info.smallest_subnormal,
+      1.0,
+      info.eps,
+    ]
     updates = tree(0, dtype) | {"special": jnp.asarray(np.array(special, dtype))}
     for limit in (1e6, 1e30, math.inf):
       oracles.assert_identical(updates, step(row, updates, updates, limit))
@@ -262,25 +270,23 @@ class TestPassThrough:
 def extremes(dtype):
   """Finite inputs at the ends of a dtype, by name."""
   info = oracles.finfo(dtype)
-  top, tiny, least = (
-      float(x) for x in (info.max, info.tiny, info.smallest_subnormal)
-  )
+  top, tiny, least = (float(x) for x in (info.max, info.tiny, info.smallest_subnormal))
   vectors = {
-      "largest": [top] * 4,
-      "largest and least": [top, least, -top, 0.0],
-      "smallest normal": [tiny, -tiny, tiny, 0.0],
-      "one subnormal": [least, 0.0, 0.0, 0.0],
-      "whole range": [top, 1.0, tiny, -least],
-      "300": [300.0, 0.0, 0.0, 0.0],
-      "one": [1.0, -1.0, 1.0, 1.0],
+    "largest": [top] * 4,
+    "largest and least": [top, least, -top, 0.0],
+    "smallest normal": [tiny, -tiny, tiny, 0.0],
+    "one subnormal": [least, 0.0, 0.0, 0.0],
+    "whole range": [top, 1.0, tiny, -least],
+    "300": [300.0, 0.0, 0.0, 0.0],
+    "one": [1.0, -1.0, 1.0, 1.0],
   }
   if dtype != "float16":
     vectors |= {
-        "square overflows": [1e20, -1e20, 1e20, 0.0],
-        "norm overflows": [3e38, 3e38, -3e38, 3e38],
-        "square underflows": [1e-23, 1e-23, -1e-23, 1e-23],
-        "1e-37": [1e-37, -1e-37, 1e-37, 0.0],
-        "huge and small": [1e30, 1e-30, 1.0, 0.0],
+      "square overflows": [1e20, -1e20, 1e20, 0.0],
+      "norm overflows": [3e38, 3e38, -3e38, 3e38],
+      "square underflows": [1e-23, 1e-23, -1e-23, 1e-23],
+      "1e-37": [1e-37, -1e-37, 1e-37, 0.0],
+      "huge and small": [1e30, 1e-30, 1.0, 0.0],
     }
   return {k: jnp.asarray(np.array(v, dtype)) for k, v in vectors.items()}
 
@@ -381,9 +387,7 @@ class TestDerivatives:
         n = jnp.sum(jnp.abs(x) ** ord) ** (1 / ord)
         return jnp.sum((x / n) ** 3)
 
-      np.testing.assert_allclose(
-          jax.grad(ours)(x), jax.grad(formula)(x), rtol=1e-12
-      )
+      np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(formula)(x), rtol=1e-12)
 
 
 def assert_same_kind(a, b):
@@ -451,9 +455,7 @@ class TestState:
     assert_close((new, new_state), (expected, wanted_state))
 
   @every_row
-  def test_without_record_the_state_of_a_fixed_threshold_is_that_of_optax(
-      self, row
-  ):
+  def test_without_record_the_state_of_a_fixed_threshold_is_that_of_optax(self, row):
     if row.stateful:
       pytest.skip("a threshold that learns has a memory")
     assert row.make(record=False).init(tree(0)) == optax.EmptyState()
@@ -520,8 +522,8 @@ class TestTransforms:
     states = [tx.init(p) for p in params]
     new, state = jax.vmap(tx.update)(stack(*members), stack(*states), stack(*params))
     single = [
-        jax.jit(tx.update)(*arguments)
-        for arguments in zip(members, states, params, strict=True)
+      jax.jit(tx.update)(*arguments)
+      for arguments in zip(members, states, params, strict=True)
     ]
     expected, expected_state = stack(*single)
     assert_close(new, expected)
@@ -574,7 +576,7 @@ class TestWrappers:
   def test_multi_transform_clips_each_label_on_its_own(self, row):
     labels = {name: "big" if "m" in name else "small" for name in SHAPES}
     tx = optax.multi_transform(
-        {"big": row.make(record=True), "small": row.make(row.threshold / 2)}, labels
+      {"big": row.make(record=True), "small": row.make(row.threshold / 2)}, labels
     )
     updates, params = tree(0), tree(1)
     state = tx.init(params)
@@ -582,8 +584,11 @@ class TestWrappers:
     for label, limit in (("big", row.threshold), ("small", row.threshold / 2)):
       part = {k: v for k, v in updates.items() if labels[k] == label}
       assert_expected(
-          row, {k: new[k] for k in part}, part, {k: params[k] for k in part},
-          threshold=limit,
+        row,
+        {k: new[k] for k in part},
+        part,
+        {k: params[k] for k in part},
+        threshold=limit,
       )
     assert f"{row.name}/norm" in optax_clip.metrics(state)
 
@@ -595,7 +600,7 @@ class TestWrappers:
     updates = tree(0, "bfloat16") | {"single": tree(0)}
     params = tree(1, "bfloat16") | {"single": tree(1)}
     tx = optax.inject_hyperparams(row.factory, static_args=static)(
-        **arguments, record=True
+      **arguments, record=True
     )
     state = tx.init(params)
     new, state = jax.jit(tx.update)(updates, state, params)
@@ -625,9 +630,7 @@ class TestWrappers:
     for limit in (0.01, 0.02, 1e9):
       state.hyperparams[injected[0]] = jnp.asarray(limit, jnp.float32)
       new, state = update(updates, state, params)
-      assert_expected(
-          row, new, updates, params, threshold=float(np.float32(limit))
-      )
+      assert_expected(row, new, updates, params, threshold=float(np.float32(limit)))
     assert len(traces) == 1
 
   @pytest.mark.foreign  # optax mixes dtypes here.
@@ -667,10 +670,10 @@ class TestWrappers:
     inner = row.make(record=True, name="inner")
     params = tree(1)
     wrapped = {
-        "masked": optax.masked(inner, jax.tree.map(lambda x: True, params)),
-        "steps": optax.MultiSteps(inner, 1),
-        "finite": optax.apply_if_finite(inner, 3),
-        "chain": optax.chain(optax.scale(1.0), optax.chain(inner, optax.sgd(0.1))),
+      "masked": optax.masked(inner, jax.tree.map(lambda x: True, params)),
+      "steps": optax.MultiSteps(inner, 1),
+      "finite": optax.apply_if_finite(inner, 3),
+      "chain": optax.chain(optax.scale(1.0), optax.chain(inner, optax.sgd(0.1))),
     }
     _, state = jax.jit(inner.update)(tree(0), inner.init(params), params)
     expected = optax_clip.metrics(state)
@@ -693,8 +696,8 @@ class TestMemory:
     tx = row.make(nonfinite=nonfinite, record=True)
     params = tree(9)
     broken = [
-        tree(0) | {"scalar": jnp.asarray(x, jnp.float32)}
-        for x in (np.nan, np.inf, -np.inf)
+      tree(0) | {"scalar": jnp.asarray(x, jnp.float32)}
+      for x in (np.nan, np.inf, -np.inf)
     ]
     update = jax.jit(tx.update)
 
@@ -708,7 +711,7 @@ class TestMemory:
     sound = [tree(seed) for seed in range(4)]
     expected, _ = run(sound)
     outputs, state = run(
-        [sound[0], broken[0], sound[1], broken[1], sound[2], broken[2], sound[3]]
+      [sound[0], broken[0], sound[1], broken[1], sound[2], broken[2], sound[3]]
     )
     oracles.assert_identical(outputs[::2], expected)
     found = optax_clip.metrics(state)
@@ -723,17 +726,17 @@ def mesh_of(kind):
 
 
 SPECS = {
-    "bias": P("y"),
-    "kernel": P(None, None, None, "y"),
-    "matrix": P("x", "y"),
-    "scalar": P(),
+  "bias": P("y"),
+  "kernel": P(None, None, None, "y"),
+  "matrix": P("x", "y"),
+  "scalar": P(),
 }
 
 
 def placed(tree, mesh):
   return {
-      name: jax.device_put(x, NamedSharding(mesh, SPECS[name]))
-      for name, x in tree.items()
+    name: jax.device_put(x, NamedSharding(mesh, SPECS[name]))
+    for name, x in tree.items()
   }
 
 
@@ -778,12 +781,12 @@ class TestSharding:
     params = tree(1)
     replicated = jax.tree.map(lambda _: P(), tx.init(params))
     update = jax.jit(
-        jax.shard_map(
-            lambda u, s: tx.update(u, s),
-            mesh=mesh_of(AxisType.Auto),
-            in_specs=(SPECS, replicated),
-            out_specs=(SPECS, replicated),
-        )
+      jax.shard_map(
+        lambda u, s: tx.update(u, s),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(SPECS, replicated),
+        out_specs=(SPECS, replicated),
+      )
     )
     for scale in (1.0, 1e30, 1e-30):
       updates = tree(0, scale=scale)
@@ -797,15 +800,15 @@ class TestSharding:
     updates = {name: tree(0)[name] for name in specs}
     tx = row.make(axis_name=("x", "y"))
     update = jax.shard_map(
-        lambda u: tx.update(u, tx.init(u))[0],
-        mesh=mesh_of(AxisType.Auto),
-        in_specs=(specs,),
-        out_specs=specs,
-        check_vma=False,
+      lambda u: tx.update(u, tx.init(u))[0],
+      mesh=mesh_of(AxisType.Auto),
+      in_specs=(specs,),
+      out_specs=specs,
+      check_vma=False,
     )
     expected = step(row, updates, updates)
     assert_close(
-        jax.device_get(jax.jit(update)(updates)), jax.device_get(expected), rtol=2e-6
+      jax.device_get(jax.jit(update)(updates)), jax.device_get(expected), rtol=2e-6
     )
 
   @collected_rows
@@ -813,10 +816,10 @@ class TestSharding:
     x = tree(0)["matrix"]
     tx = row.make(axis_name=(), record=False)
     update = jax.shard_map(
-        lambda u: tx.update(u, optax.EmptyState())[0],
-        mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
-        in_specs=P("x"),
-        out_specs=P("x"),
+      lambda u: tx.update(u, optax.EmptyState())[0],
+      mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
+      in_specs=P("x"),
+      out_specs=P("x"),
     )
     parts = [step(row, part, part) for part in jnp.split(x, 8)]
     expected = jnp.concatenate(parts)
@@ -828,7 +831,7 @@ class TestSharding:
     whole = {"stack": tree(0)["matrix"], "other": tree(1)["matrix"]}
     tx = row.make(axis_name="devices")
     new = jax.pmap(lambda u: tx.update(u, tx.init(u))[0], axis_name="devices")(
-        jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), whole)
+      jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), whole)
     )
     new = jax.tree.map(lambda x, y: x.reshape(y.shape), jax.device_get(new), whole)
     assert_close(new, jax.device_get(step(row, whole, whole)), rtol=2e-6)
@@ -838,12 +841,13 @@ class TestSharding:
     x = tree(0)["matrix"]
     tx = row.make(axis_name="x", record=False)
     update = jax.shard_map(
-        lambda u: tx.update(u, optax.EmptyState())[0],
-        mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
-        in_specs=P("x"),
-        out_specs=P("x"),
+      lambda u: tx.update(u, optax.EmptyState())[0],
+      mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
+      in_specs=P("x"),
+      out_specs=P("x"),
     )
     assert_close(
-        jax.device_get(jax.jit(update)(x)), jax.device_get(step(row, x, x)),
-        rtol=2e-6,
+      jax.device_get(jax.jit(update)(x)),
+      jax.device_get(step(row, x, x)),
+      rtol=2e-6,
     )

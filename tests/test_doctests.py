@@ -29,17 +29,17 @@ def public(module, prefix=""):
 
 
 NAMESPACES = {
-    name: value
-    for name, value in vars(optax_clip).items()
-    if isinstance(value, types.ModuleType) and not name.startswith("_")
+  name: value
+  for name, value in vars(optax_clip).items()
+  if isinstance(value, types.ModuleType) and not name.startswith("_")
 }
 PUBLIC = public(optax_clip)
 # What a namespace defines itself, not what it imports.
 PARTS = {
-    name: value
-    for namespace, module in NAMESPACES.items()
-    for name, value in public(module, f"{namespace}.").items()
-    if value.__module__ == module.__name__
+  name: value
+  for namespace, module in NAMESPACES.items()
+  for name, value in public(module, f"{namespace}.").items()
+  if value.__module__ == module.__name__
 }
 EVERY = {**PUBLIC, **PARTS}
 FUNCTIONS = {n: f for n, f in PUBLIC.items() if inspect.isfunction(f)}
@@ -157,7 +157,7 @@ def test_readme_runs(monkeypatch, tmp_path):
     if ">>>" in block:
       runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
       test = doctest.DocTestParser().get_doctest(
-          block, namespace, f"README block {number}", str(README), 0
+        block, namespace, f"README block {number}", str(README), 0
       )
       output = []
       runner.run(test, out=output.append, clear_globs=False)

@@ -69,7 +69,7 @@ class TestTable:
   @every_row
   @pytest.mark.parametrize("bad", [-1.0, math.nan, -math.inf, np.float32(-0.5)])
   def test_a_concrete_negative_or_nan_limit_is_an_error_with_name_and_value(
-      self, row, bad
+    self, row, bad
   ):
     if row.stateful:
       pytest.skip("a threshold that learns takes no limit")
@@ -126,9 +126,9 @@ class TestTable:
   def test_an_integer_or_bool_leaf_is_an_error_that_names_its_path(self, dtype):
     updates = {"layer": [jnp.ones(2), jnp.ones(2, dtype)]}
     for call in (
-        lambda: clip(updates, 1.0),
-        lambda: optax_clip.global_norm(updates),
-        lambda: optax_clip.clip_tree(updates, 1.0),
+      lambda: clip(updates, 1.0),
+      lambda: optax_clip.global_norm(updates),
+      lambda: optax_clip.clip_tree(updates, 1.0),
     ):
       with pytest.raises(TypeError, match=rf"\['layer'\]\[1\].*{dtype}"):
         call()
@@ -140,7 +140,7 @@ class TestTable:
     new, found = clip(updates, kind(1.0))
     assert (new["low"].dtype, new["f32"].dtype) == (dtype, jnp.float32)
     np.testing.assert_allclose(
-        oracles.wide(new["low"]), [0.6, 0], rtol=oracles.epsilon(dtype)
+      oracles.wide(new["low"]), [0.6, 0], rtol=oracles.epsilon(dtype)
     )
     np.testing.assert_allclose(new["f32"], [0.8], rtol=1e-6)
     assert found["norm"] == 5
@@ -165,7 +165,7 @@ class TestSchedules:
       new, state = update(updates, state, updates)
       (want,) = row.expected(updates, updates, threshold=limit)
       np.testing.assert_allclose(
-          oracles.wide(new["w"]), want, rtol=oracles.epsilon("bfloat16")
+        oracles.wide(new["w"]), want, rtol=oracles.epsilon("bfloat16")
       )
 
   def test_a_schedule_below_0_counts_as_0(self):
@@ -192,9 +192,7 @@ class TestSchedules:
 
     for limit in np.linspace(0.1, 6, 7):
       new = step(jnp.asarray([3.0, 4.0]), limit)
-      np.testing.assert_allclose(
-          oracles.tree_norm([new]), min(limit, 5), rtol=1e-6
-      )
+      np.testing.assert_allclose(oracles.tree_norm([new]), min(limit, 5), rtol=1e-6)
     assert len(traces) == 1
 
 
@@ -221,25 +219,25 @@ class TestLowPrecision:
     assert oracles.tree_norm(new) <= 1 + 2 * oracles.epsilon("bfloat16")
 
   @pytest.mark.parametrize(
-      ("values", "max_norm"),
-      [
-          ([1e20, 1e20], 1.0),
-          ([3e38] * 4, 1.0),
-          ([1e-23] * 4, 1e-24),
-          ([1e-37] * 4, 1e-37),
-      ],
+    ("values", "max_norm"),
+    [
+      ([1e20, 1e20], 1.0),
+      ([3e38] * 4, 1.0),
+      ([1e-23] * 4, 1e-24),
+      ([1e-37] * 4, 1e-37),
+    ],
   )
   def test_float32_out_of_the_range_of_squares_keeps_its_direction(
-      self, values, max_norm
+    self, values, max_norm
   ):
     x = np.array(values, np.float32)
     new, found = clip(jnp.asarray(x), max_norm)
     assert found["steps_clipped"] == 1
     np.testing.assert_allclose(oracles.tree_norm([new]), max_norm, rtol=1e-6)
     np.testing.assert_allclose(
-        oracles.wide(new) / max_norm,
-        oracles.wide(x) / oracles.tree_norm([x]),
-        rtol=1e-6,
+      oracles.wide(new) / max_norm,
+      oracles.wide(x) / oracles.tree_norm([x]),
+      rtol=1e-6,
     )
 
 
@@ -297,11 +295,14 @@ class TestGroups:
       optax_clip.clip_by_group_norm({"x": "a"}, {})
 
   def test_labels_may_be_a_prefix_and_limits_schedules_or_inf(self):
-    tree = {"body": {"w": jnp.asarray([3.0]), "b": jnp.asarray([4.0])},
-            "head": jnp.asarray([3.0, 4.0]), "rest": jnp.asarray([300.0])}
+    tree = {
+      "body": {"w": jnp.asarray([3.0]), "b": jnp.asarray([4.0])},
+      "head": jnp.asarray([3.0, 4.0]),
+      "rest": jnp.asarray([300.0]),
+    }
     tx = optax_clip.clip_by_group_norm(
-        {"body": "slow", "head": "fast", "rest": "free"},
-        {"slow": 1.0, "fast": lambda count: 2 + count, "free": math.inf},
+      {"body": "slow", "head": "fast", "rest": "free"},
+      {"slow": 1.0, "fast": lambda count: 2 + count, "free": math.inf},
     )
     state = tx.init(tree)
     new, state = tx.update(tree, state)
@@ -327,7 +328,7 @@ class TestAdaptive:
     tx = optax_clip.adaptive_grad_clip(0.01)
     new, _ = tx.update(updates, tx.init(params), params)
     np.testing.assert_allclose(
-        oracles.wide(new["w"]), 0.01, rtol=oracles.epsilon(dtype)
+      oracles.wide(new["w"]), 0.01, rtol=oracles.epsilon(dtype)
     )
 
   def test_weights_of_zeros_move_by_eps(self):
@@ -341,14 +342,17 @@ class TestAdaptive:
     updates = {"w": jnp.ones((2, 3)).at[0, 1].set(jnp.nan)}
     tx = optax_clip.adaptive_grad_clip(0.5)
     new, _ = tx.update(updates, tx.init(params), params)
-    np.testing.assert_array_equal(
-        np.isnan(new["w"]), [[False, True, False]] * 2
-    )
+    np.testing.assert_array_equal(np.isnan(new["w"]), [[False, True, False]] * 2)
 
   @pytest.mark.parametrize(
-      ("shape", "axes"),
-      [((3, 4), (0,)), ((2, 3, 4), (0,)), ((2, 2, 3, 4), (0, 1, 2)),
-       ((2, 2, 2, 3, 4), (0, 1, 2, 3)), ((1, 5, 1), (0, 1, 2))],
+    ("shape", "axes"),
+    [
+      ((3, 4), (0,)),
+      ((2, 3, 4), (0,)),
+      ((2, 2, 3, 4), (0, 1, 2)),
+      ((2, 2, 2, 3, 4), (0, 1, 2, 3)),
+      ((1, 5, 1), (0, 1, 2)),
+    ],
   )
   def test_units_go_by_rank(self, shape, axes):
     rng = np.random.default_rng(0)
@@ -362,5 +366,5 @@ class TestAdaptive:
     with pytest.raises(ValueError, match="axis="):
       tx.update(x, optax.EmptyState(), x)
     np.testing.assert_allclose(
-        optax_clip.unitwise_norm(x, axis=(0, -1)), np.full(x.shape, 2.0)
+      optax_clip.unitwise_norm(x, axis=(0, -1)), np.full(x.shape, 2.0)
     )

@@ -65,7 +65,7 @@ def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
   assert len({row["loss"] for row in rows if row["step"] == "1"}) == 1
 
   printed = capsys.readouterr().out
-  table = printed[printed.index("method"):].partition("Wrote")[0]
+  table = printed[printed.index("method") :].partition("Wrote")[0]
   for name in names:
     assert re.search(rf"^ *{name} +0\.2 ", table, re.MULTILINE)
   assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
@@ -83,8 +83,7 @@ def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
     grads = jax.tree.map(lambda p, size=size: size * p, params)
     updates, state = tx.update(grads, state, params)
   seen = {
-      key.rpartition("/")[2]: value
-      for key, value in optax_clip.metrics(state).items()
+    key.rpartition("/")[2]: value for key, value in optax_clip.metrics(state).items()
   }
   assert set(_report.FIELDS) - {"loss"} <= set(seen)
   assert seen["norm"] > 1
@@ -103,9 +102,9 @@ def test_a_table_of_the_widest_numbers_fits_80_columns(capsys):
 
 def test_thresholds_reach_their_methods(tmp_path):
   rows = run(
-      tmp_path,
-      *("--clip", "none,layer,global"),
-      *("--max-layer-norm", "inf", "--max-norm", "0.001"),
+    tmp_path,
+    *("--clip", "none,layer,global"),
+    *("--max-layer-norm", "inf", "--max-norm", "0.001"),
   )
   none, layer, clipped = rows[:3], rows[3:6], rows[6:]
   for row, same in zip(none, layer, strict=True):  # Nothing exceeds inf.
@@ -122,14 +121,19 @@ def full_precision(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer"), [("--bf16", "adamw"), ("--fp16", "lion")]
+  ("precision", "optimizer"), [("--bf16", "adamw"), ("--fp16", "lion")]
 )
 def test_low_precision_gradients_train_float32_weights(
-    tmp_path, full_precision, precision, optimizer
+  tmp_path, full_precision, precision, optimizer
 ):
   rows = run(
-      tmp_path, precision, "--optimizer", optimizer, "--clip", "global",
-      *("--lr", "1e-3"),
+    tmp_path,
+    precision,
+    "--optimizer",
+    optimizer,
+    "--clip",
+    "global",
+    *("--lr", "1e-3"),
   )
   # The first norm is of the same weights; bfloat16 has 8 bits.
   low, exact = (float(run[0]["norm"]) for run in (rows, full_precision))
@@ -146,27 +150,27 @@ def test_a_run_that_diverges_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "part"),
-    [
-        ("--clip", "none,globl", "unknown method 'globl'"),
-        ("--clip", "", "unknown method ''"),
-        ("--clip", "global,global", "'global' is named twice"),
-        ("--max-norm", "-1", "'-1' is not a number of at least 0"),
-        ("--max-norm", "nan", "'nan' is not a number of at least 0"),
-        ("--max-norm", "one", "'one' is not a number of at least 0"),
-        ("--max-layer-norm", "-0.5", "'-0.5' is not a number"),
-        ("--max-rms", "x", "'x' is not a number"),
-        ("--max-ratio", "-2", "'-2' is not a number"),
-        ("--max-value", "", "'' is not a number"),
-        ("--lr", "0", "'0' is not a positive number"),
-        ("--lr", "inf", "'inf' is not a positive number"),
-        ("--steps", "0", "'0' is not a whole number of at least 1"),
-        ("--steps", "2.5", "'2.5' is not a whole number"),
-        ("--width", "50", "'50' is not a positive multiple of 16"),
-        ("--layers", "0", "'0' is not a whole number"),
-        ("--seed", "-1", "'-1' is not a whole number of at least 0"),
-        ("--optimizer", "adam", "'adam'"),
-    ],
+  ("flag", "value", "part"),
+  [
+    ("--clip", "none,globl", "unknown method 'globl'"),
+    ("--clip", "", "unknown method ''"),
+    ("--clip", "global,global", "'global' is named twice"),
+    ("--max-norm", "-1", "'-1' is not a number of at least 0"),
+    ("--max-norm", "nan", "'nan' is not a number of at least 0"),
+    ("--max-norm", "one", "'one' is not a number of at least 0"),
+    ("--max-layer-norm", "-0.5", "'-0.5' is not a number"),
+    ("--max-rms", "x", "'x' is not a number"),
+    ("--max-ratio", "-2", "'-2' is not a number"),
+    ("--max-value", "", "'' is not a number"),
+    ("--lr", "0", "'0' is not a positive number"),
+    ("--lr", "inf", "'inf' is not a positive number"),
+    ("--steps", "0", "'0' is not a whole number of at least 1"),
+    ("--steps", "2.5", "'2.5' is not a whole number"),
+    ("--width", "50", "'50' is not a positive multiple of 16"),
+    ("--layers", "0", "'0' is not a whole number"),
+    ("--seed", "-1", "'-1' is not a whole number of at least 0"),
+    ("--optimizer", "adam", "'adam'"),
+  ],
 )
 def test_a_bad_flag_is_one_line(capsys, flag, value, part):
   with pytest.raises(SystemExit) as caught:

@@ -12,13 +12,13 @@ DTYPES = ("float16", "bfloat16", "float32")
 RANKS = [(), (5,), (1, 5), (6, 5), (2, 3, 4), (3, 3, 2, 4), (2, 2, 2, 3, 4)]
 # The axes of a unit, by rank (by hand).
 UNITS = {
-    (): (),
-    (5,): (0,),
-    (1, 5): (0, 1),
-    (6, 5): (0,),
-    (2, 3, 4): (0,),
-    (3, 3, 2, 4): (0, 1, 2),
-    (2, 2, 2, 3, 4): (0, 1, 2, 3),
+  (): (),
+  (5,): (0,),
+  (1, 5): (0, 1),
+  (6, 5): (0,),
+  (2, 3, 4): (0,),
+  (3, 3, 2, 4): (0, 1, 2),
+  (2, 2, 2, 3, 4): (0, 1, 2, 3),
 }
 
 
@@ -64,16 +64,16 @@ def test_global_norm_of_nothing(tree):
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([1.0, np.nan], np.nan),
-        ([1.0, np.inf], np.inf),
-        ([-np.inf, 1.0], np.inf),
-        ([np.inf, np.nan], np.nan),
-        ([3e38] * 4, np.finfo(np.float32).max),
-        ([2e-38] * 4, 4e-38),
-        ([0.0, -0.0], 0.0),
-    ],
+  ("values", "expected"),
+  [
+    ([1.0, np.nan], np.nan),
+    ([1.0, np.inf], np.inf),
+    ([-np.inf, 1.0], np.inf),
+    ([np.inf, np.nan], np.nan),
+    ([3e38] * 4, np.finfo(np.float32).max),
+    ([2e-38] * 4, 4e-38),
+    ([0.0, -0.0], 0.0),
+  ],
 )
 def test_global_norm_of_special_values(values, expected):
   got = optax_clip.global_norm(jnp.array(values, jnp.float32))
@@ -87,9 +87,7 @@ def test_global_norm_of_numpy_and_python_numbers():
 
 def test_global_norm_of_complex():
   z = jnp.array([3 + 4j, 5 - 12j], jnp.complex64)
-  np.testing.assert_allclose(
-      optax_clip.global_norm(z, ord=float("inf")), 13, rtol=1e-6
-  )
+  np.testing.assert_allclose(optax_clip.global_norm(z, ord=float("inf")), 13, rtol=1e-6)
   np.testing.assert_allclose(optax_clip.global_norm(z), 194**0.5, rtol=1e-6)
   np.testing.assert_allclose(optax_clip.global_norm(z, ord=1), 18, rtol=1e-6)
 
@@ -131,11 +129,11 @@ def test_clip_tree(dtype, max_norm):
       np.testing.assert_array_equal(new, old)
     else:
       np.testing.assert_allclose(
-          wide(new),
-          wide(old) * (max_norm / exact),
-          # Rounded once to the leaf's dtype; what is subnormal there, absolutely.
-          rtol=max(epsilon(dtype) / 2, 5e-7) * 1.01,
-          atol=float(ml_dtypes.finfo(dtype).smallest_subnormal) / 2 if max_norm else 0,
+        wide(new),
+        wide(old) * (max_norm / exact),
+        # Rounded once to the leaf's dtype; what is subnormal there, absolutely.
+        rtol=max(epsilon(dtype) / 2, 5e-7) * 1.01,
+        atol=float(ml_dtypes.finfo(dtype).smallest_subnormal) / 2 if max_norm else 0,
       )
 
 
@@ -228,14 +226,14 @@ def test_unitwise_norm_of_units_of_very_different_size():
 def test_unitwise_norm_of_nonfinite_units():
   x = jnp.array([[np.nan, np.inf, 3.0], [1.0, 1.0, 4.0]])
   np.testing.assert_array_equal(
-      optax_clip.unitwise_norm(x)[0], np.float32([np.nan, np.inf, 5])
+    optax_clip.unitwise_norm(x)[0], np.float32([np.nan, np.inf, 5])
   )
 
 
 def test_unitwise_norm_of_float16_that_float16_cannot_hold():
   x = jnp.full((4, 2), 6e4, jnp.float16)
   np.testing.assert_allclose(
-      optax_clip.unitwise_norm(x), np.full((4, 2), 2 * wide(x)[0, 0]), rtol=1e-6
+    optax_clip.unitwise_norm(x), np.full((4, 2), 2 * wide(x)[0, 0]), rtol=1e-6
   )
 
 
@@ -253,7 +251,7 @@ def test_unitwise_clip(dtype):
   assert got.dtype == g.dtype
   expected = wide(g) * np.minimum(1, 2 / exact)
   np.testing.assert_allclose(
-      wide(got), expected, rtol=max(epsilon(dtype) / 2, 5e-7) * 1.01
+    wide(got), expected, rtol=max(epsilon(dtype) / 2, 5e-7) * 1.01
   )
   within = np.broadcast_to(exact < 2, g.shape)
   np.testing.assert_array_equal(np.asarray(got)[within], np.asarray(g)[within])

@@ -20,8 +20,8 @@ BY_NORM = [name for name in learned.METHODS if name not in TWICE]
 def params():
   """Four million parameters in 61 leaves."""
   layer = {
-      "w": jax.ShapeDtypeStruct((WIDTH, 2 * WIDTH), jnp.float32),
-      "b": jax.ShapeDtypeStruct((2 * WIDTH,), jnp.float32),
+    "w": jax.ShapeDtypeStruct((WIDTH, 2 * WIDTH), jnp.float32),
+    "b": jax.ShapeDtypeStruct((2 * WIDTH,), jnp.float32),
   }
   return [*[layer] * LAYERS, jax.ShapeDtypeStruct((WIDTH,), jnp.float32)]
 

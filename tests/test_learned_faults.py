@@ -20,10 +20,10 @@ methods = pytest.mark.parametrize("name", learned.METHODS)
 policies = pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 
 FAULTS = {
-    "NaN": (np.nan, 1),
-    "inf": (np.inf, 1),
-    "10 NaN": (np.nan, 10),
-    "zero": (0.0, 1),
+  "NaN": (np.nan, 1),
+  "inf": (np.inf, 1),
+  "10 NaN": (np.nan, 10),
+  "zero": (0.0, 1),
 }
 
 # Steps before the fault: none, within all warm-ups, after all of them.
@@ -66,10 +66,10 @@ def test_memory_is_as_without_the_step(name, nonfinite):
       continue
     before, after = (healthy(0, AGES[age]), True), (healthy(1, 8), True)
     _, hit = learned.play(
-        name, before, (faulty(fault), True), after, nonfinite=nonfinite
+      name, before, (faulty(fault), True), after, nonfinite=nonfinite
     )
     _, spared = learned.play(
-        name, before, (faulty(fault), False), after, nonfinite=nonfinite
+      name, before, (faulty(fault), False), after, nonfinite=nonfinite
     )
     learned.assert_same_memory(hit, spared)
 
@@ -85,12 +85,12 @@ def test_parameters_stay_finite_and_the_next_spike_is_caught(name):
   for fault, age in CASES:
     wait = max(4, learned.METHODS[name][2] - AGES[age])
     found, _ = learned.play(
-        name,
-        (healthy(0, AGES[age]), True),
-        (faulty(fault), True),
-        (healthy(1, wait), True),
-        (spike, True),
-        nonfinite="zero",
+      name,
+      (healthy(0, AGES[age]), True),
+      (faulty(fault), True),
+      (healthy(1, wait), True),
+      (spike, True),
+      nonfinite="zero",
     )
     assert all(np.all(np.isfinite(np.sum(x, axis=0))) for x in jax.tree.leaves(found))
     kept = length(jax.tree.map(lambda x: x[-1], found)) / length(spike)
@@ -159,9 +159,7 @@ def test_element_spikes_learn_zeros_as_adam_does():
   g = jax.tree.map(jnp.asarray, g)
   _, state = learned.run(optax_clip.clip_element_spikes(1e9, 0.9), g)
   _, adam = learned.run(optax.scale_by_adam(b2=0.9), g)
-  for rms, nu in zip(
-      jax.tree.leaves(state.rms), jax.tree.leaves(adam.nu), strict=True
-  ):
+  for rms, nu in zip(jax.tree.leaves(state.rms), jax.tree.leaves(adam.nu), strict=True):
     np.testing.assert_allclose(rms**2, nu, rtol=1e-5)
 
 
@@ -170,9 +168,9 @@ def test_combinators_forget_with_their_threshold(name):
   thresholds = optax_clip.thresholds
   inner = thresholds.percentile(50.0, 9)
   threshold = {
-      "scheduled": thresholds.at_most(inner, optax.linear_schedule(1.0, 0.1, 10)),
-      "warmup": thresholds.warmup(inner, 5, 0.5),
-      "at_most": thresholds.at_most(inner, 1.0),
+    "scheduled": thresholds.at_most(inner, optax.linear_schedule(1.0, 0.1, 10)),
+    "warmup": thresholds.warmup(inner, 5, 0.5),
+    "at_most": thresholds.at_most(inner, 1.0),
   }[name]
   norms = np.float32([1, 2, 1, 3, 1, 2, 1, 1])
   bad = np.insert(norms, 3, [np.nan, np.inf, 0])
@@ -188,7 +186,7 @@ def test_warmup_has_another_limit_for_the_first_steps():
   thresholds = optax_clip.thresholds
   norms = np.float32([4, 4, 4, 4, 4])
   found, _ = learned.limits(
-      thresholds.warmup(thresholds.percentile(50.0, 9), 2, 0.5), norms
+    thresholds.warmup(thresholds.percentile(50.0, 9), 2, 0.5), norms
   )
   np.testing.assert_allclose(found, [0.5, 0.5, 4, 4, 4])
   found, _ = learned.limits(thresholds.warmup(thresholds.constant(1.0), 3), norms)
@@ -198,6 +196,6 @@ def test_warmup_has_another_limit_for_the_first_steps():
 def test_at_most_takes_the_smaller_limit():
   thresholds = optax_clip.thresholds
   found, _ = learned.limits(
-      thresholds.at_most(thresholds.percentile(100.0, 9), 3.0), np.float32([1, 2, 9, 1])
+    thresholds.at_most(thresholds.percentile(100.0, 9), 3.0), np.float32([1, 2, 9, 1])
   )
   np.testing.assert_allclose(found, [1, 2, 3, 3])

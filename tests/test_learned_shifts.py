@@ -22,14 +22,14 @@ def figures():
 
 # Measured, rounded up; `None`: locked for all of the 8,000 steps.
 BOUNDS = {
-    "autoclip": (1000, 1000, 1000),
-    "clip_by_layer_percentile": (100, 100, 100),
-    "clip_by_history": (128, 128, 128),
-    "zclip": (None, 400, 100),
-    'zclip, mode="mean"': (None, 400, None),
-    'zclip, mode="percentile"': (60, 400, 100),
-    "adagc": (3500, 300, 3000),
-    "adaclip": (2500, 6000, 2500),
+  "autoclip": (1000, 1000, 1000),
+  "clip_by_layer_percentile": (100, 100, 100),
+  "clip_by_history": (128, 128, 128),
+  "zclip": (None, 400, 100),
+  'zclip, mode="mean"': (None, 400, None),
+  'zclip, mode="percentile"': (60, 400, 100),
+  "adagc": (3500, 300, 3000),
+  "adaclip": (2500, 6000, 2500),
 }
 
 
@@ -52,8 +52,9 @@ def test_what_locks_says_so_first():
 def test_the_tables_of_the_docs_are_those_measured(name):
   path = learned.DOCS / "learned.md"
   (row,) = [
-      line for line in path.read_text().splitlines() if line.startswith(f"| `{name}` |")
-      and line.count("|") == 6
+    line
+    for line in path.read_text().splitlines()
+    if line.startswith(f"| `{name}` |") and line.count("|") == 6
   ]
   up, down, after, kept = figures()[name]
   cells = [c.strip().replace(",", "") for c in row.split("|")[-5:-1]]
@@ -66,9 +67,9 @@ def test_the_tables_of_the_docs_are_those_measured(name):
 
 
 CONSTANT = {
-    **shifts.METHODS,
-    "mean_over_rms": thresholds.mean_over_rms(eps=0.0),
-    "adagc": thresholds.adagc(warmup_norm=3e38),
+  **shifts.METHODS,
+  "mean_over_rms": thresholds.mean_over_rms(eps=0.0),
+  "adagc": thresholds.adagc(warmup_norm=3e38),
 }
 
 
@@ -103,7 +104,7 @@ def test_float64_norms_are_judged_in_float64():
       floats = [x for x in learned.memory(state) if x.dtype.kind == "f"]
       assert all(x.dtype == np.float32 for x in floats)
     limit, _ = thresholds.percentile().update(
-        jnp.asarray(1e300), thresholds.percentile().init(jnp.zeros(()))
+      jnp.asarray(1e300), thresholds.percentile().init(jnp.zeros(()))
     )
     assert limit.dtype == jnp.float64
     assert np.isfinite(limit)

@@ -20,11 +20,11 @@ methods = pytest.mark.parametrize("name", learned.METHODS)
 def sequence(seed, steps, dtype="float32", leading=()):
   rng = np.random.default_rng(seed)
   size = rng.uniform(0.5, 2, (steps, *leading, 1)) * np.where(
-      rng.random((steps, *leading, 1)) < 0.1, 30, 1
+    rng.random((steps, *leading, 1)) < 0.1, 30, 1
   )
   return {
-      "a": jnp.asarray(rng.standard_normal((steps, *leading, 3)) * size, dtype),
-      "b": jnp.asarray(rng.standard_normal((steps, *leading, 5)) * size, dtype),
+    "a": jnp.asarray(rng.standard_normal((steps, *leading, 3)) * size, dtype),
+    "b": jnp.asarray(rng.standard_normal((steps, *leading, 5)) * size, dtype),
   }
 
 
@@ -73,7 +73,7 @@ def test_an_ensemble_is_its_members(name):
   tx = learned.make(name)
   updates = sequence(0, 30, leading=(4,))
   together, _ = jax.vmap(
-      functools.partial(learned.run, tx), in_axes=1, out_axes=(1, 0)
+    functools.partial(learned.run, tx), in_axes=1, out_axes=(1, 0)
   )(updates)
   for i in range(4):
     alone, _ = learned.run(tx, jax.tree.map(lambda x, i=i: x[:, i], updates))
@@ -93,7 +93,7 @@ def test_multi_steps_learns_once_per_step(name):
   means = jax.tree.map(lambda x: x.reshape(8, 3, -1).mean(axis=1), updates)
   _, reference = learned.run(tx, means)
   for x, y in zip(
-      learned.memory(state.inner_opt_state), learned.memory(reference), strict=True
+    learned.memory(state.inner_opt_state), learned.memory(reference), strict=True
   ):
     np.testing.assert_allclose(x, y, rtol=1e-5)
 
@@ -143,8 +143,9 @@ def test_a_restored_checkpoint_continues_bit_for_bit(name, tmp_path):
   checkpoint = pytest.importorskip("orbax.checkpoint")
   tx = learned.make(name)
   updates = sequence(0, 40)
-  half = [jax.tree.map(lambda x, s=s: x[s], updates) for s in
-          (slice(0, 20), slice(20, 40))]
+  half = [
+    jax.tree.map(lambda x, s=s: x[s], updates) for s in (slice(0, 20), slice(20, 40))
+  ]
   _, middle = learned.run(tx, half[0])
   with checkpoint.StandardCheckpointer() as saver:
     saver.save(tmp_path / "state", middle)
@@ -160,9 +161,15 @@ def test_a_restored_checkpoint_continues_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["adagc", "clip_by_layer_percentile", "adaclip", "adagn", "stable_spam",
-     "clip_element_spikes"],
+  "name",
+  [
+    "adagc",
+    "clip_by_layer_percentile",
+    "adaclip",
+    "adagn",
+    "stable_spam",
+    "clip_element_spikes",
+  ],
 )
 def test_another_number_of_layers_is_a_clear_error(name):
   tx = learned.make(name)
@@ -180,23 +187,23 @@ def test_another_window_is_a_clear_error():
 
 
 MEASURES = {
-    "global": measures.global_norm(),
-    "layers": measures.layer_norm(),
-    "rms": measures.layer_rms(),
-    "groups": measures.group_norm({"a": "x", "b": "y"}, ["x", "y"]),
-    "units": measures.unit_norm(),
-    "relative": measures.relative(measures.unit_norm()),
+  "global": measures.global_norm(),
+  "layers": measures.layer_norm(),
+  "rms": measures.layer_rms(),
+  "groups": measures.group_norm({"a": "x", "b": "y"}, ["x", "y"]),
+  "units": measures.unit_norm(),
+  "relative": measures.relative(measures.unit_norm()),
 }
 
 THRESHOLDS = {
-    "percentile": thresholds.percentile(50.0, 20),
-    "history": thresholds.history(window=10),
-    "zscore": thresholds.zscore(warmup=5),
-    "adagc": thresholds.adagc(warmup=5),
-    "average": thresholds.average(),
-    "mean_over_rms": thresholds.mean_over_rms(),
-    "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
-    "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
+  "percentile": thresholds.percentile(50.0, 20),
+  "history": thresholds.history(window=10),
+  "zscore": thresholds.zscore(warmup=5),
+  "adagc": thresholds.adagc(warmup=5),
+  "average": thresholds.average(),
+  "mean_over_rms": thresholds.mean_over_rms(),
+  "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
+  "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
 }
 
 
@@ -205,13 +212,11 @@ THRESHOLDS = {
 def test_every_threshold_works_with_every_measure(measure, threshold):
   rng = np.random.default_rng(0)
   updates = {
-      "a": jnp.asarray(rng.standard_normal((30, 4, 3)), jnp.float32),
-      "b": jnp.asarray(rng.standard_normal((30, 5)), jnp.float32),
+    "a": jnp.asarray(rng.standard_normal((30, 4, 3)), jnp.float32),
+    "b": jnp.asarray(rng.standard_normal((30, 5)), jnp.float32),
   }
   updates = jax.tree.map(lambda x: x.at[25].multiply(1000.0), updates)
-  tx = optax_clip.clip_with(
-      MEASURES[measure], THRESHOLDS[threshold], actions.rescale()
-  )
+  tx = optax_clip.clip_with(MEASURES[measure], THRESHOLDS[threshold], actions.rescale())
   params = jax.tree.map(jnp.ones_like, first(updates))
   found, state = learned.run(tx, updates, params)
   for x in jax.tree.leaves((found, state)):
@@ -232,12 +237,10 @@ def test_empty_trees_and_absent_leaves_pass(name):
 def test_derivatives_are_finite_at_zero(name):
   tx = learned.make(name)
   g = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
-  _, warm = learned.run(
-      tx, {"a": jnp.ones((20, 3)), "b": jnp.ones((20, 2))}
-  )
+  _, warm = learned.run(tx, {"a": jnp.ones((20, 3)), "b": jnp.ones((20, 2))})
   for state in (tx.init(g), warm):
     slope = jax.grad(
-        lambda g, s=state: sum(x.sum() for x in tx.update(g, s)[0].values())
+      lambda g, s=state: sum(x.sum() for x in tx.update(g, s)[0].values())
     )(g)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(slope))
 

@@ -43,13 +43,15 @@ def test_history(seed):
 
 
 ZCLIP = [
-    ({}, {}),
-    ({"mode": "mean"}, {"mode": "mean"}),
-    ({"mode": "percentile"}, {"mode": "percentile"}),
-    ({"clip_factor": 0.7}, {"factor": 0.7}),
-    ({"skip_update_on_spike": True}, {"skip": True}),
-    ({"z_threshold": 2.0, "decay": 0.9, "warmup": 60, "eps": 1e-3},
-     {"z": 2.0, "alpha": 0.9, "warmup": 60, "eps": 1e-3}),
+  ({}, {}),
+  ({"mode": "mean"}, {"mode": "mean"}),
+  ({"mode": "percentile"}, {"mode": "percentile"}),
+  ({"clip_factor": 0.7}, {"factor": 0.7}),
+  ({"skip_update_on_spike": True}, {"skip": True}),
+  (
+    {"z_threshold": 2.0, "decay": 0.9, "warmup": 60, "eps": 1e-3},
+    {"z": 2.0, "alpha": 0.9, "warmup": 60, "eps": 1e-3},
+  ),
 ]
 
 
@@ -117,15 +119,20 @@ def test_clippy(seed):
   tx = optax_clip.clippy(0.1, 1e-4, 1e-3)
   for _ in range(20):
     u, p, v = (
-        (rng.standard_normal(50) * 10 ** rng.uniform(-3, 1, 50)).astype(np.float32)
-        for _ in range(3)
+      (rng.standard_normal(50) * 10 ** rng.uniform(-3, 1, 50)).astype(np.float32)
+      for _ in range(3)
     )
     u, v = u * (rng.random(50) < 0.7), v**2 + np.float32(1e-8)
-    scale = learned_oracles.clippy(*(x.astype(np.float64) for x in (u, p)),
-                                   0.1, 1e-4, 1e-3, v.astype(np.float64))
+    scale = learned_oracles.clippy(
+      *(x.astype(np.float64) for x in (u, p)), 0.1, 1e-4, 1e-3, v.astype(np.float64)
+    )
     params = {"w": jnp.asarray(p)}
-    new, _ = tx.update({"w": jnp.asarray(u, jnp.float32)}, tx.init(params), params,
-                       accumulator={"w": jnp.asarray(v)})
+    new, _ = tx.update(
+      {"w": jnp.asarray(u, jnp.float32)},
+      tx.init(params),
+      params,
+      accumulator={"w": jnp.asarray(v)},
+    )
     np.testing.assert_allclose(new["w"], u * scale, rtol=2e-6)
 
 
@@ -140,7 +147,7 @@ def test_a_huge_finite_norm_leaves_a_useful_memory(name, size, when):
   g[when] = size
   g[spike] *= 1000
   found, state = learned.run(
-      learned.make(name), {"a": jnp.asarray(g), "b": jnp.asarray(g[::-1].copy())}
+    learned.make(name), {"a": jnp.asarray(g), "b": jnp.asarray(g[::-1].copy())}
   )
   assert all(np.all(np.isfinite(x)) for x in learned.memory(state))
   new = np.asarray(found["a"], np.float64)

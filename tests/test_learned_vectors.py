@@ -34,13 +34,13 @@ def test_autoclip():
 
 
 @pytest.mark.parametrize(
-    ("keywords", "at_5", "at_10"),
-    [
-        ({}, 1.040009237, 1.017881191),
-        ({"mode": "mean"}, 0.999910000, 0.999912700),
-        ({"mode": "percentile"}, 1.400409132, 1.433933882),
-        ({"clip_factor": 0.5}, 0.520004618, 0.503533350),
-    ],
+  ("keywords", "at_5", "at_10"),
+  [
+    ({}, 1.040009237, 1.017881191),
+    ({"mode": "mean"}, 0.999910000, 0.999912700),
+    ({"mode": "percentile"}, 1.400409132, 1.433933882),
+    ({"clip_factor": 0.5}, 0.520004618, 0.503533350),
+  ],
 )
 def test_zclip(keywords, at_5, at_10):
   tx = optax_clip.zclip(warmup=3, max_norm=None, **keywords)
@@ -75,13 +75,13 @@ def test_zclip_max_norm_is_applied_and_not_remembered():
 
 def test_zclip_skip_update_on_spike():
   _, _, state = drive(
-      optax_clip.zclip(warmup=3, max_norm=None, skip_update_on_spike=True), NORMS
+    optax_clip.zclip(warmup=3, max_norm=None, skip_update_on_spike=True), NORMS
   )
   _, _, without = drive(
-      optax_clip.zclip(warmup=3, max_norm=None), [n for n in NORMS if n < 2]
+    optax_clip.zclip(warmup=3, max_norm=None), [n for n in NORMS if n < 2]
   )
   np.testing.assert_array_equal(
-      state.threshold.memory.mean, without.threshold.memory.mean
+    state.threshold.memory.mean, without.threshold.memory.mean
   )
 
 
@@ -125,9 +125,9 @@ def test_element_spikes_with_a_given_second_moment():
 def test_stable_spam():
   grads = [[3.0, -4, 0], [0.3, -0.4, 0], [30.0, -0.4, 0.1]]
   wanted = [
-      [0.6, -0.8, 0],
-      [0.407988967, -0.54398529, 0],
-      [0.869323813, -0.03030233, 0.007575583],
+    [0.6, -0.8, 0],
+    [0.407988967, -0.54398529, 0],
+    [0.869323813, -0.03030233, 0.007575583],
   ]
   tx = optax_clip.stable_spam()
   state = tx.init({"w": jnp.zeros(3)})
@@ -144,12 +144,12 @@ def test_adaclip_limits():
 
 
 @pytest.mark.parametrize(
-    ("u", "p", "r", "a", "wanted"),
-    [
-        ([1, 1], [1, 0.1], 0.1, 0.01, [0.02, 0.02]),
-        ([-2], [4], 0.1, 0.02, [-0.42]),
-        ([1, 1, 0, 0], [1, 0.1, 1, 0], 0.1, 0.0, [0.01, 0.01, 0, 0]),
-    ],
+  ("u", "p", "r", "a", "wanted"),
+  [
+    ([1, 1], [1, 0.1], 0.1, 0.01, [0.02, 0.02]),
+    ([-2], [4], 0.1, 0.02, [-0.42]),
+    ([1, 1, 0, 0], [1, 0.1, 1, 0], 0.1, 0.0, [0.01, 0.01, 0, 0]),
+  ],
 )
 def test_clippy(u, p, r, a, wanted):
   tx = optax_clip.clippy(r, a)
@@ -169,19 +169,17 @@ def test_clippy_accumulator():
 
 
 SOFT = {
-    "rational": (actions.rational(), lambda n, c: c / (c + n)),
-    "square_root": (actions.square_root(), lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2)),
-    "tanh": (actions.tanh(), lambda n, c: c / n * np.tanh(n / c)),
-    "floored": (actions.floored(0.1), lambda n, c: max(0.1, min(1, c / n))),
-    "normalize": (actions.normalize(), lambda n, c: c / n),
+  "rational": (actions.rational(), lambda n, c: c / (c + n)),
+  "square_root": (actions.square_root(), lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2)),
+  "tanh": (actions.tanh(), lambda n, c: c / n * np.tanh(n / c)),
+  "floored": (actions.floored(0.1), lambda n, c: max(0.1, min(1, c / n))),
+  "normalize": (actions.normalize(), lambda n, c: c / n),
 }
 soft = pytest.mark.parametrize("name", SOFT)
 
 
 def act(action, g, limit, dtype=jnp.float32):
-  tx = optax_clip.clip_with(
-      measures.global_norm(), thresholds.constant(limit), action
-  )
+  tx = optax_clip.clip_with(measures.global_norm(), thresholds.constant(limit), action)
   updates, _ = tx.update({"w": jnp.asarray(g, dtype)}, optax_clip_state(tx, g, dtype))
   return np.asarray(updates["w"], np.float64)
 
@@ -237,7 +235,7 @@ def test_soft_actions_differentiate_at_zero(name):
   steps = 1e-6 * np.eye(3)
   slopes = [(exact(g + s) - exact(g - s)) / 2e-6 for s in steps]
   np.testing.assert_allclose(
-      jax.grad(total)(jnp.asarray(g, jnp.float32)), slopes, rtol=1e-4, atol=1e-5
+    jax.grad(total)(jnp.asarray(g, jnp.float32)), slopes, rtol=1e-4, atol=1e-5
   )
 
 

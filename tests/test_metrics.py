@@ -13,13 +13,13 @@ import optax_clip
 from optax_clip import metrics
 
 FIELDS = {
-    "norm",
-    "limit",
-    "coefficient",
-    "clipped_fraction",
-    "steps",
-    "steps_clipped",
-    "steps_nonfinite",
+  "norm",
+  "limit",
+  "coefficient",
+  "clipped_fraction",
+  "steps",
+  "steps_clipped",
+  "steps_nonfinite",
 }
 NAME = "clip_by_global_norm"
 GRADS = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
@@ -40,9 +40,9 @@ def plain(values):
 def of(name, values):
   """The metrics of one transformation, as Python numbers."""
   return {
-      key.removeprefix(name + "/"): value.item()
-      for key, value in values.items()
-      if key.startswith(name + "/")
+    key.removeprefix(name + "/"): value.item()
+    for key, value in values.items()
+    if key.startswith(name + "/")
   }
 
 
@@ -54,13 +54,13 @@ def after(tx, *steps, params=PARAMS):
 
 
 ONCE_CLIPPED = {
-    "norm": 5.0,
-    "limit": 1.0,
-    "coefficient": np.float32(0.2).item(),
-    "clipped_fraction": 1.0,
-    "steps": 1,
-    "steps_clipped": 1,
-    "steps_nonfinite": 0,
+  "norm": 5.0,
+  "limit": 1.0,
+  "coefficient": np.float32(0.2).item(),
+  "clipped_fraction": 1.0,
+  "steps": 1,
+  "steps_clipped": 1,
+  "steps_nonfinite": 0,
 }
 
 
@@ -73,42 +73,38 @@ def labelled(params):
 
 
 WRAPPERS = {
-    "alone": clipped,
-    "chain": lambda: optax.chain(clipped(), optax.adam(0.1)),
-    "nested chain": lambda: optax.chain(
-        optax.trace(0.9), optax.chain(optax.identity(), clipped())
+  "alone": clipped,
+  "chain": lambda: optax.chain(clipped(), optax.adam(0.1)),
+  "nested chain": lambda: optax.chain(
+    optax.trace(0.9), optax.chain(optax.identity(), clipped())
+  ),
+  "named_chain": lambda: optax.named_chain(
+    ("clip", clipped()), ("scale", optax.scale(-0.1))
+  ),
+  "masked": lambda: optax.masked(clipped(), {"w": True, "b": False}),
+  "multi_transform": lambda: optax.multi_transform(
+    {"clipped": optax.chain(clipped(), optax.sgd(0.1)), "free": optax.sgd(0.1)},
+    labelled,
+  ),
+  "inject_hyperparams": lambda: optax.inject_hyperparams(
+    optax_clip.clip_by_global_norm
+  )(max_norm=1.0),
+  "injected chain": lambda: optax.inject_hyperparams(
+    lambda rate, limit: optax.chain(
+      optax_clip.clip_by_global_norm(limit), optax.sgd(rate)
+    )
+  )(rate=0.1, limit=1.0),
+  "MultiSteps": lambda: optax.MultiSteps(optax.chain(clipped(), optax.sgd(0.1)), 1),
+  "apply_if_finite": lambda: optax.apply_if_finite(
+    optax.chain(clipped(), optax.sgd(0.1)), 3
+  ),
+  "all of them": lambda: optax.apply_if_finite(
+    optax.chain(
+      optax.masked(optax.chain(clipped(), optax.identity()), {"w": True, "b": True}),
+      optax.adamw(0.1),
     ),
-    "named_chain": lambda: optax.named_chain(
-        ("clip", clipped()), ("scale", optax.scale(-0.1))
-    ),
-    "masked": lambda: optax.masked(clipped(), {"w": True, "b": False}),
-    "multi_transform": lambda: optax.multi_transform(
-        {"clipped": optax.chain(clipped(), optax.sgd(0.1)), "free": optax.sgd(0.1)},
-        labelled,
-    ),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(
-        optax_clip.clip_by_global_norm
-    )(max_norm=1.0),
-    "injected chain": lambda: optax.inject_hyperparams(
-        lambda rate, limit: optax.chain(
-            optax_clip.clip_by_global_norm(limit), optax.sgd(rate)
-        )
-    )(rate=0.1, limit=1.0),
-    "MultiSteps": lambda: optax.MultiSteps(
-        optax.chain(clipped(), optax.sgd(0.1)), 1
-    ),
-    "apply_if_finite": lambda: optax.apply_if_finite(
-        optax.chain(clipped(), optax.sgd(0.1)), 3
-    ),
-    "all of them": lambda: optax.apply_if_finite(
-        optax.chain(
-            optax.masked(
-                optax.chain(clipped(), optax.identity()), {"w": True, "b": True}
-            ),
-            optax.adamw(0.1),
-        ),
-        3,
-    ),
+    3,
+  ),
 }
 
 
@@ -171,7 +167,6 @@ def test_scheduled_limit_is_the_recorded_one():
 
 
 class TwoLeaves(nnx.Module):
-
   def __init__(self):
     self.w = nnx.Param(jnp.array([3.0, 4.0]))
 
@@ -202,9 +197,9 @@ def test_linen_train_state():
   x = jnp.ones((1, 3))
   params = model.init(jax.random.key(0), x)["params"]
   state = train_state.TrainState.create(
-      apply_fn=model.apply,
-      params=params,
-      tx=optax.chain(clipped(), optax.sgd(0.1)),
+    apply_fn=model.apply,
+    params=params,
+    tx=optax.chain(clipped(), optax.sgd(0.1)),
   )
 
   @jax.jit
@@ -228,10 +223,10 @@ def test_linen_train_state():
 
 def test_several_clips_of_one_name():
   tx = optax.chain(
-      optax_clip.clip_by_global_norm(2.0),
-      optax_clip.clip(1.0, record=True),
-      optax_clip.clip_by_global_norm(1.0),
-      optax_clip.clip_by_global_norm(0.5),
+    optax_clip.clip_by_global_norm(2.0),
+    optax_clip.clip(1.0, record=True),
+    optax_clip.clip_by_global_norm(1.0),
+    optax_clip.clip_by_global_norm(0.5),
   )
   state = tx.init(PARAMS)
   keys = list(metrics(state))
@@ -247,8 +242,8 @@ def test_several_clips_of_one_name():
 
 def test_names_chosen_by_the_user():
   tx = optax.chain(
-      optax_clip.clip_by_global_norm(2.0, name="raw"),
-      optax_clip.clip_by_layer_norm(1.0, name="layers"),
+    optax_clip.clip_by_global_norm(2.0, name="raw"),
+    optax_clip.clip_by_layer_norm(1.0, name="layers"),
   )
   values = metrics(after(tx, GRADS))
   assert set(values) == {f"{n}/{f}" for n in ("raw", "layers") for f in FIELDS}
@@ -258,9 +253,9 @@ def test_names_chosen_by_the_user():
 
 def test_a_chosen_name_that_looks_numbered_keeps_keys_distinct():
   tx = optax.chain(
-      optax_clip.clip_by_global_norm(3.0, name="a_1"),
-      optax_clip.clip_by_global_norm(2.0, name="a"),
-      optax_clip.clip_by_global_norm(1.0, name="a"),
+    optax_clip.clip_by_global_norm(3.0, name="a_1"),
+    optax_clip.clip_by_global_norm(2.0, name="a"),
+    optax_clip.clip_by_global_norm(1.0, name="a"),
   )
   values = metrics(after(tx, GRADS))
   limits = {k: v.item() for k, v in values.items() if k.endswith("/limit")}
@@ -268,14 +263,14 @@ def test_a_chosen_name_that_looks_numbered_keeps_keys_distinct():
 
 
 FACTORIES = {
-    "clip": lambda **kw: optax_clip.clip(1.0, **kw),
-    "clip_by_global_norm": lambda **kw: optax_clip.clip_by_global_norm(1.0, **kw),
-    "clip_by_layer_norm": lambda **kw: optax_clip.clip_by_layer_norm(1.0, **kw),
-    "clip_by_group_norm": lambda **kw: optax_clip.clip_by_group_norm(
-        {"w": "x", "b": "y"}, {"x": 1.0, "y": 1.0}, **kw
-    ),
-    "clip_by_block_rms": lambda **kw: optax_clip.clip_by_block_rms(1.0, **kw),
-    "adaptive_grad_clip": lambda **kw: optax_clip.adaptive_grad_clip(1.0, **kw),
+  "clip": lambda **kw: optax_clip.clip(1.0, **kw),
+  "clip_by_global_norm": lambda **kw: optax_clip.clip_by_global_norm(1.0, **kw),
+  "clip_by_layer_norm": lambda **kw: optax_clip.clip_by_layer_norm(1.0, **kw),
+  "clip_by_group_norm": lambda **kw: optax_clip.clip_by_group_norm(
+    {"w": "x", "b": "y"}, {"x": 1.0, "y": 1.0}, **kw
+  ),
+  "clip_by_block_rms": lambda **kw: optax_clip.clip_by_block_rms(1.0, **kw),
+  "adaptive_grad_clip": lambda **kw: optax_clip.adaptive_grad_clip(1.0, **kw),
 }
 
 
@@ -333,14 +328,14 @@ STEPS = (SMALL, GRADS, NAN, GRADS, INF, SMALL, NAN)
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "clip_by_global_norm",
-        "clip_by_layer_norm",
-        "clip_by_group_norm",
-        "adaptive_grad_clip",
-        "clip_by_block_rms",
-    ],
+  "name",
+  [
+    "clip_by_global_norm",
+    "clip_by_layer_norm",
+    "clip_by_group_norm",
+    "adaptive_grad_clip",
+    "clip_by_block_rms",
+  ],
 )
 def test_counters(name, nonfinite):
   tx = FACTORIES[name](nonfinite=nonfinite)
@@ -352,13 +347,13 @@ def test_counters(name, nonfinite):
     got = of(name, metrics(state))
     seen.append((got["steps"], got["steps_clipped"], got["steps_nonfinite"]))
   assert seen == [
-      (1, 0, 0),
-      (2, 1, 0),
-      (3, 1, 1),
-      (4, 2, 1),
-      (5, 2, 2),
-      (6, 2, 2),
-      (7, 2, 3),
+    (1, 0, 0),
+    (2, 1, 0),
+    (3, 1, 1),
+    (4, 2, 1),
+    (5, 2, 2),
+    (6, 2, 2),
+    (7, 2, 3),
   ]
 
 
@@ -383,7 +378,7 @@ def test_of_layers():
 def test_of_groups():
   """Of three groups, two are clipped; the limit is the smallest."""
   tx = optax_clip.clip_by_group_norm(
-      {"w": "x", "b": "y", "c": "z"}, {"x": 1.0, "y": 0.25, "z": float("inf")}
+    {"w": "x", "b": "y", "c": "z"}, {"x": 1.0, "y": 0.25, "z": float("inf")}
   )
   updates = {"w": GRADS["w"], "b": SMALL["w"], "c": 100 * jnp.ones(4)}
   got = of("clip_by_group_norm", metrics(after(tx, updates, params=updates)))

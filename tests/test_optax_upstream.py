@@ -43,14 +43,14 @@ import optax_clip
 ROOT = pathlib.Path(optax.__file__).parent
 
 DROP_INS = (
-    "adaptive_grad_clip",
-    "clip",
-    "clip_by_block_rms",
-    "clip_by_global_norm",
-    "per_example_global_norm_clip",
-    "per_example_layer_norm_clip",
-    "unitwise_clip",
-    "unitwise_norm",
+  "adaptive_grad_clip",
+  "clip",
+  "clip_by_block_rms",
+  "clip_by_global_norm",
+  "per_example_global_norm_clip",
+  "per_example_layer_norm_clip",
+  "unitwise_clip",
+  "unitwise_norm",
 )
 
 
@@ -63,46 +63,46 @@ class Source(NamedTuple):
 
 
 SOURCES = (
-    Source("transforms/_clipping_test.py", r".", "swap"),
-    Source("transforms/_monitoring_test.py", r"test_(snapshot|monitor)", "swap"),
-    Source("schedules/_inject_test.py", r"test_overriding_hyperparam", "swap"),
-    Source("contrib/_privacy_test.py", r".", "swap"),
-    Source("_src/float64_test.py", r"outputs_clip", "swap"),
-    Source("_src/linear_algebra_test.py", r"test_global_norm", "swap"),
-    Source("_src/sharding_test.py", r"_adafactor", "swap"),
-    Source("tree_utils/_tree_math_test.py", r"test_tree_l\w+_norm", "swap"),
-    Source("projections/_projections_test.py", r"_(ball|l1_sphere|l2_sphere)", "swap"),
-    Source("transforms/_conditionality_test.py", r"test_apply_if_finite", "within"),
-    Source("transforms/_masking_test.py", r"MaskedTest.*(sgd|empty|state)", "within"),
-    # The others of this file take a minute.
-    Source(
-        "transforms/_accumulation_test.py",
-        r"test_multi_steps_(scan|skip_not|zero)",
-        "within",
-    ),
-    Source(
-        "transforms/_combining_test.py",
-        r"ExtraArgsTest.test_extra_args$|PartitionTest.test_(empty|labels_mismatch)",
-        "within",
-    ),
-    Source("transforms/_freezing_test.py", r"test_selective_transform", "within"),
-    Source("transforms/_layouts_test.py", r"test_flatten", "within"),
-    Source("_src/sharding_test.py", r"(input|update|jit)_(sgd|adamw?)$", "within"),
+  Source("transforms/_clipping_test.py", r".", "swap"),
+  Source("transforms/_monitoring_test.py", r"test_(snapshot|monitor)", "swap"),
+  Source("schedules/_inject_test.py", r"test_overriding_hyperparam", "swap"),
+  Source("contrib/_privacy_test.py", r".", "swap"),
+  Source("_src/float64_test.py", r"outputs_clip", "swap"),
+  Source("_src/linear_algebra_test.py", r"test_global_norm", "swap"),
+  Source("_src/sharding_test.py", r"_adafactor", "swap"),
+  Source("tree_utils/_tree_math_test.py", r"test_tree_l\w+_norm", "swap"),
+  Source("projections/_projections_test.py", r"_(ball|l1_sphere|l2_sphere)", "swap"),
+  Source("transforms/_conditionality_test.py", r"test_apply_if_finite", "within"),
+  Source("transforms/_masking_test.py", r"MaskedTest.*(sgd|empty|state)", "within"),
+  # The others of this file take a minute.
+  Source(
+    "transforms/_accumulation_test.py",
+    r"test_multi_steps_(scan|skip_not|zero)",
+    "within",
+  ),
+  Source(
+    "transforms/_combining_test.py",
+    r"ExtraArgsTest.test_extra_args$|PartitionTest.test_(empty|labels_mismatch)",
+    "within",
+  ),
+  Source("transforms/_freezing_test.py", r"test_selective_transform", "within"),
+  Source("transforms/_layouts_test.py", r"test_flatten", "within"),
+  Source("_src/sharding_test.py", r"(input|update|jit)_(sgd|adamw?)$", "within"),
 )
 
 # `path::Class.test` -> why it differs from optax on purpose. Strict: each must
 # fail as long as it is listed.
 EXPECTED_DIFFERENCES = {
-    "transforms/_clipping_test.py::ClippingTest.test_per_example_global_norm_clip": (
-        "passes an integer leaf as gradients, which is a TypeError here; see"
-        " test_per_example_global_norm_clip_of_floats"
-    ),
-    "transforms/_masking_test.py::MaskedTest.test_masked_state_structure": (
-        "looks for the optimizer's state at the place where that of the clip is"
-    ),
-    "transforms/_combining_test.py::ExtraArgsTest.test_extra_args": (
-        "passes integer leaves as gradients, which is a TypeError here"
-    ),
+  "transforms/_clipping_test.py::ClippingTest.test_per_example_global_norm_clip": (
+    "passes an integer leaf as gradients, which is a TypeError here; see"
+    " test_per_example_global_norm_clip_of_floats"
+  ),
+  "transforms/_masking_test.py::MaskedTest.test_masked_state_structure": (
+    "looks for the optimizer's state at the place where that of the clip is"
+  ),
+  "transforms/_combining_test.py::ExtraArgsTest.test_extra_args": (
+    "passes integer leaves as gradients, which is a TypeError here"
+  ),
 }
 
 
@@ -150,9 +150,7 @@ def preceded(optimizer: Callable, calls: list[str]) -> Callable:
 
   @functools.wraps(optimizer)
   def with_clip(*args, **kwargs):
-    return optax.chain(
-        clip_by_global_norm(float("inf")), optimizer(*args, **kwargs)
-    )
+    return optax.chain(clip_by_global_norm(float("inf")), optimizer(*args, **kwargs))
 
   return with_clip
 
@@ -168,9 +166,7 @@ def swap_of(kind: str, calls: list[str]) -> Swap:
     inner = (optax.sgd, optax.adam, optax.adamw)
     return [(optimizer, preceded(optimizer, calls)) for optimizer in inner]
   ours = replacements()
-  return [
-      (old, logged(ours[name], calls)) for name, old in originals().items()
-  ]
+  return [(old, logged(ours[name], calls)) for name, old in originals().items()]
 
 
 @contextlib.contextmanager
@@ -198,15 +194,15 @@ def is_optax(name: str) -> bool:
 def defaults() -> Iterator[None]:
   """JAX as optax's tests expect it, whatever ours are run with."""
   kept = {
-      name: getattr(jax.config, name)
-      for name in ("jax_enable_x64", "jax_threefry_partitionable")
+    name: getattr(jax.config, name)
+    for name in ("jax_enable_x64", "jax_threefry_partitionable")
   }
   flags = os.environ.get("XLA_FLAGS")
   version = jax.__version__
   with (
-      warnings.catch_warnings(),
-      jax.numpy_dtype_promotion("standard"),
-      jax.numpy_rank_promotion("allow"),
+    warnings.catch_warnings(),
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
   ):
     warnings.simplefilter("ignore")
     # Not as a context, which would hide what the tests themselves set.
@@ -253,10 +249,10 @@ def load(path: str, kind: str) -> Loaded:
 
 def upstream_tests(module: ModuleType) -> list[str]:
   return [
-      f"{name}.{test}"
-      for name, case in vars(module).items()
-      if isinstance(case, type) and issubclass(case, unittest.TestCase)
-      for test in unittest.defaultTestLoader.getTestCaseNames(case)
+    f"{name}.{test}"
+    for name, case in vars(module).items()
+    if isinstance(case, type) and issubclass(case, unittest.TestCase)
+    for test in unittest.defaultTestLoader.getTestCaseNames(case)
   ]
 
 
@@ -276,9 +272,7 @@ def run(path: str, kind: str, test: str, swap: Swap | None = None) -> Outcome:
   with defaults(), swapped(loaded.swap if swap is None else swap):
     case.run(result)
   problems = [text for _, text in result.failures + result.errors]
-  return Outcome(
-      problems, [why for _, why in result.skipped], list(loaded.calls)
-  )
+  return Outcome(problems, [why for _, why in result.skipped], list(loaded.calls))
 
 
 def base_name(name: str) -> str:
@@ -311,14 +305,14 @@ def cases() -> Iterator[pytest.param]:
       marks = []
       if difference in EXPECTED_DIFFERENCES:
         marks = [
-            pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason=EXPECTED_DIFFERENCES[difference],
-            )
+          pytest.mark.xfail(
+            strict=True,
+            raises=AssertionError,
+            reason=EXPECTED_DIFFERENCES[difference],
+          )
         ]
       yield pytest.param(
-          source.path, test, source.kind, id=f"{source.kind}:{name}", marks=marks
+        source.path, test, source.kind, id=f"{source.kind}:{name}", marks=marks
       )
 
 
@@ -328,10 +322,9 @@ def test_of_optax(path, test, kind):
   if outcome.skipped:
     pytest.skip(f"optax skips it: {outcome.skipped[0]}")
   if outcome.problems:
-    if (ours := run(path, "none", test).problems):
+    if ours := run(path, "none", test).problems:
       pytest.skip(
-          "fails on optax's own functions too, here: "
-          + ours[0].strip().splitlines()[-1]
+        "fails on optax's own functions too, here: " + ours[0].strip().splitlines()[-1]
       )
     raise AssertionError("\n".join(outcome.problems))
   assert outcome.calls, "The test called nothing of this package."
@@ -356,9 +349,7 @@ def test_per_example_global_norm_clip_of_floats():
     return optax_clip.per_example_global_norm_clip(floats, l2_norm_clip)
 
   calls = []
-  swap = [
-      (optax.transforms.per_example_global_norm_clip, logged(of_floats, calls))
-  ]
+  swap = [(optax.transforms.per_example_global_norm_clip, logged(of_floats, calls))]
   test = "ClippingTest.test_per_example_global_norm_clip"
   assert run(CLIPPING, "swap", test, swap).problems == []
   assert calls
@@ -376,12 +367,12 @@ def unclipped_sum(grads, *args, **kwargs):
 
 
 WRONG = {
-    "adaptive_grad_clip": nothing,
-    "clip": nothing,
-    "clip_by_block_rms": nothing,
-    "clip_by_global_norm": nothing,
-    "per_example_global_norm_clip": unclipped_sum,
-    "per_example_layer_norm_clip": unclipped_sum,
+  "adaptive_grad_clip": nothing,
+  "clip": nothing,
+  "clip_by_block_rms": nothing,
+  "clip_by_global_norm": nothing,
+  "per_example_global_norm_clip": unclipped_sum,
+  "per_example_layer_norm_clip": unclipped_sum,
 }
 
 

@@ -16,9 +16,9 @@ import silent_stall
 @pytest.fixture(scope="module")
 def runs():
   return {
-      (variant, library): silent_stall.train(library, variant)
-      for variant in silent_stall.VARIANTS
-      for library in silent_stall.LIBRARIES
+    (variant, library): silent_stall.train(library, variant)
+    for variant in silent_stall.VARIANTS
+    for library in silent_stall.LIBRARIES
   }
 
 
@@ -56,10 +56,10 @@ def test_a_correct_norm_clips_every_summed_step_and_no_scaled_one(runs):
 
 
 def test_the_script_prints_a_table_and_writes_a_figure(
-    runs, tmp_path, capsys, monkeypatch
+  runs, tmp_path, capsys, monkeypatch
 ):
   monkeypatch.setattr(
-      silent_stall, "train", lambda library, variant: runs[variant, library]
+    silent_stall, "train", lambda library, variant: runs[variant, library]
   )
   silent_stall.main(["--out", str(tmp_path / "new" / "stall.png")])
   printed = capsys.readouterr().out

@@ -47,7 +47,7 @@ def random_tree(rng, dtype):
   norm = oracles.tree_norm(tree)
   # Also a little above the norm and a little below: there rounding decides.
   ratio = rng.choice(
-      [1.0, 1 + 1e-7, 1 - 1e-7, rng.uniform(0.5, 2), 10 ** rng.uniform(0, 4)]
+    [1.0, 1 + 1e-7, 1 - 1e-7, rng.uniform(0.5, 2), 10 ** rng.uniform(0, 4)]
   )
   limit = float(norm / ratio)
   if real != "float64":
@@ -75,11 +75,11 @@ def worst_excess(dtype, count, seed):
 
 # The price, as documented in `clip_by_global_norm`.
 PRICE = {
-    "float16": 1 / 2000,
-    "bfloat16": 1 / 250,
-    "float32": 2.5e-6,
-    "complex64": 2.5e-6,
-    "float64": 1e-14,
+  "float16": 1 / 2000,
+  "bfloat16": 1 / 250,
+  "float32": 2.5e-6,
+  "complex64": 2.5e-6,
+  "float64": 1e-14,
 }
 
 
@@ -117,7 +117,7 @@ class TestStrict:
     new, _ = tx.update(x, tx.init(x))
     assert all(abs(Fraction(float(v))) <= Fraction(limit) for v in new)
     assert np.abs(np.asarray(new[0], np.float64)) >= limit * (
-        1 - 2 * oracles.epsilon(dtype)
+      1 - 2 * oracles.epsilon(dtype)
     )
 
   @pytest.mark.parametrize("dtype", oracles.LOW)

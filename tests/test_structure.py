@@ -21,8 +21,8 @@ def params():
   shapes = {"in": (WIDTH, WIDTH), "out": (WIDTH, WIDTH), "bias": (WIDTH,), "gain": ()}
   shapes["up"] = (WIDTH, 2 * WIDTH)
   return [
-      {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
-      for _ in range(LAYERS)
+    {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    for _ in range(LAYERS)
   ]
 
 
@@ -58,7 +58,7 @@ def size(params):
 @pytest.mark.foreign  # AdamW of optax mixes dtypes.
 class TestMemory:
   @pytest.mark.parametrize(
-      "keywords", [{"nonfinite": "zero"}, {"strict": True}, {"record": False}]
+    "keywords", [{"nonfinite": "zero"}, {"strict": True}, {"record": False}]
   )
   def test_clipping_makes_no_copy_of_the_updates(self, params, without, keywords):
     without = temporary(without)
@@ -91,11 +91,10 @@ def computations(compiled):
   """The computations of a compiled program, by name; the entry is "ENTRY"."""
   text = compiled.as_text()
   blocks = re.findall(
-      r"^(ENTRY )?%([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, flags=re.M | re.S
+    r"^(ENTRY )?%([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, flags=re.M | re.S
   )
   return {
-      "ENTRY" if entry else name: Computation("\n" + body)
-      for entry, name, body in blocks
+    "ENTRY" if entry else name: Computation("\n" + body) for entry, name, body in blocks
   }
 
 
@@ -169,9 +168,7 @@ class TestReads:
 
   @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_layer_norm"])
   @pytest.mark.usefixtures("no_rescue")
-  def test_clipping_touches_one_read_of_the_updates_more(
-      self, params, without, name
-  ):
+  def test_clipping_touches_one_read_of_the_updates_more(self, params, without, name):
     clip = getattr(optax_clip, name)(1.0, nonfinite="zero")
     more = bytes_accessed(compiled_step(adamw(clip), params))
     more -= bytes_accessed(without)
@@ -221,7 +218,7 @@ def count_equations(jaxpr):
   for equation in jaxpr.eqns:
     total += 1
     for value in jax.tree.leaves(
-        equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+      equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     ):
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
