@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
           15,
           dtype,
           repeats=5 if quick else 25,
-          optimizers=("adamw",) if one else ("adamw", "sgd", "lion"),
+          optimizers=("adamw",) if one else ("adamw", "sgd"),
           note=note,
         )
     if "leaves" in suites:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import datetime
 import platform
+import random
 import statistics
 import time
 from typing import Any
@@ -19,10 +20,15 @@ Run = Callable[[], Any]
 def interleaved(
   runs: dict[str, Run], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-  """Seconds of each run, measured in turn, so that drift meets all alike."""
+  """Seconds of each run, measured in turn, so that drift meets all alike.
+
+  In a new order each round: a run pays for what the one before it did to caches
+  and to the allocator.
+  """
   times: dict[str, list[float]] = {name: [] for name in runs}
+  shuffled = random.Random(0)
   for repeat in range(repeats + warmup):
-    for name, run in runs.items():
+    for name, run in shuffled.sample(list(runs.items()), len(runs)):
       start = time.perf_counter()
       run()
       if repeat >= warmup:
