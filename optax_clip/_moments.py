@@ -20,6 +20,8 @@ Array = jax.Array
 
 # Arrays below this many elements are summed together, see `parts`.
 _SMALL = 1 << 14
+# Units stay below this, a power of two.
+_HIGH = 2.0**126
 # Elements of one concatenation: bounds the temporary it may need (256 KiB).
 _BUCKET = 1 << 16
 
@@ -170,7 +172,8 @@ def root_and_unit(moment: Array, unit: Array, ord: float) -> tuple[Array, Array]
     return root(moment, ord), unit
   # The root is a power above 1 here, and need not be a float: its own root is.
   half = root(moment, 2 * ord)
-  size = power_of_two(half)
+  size = jnp.minimum(power_of_two(half), _HIGH / unit)
+  size = jnp.where(half > 0, size, 1)
   return half * (half / size), unit * size
 
 
