@@ -108,7 +108,8 @@ def clip_by_global_norm(
     strict: whether the norm of the result must never exceed c in exact
       arithmetic. It then lies below c: by 2e-6 of it in float32, and, as elements
       are rounded toward zero, typically by 5e-4 in float16 and 3e-3 in bfloat16,
-      at worst twice that. Subnormal float32 elements become zero.
+      at worst twice that. Subnormal elements of the leaf become zero, except in
+      float16.
     axis_name: mesh axes to collect the norm over, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. With `False` the state
       is that of optax, and so are checkpoints.

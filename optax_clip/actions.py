@@ -266,8 +266,10 @@ def _scaled(leaf: Array, coefficient: Coefficient, *, toward_zero: bool) -> Arra
   wide = _moments.accumulator(leaf.dtype)
   factor, shift = (x.astype(wide) for x in coefficient)
   product = leaf.astype(wide) * shift * factor
-  if toward_zero and leaf.dtype == wide:
+  least = jnp.finfo(wide).tiny
+  if toward_zero and jnp.finfo(leaf.dtype).tiny <= least:
     # Subnormals become zero even within the limit: no norm has counted them.
+    product = jnp.where(jnp.abs(product) < least, 0, product)
     return _cast(product, leaf.dtype, toward_zero=True)
   # Selected, not multiplied by 1: CPUs flush subnormal products to zero.
   unchanged = (factor == 1) & (shift == 1)
