@@ -266,10 +266,8 @@ def _scaled(leaf: Array, coefficient: Coefficient, *, toward_zero: bool) -> Arra
   wide = _moments.accumulator(leaf.dtype)
   factor, shift = (x.astype(wide) for x in coefficient)
   product = leaf.astype(wide) * shift * factor
-  least = jnp.finfo(wide).tiny
-  if toward_zero and jnp.finfo(leaf.dtype).tiny <= least:
-    # Subnormals become zero even within the limit: no norm has counted them.
-    product = jnp.where(jnp.abs(product) < least, 0, product)
+  if toward_zero and _shares_range(leaf.dtype, wide):
+    # Not selected: subnormals become zero even within the limit.
     return _cast(product, leaf.dtype, toward_zero=True)
   # Selected, not multiplied by 1: CPUs flush subnormal products to zero.
   unchanged = (factor == 1) & (shift == 1)
@@ -278,14 +276,14 @@ def _scaled(leaf: Array, coefficient: Coefficient, *, toward_zero: bool) -> Arra
 
 def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
   """`x` in a dtype of at most its precision, to the nearest or toward zero."""
-  result = x.astype(dtype)
   if not toward_zero:
-    return result
+    return x.astype(dtype)
+  if _shares_range(dtype, x.dtype):
+    # No norm has counted subnormals, and no relative margin covers their errors.
+    x = jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, jnp.zeros_like(x), x)
   if dtype == x.dtype:
-    # Rounded by the product already, which the margin of `strict` covers;
-    # only subnormals have errors that no relative margin covers.
-    least = jnp.finfo(dtype).tiny
-    return jnp.where(jnp.abs(result) < least, jnp.zeros_like(result), result)
+    return x  # Rounded by the product, which the margin of `strict` covers.
+  result = x.astype(dtype)
   # The next value toward zero has the bit pattern that is smaller by one.
   carrier = jnp.dtype(f"uint{jnp.finfo(dtype).bits}")
   below = lax.bitcast_convert_type(
@@ -293,3 +291,8 @@ def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
   )
   away = jnp.abs(result).astype(x.dtype) > jnp.abs(x)
   return jnp.where(away, below, result)
+
+
+def _shares_range(dtype: Any, wide: Any) -> bool:
+  """Whether the subnormals of a dtype are subnormal in the wide one as well."""
+  return bool(jnp.finfo(dtype).tiny <= jnp.finfo(wide).tiny)
