@@ -23,6 +23,13 @@ from optax_clip._functions import clip_tree as clip_tree
 from optax_clip._functions import global_norm as global_norm
 from optax_clip._functions import unitwise_clip as unitwise_clip
 from optax_clip._functions import unitwise_norm as unitwise_norm
+from optax_clip._guard import GuardState as GuardState
+from optax_clip._guard import SkipReason as SkipReason
+from optax_clip._guard import SkipRecord as SkipRecord
+from optax_clip._guard import guarded_step as guarded_step
+from optax_clip._loss_scale import LossScale as LossScale
+from optax_clip._loss_scale import dynamic_loss_scale as dynamic_loss_scale
+from optax_clip._metrics import loss_scale as loss_scale
 from optax_clip._metrics import metrics as metrics
 from optax_clip._norms import Norm as Norm
 from optax_clip._per_example import (
@@ -31,6 +38,8 @@ from optax_clip._per_example import (
 from optax_clip._per_example import (
   per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
+from optax_clip._skip import skip_nonfinite as skip_nonfinite
+from optax_clip._skip import skip_spikes as skip_spikes
 from optax_clip._stable_spam import adaclip as adaclip
 from optax_clip._stable_spam import adagn as adagn
 from optax_clip._stable_spam import stable_spam as stable_spam

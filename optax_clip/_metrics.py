@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip._core import Record
+from optax_clip._guard import SkipRecord
+from optax_clip._loss_scale import LossScale
 
 Array = jax.Array
+
+_REPORTED = (Record, SkipRecord, LossScale)
 
 
 def metrics(opt_state: Any) -> dict[str, Array]:
@@ -31,6 +35,12 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     * ``<name>/steps``, ``<name>/steps_clipped``, ``<name>/steps_nonfinite``:
       i32, counted since `init`.
 
+    Of `skip_nonfinite`, `skip_spikes` and `dynamic_loss_scale`, under theirs, the
+    fields of `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``,
+    ``consecutive``, ``steps``, ``steps_skipped``; of the last also ``scale`` and
+    ``finite_steps``. The records of what stands inside a guard are those of the
+    last step taken.
+
     A second transformation of the same name is ``<name>_1``, and so on, in the
     order in which they stand in the state. Empty if nothing was recorded.
 
@@ -45,24 +55,57 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     >>> print(optax_clip.metrics(state)["clip_by_global_norm/norm"])
     5.0
   """
-  state = getattr(opt_state, "opt_state", opt_state)
-  leaves = jax.tree_util.tree_leaves_with_path(
-    state, is_leaf=lambda node: isinstance(node, Record)
-  )
-  records = [(path[-1].key, node) for path, node in leaves if isinstance(node, Record)]
+  found = _found(opt_state, _REPORTED)
   # A name that a user chose may look like a numbered one.
-  chosen = {name for name, _ in records}
-  used: set[str] = set()
+  chosen = {name for name, _ in found}
   result: dict[str, Array] = {}
-  for name, record in records:
+  for name, entry in found:
     prefix, number = name, 0
-    while prefix in used or (number and prefix in chosen):
+    values = entry._asdict()
+    while any(f"{prefix}/{field}" in result for field in values) or (
+      number and prefix in chosen
+    ):
       number += 1
       prefix = f"{name}_{number}"
-    used.add(prefix)
-    for field, value in record._asdict().items():
+    for field, value in values.items():
       result[f"{prefix}/{field}"] = _array(value)
   return result
+
+
+def loss_scale(opt_state: Any) -> Array:
+  """What to multiply the next loss with, see `dynamic_loss_scale`.
+
+  Args:
+    opt_state: as for `metrics`.
+
+  Returns:
+    f32[].
+
+  Raises:
+    ValueError: if the state holds no loss scale, or several.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax_clip.dynamic_loss_scale(optax.sgd(0.1), init_scale=1024.0)
+    >>> print(optax_clip.loss_scale(tx.init({"w": jnp.zeros(2)})))
+    1024.0
+  """
+  found = _found(opt_state, (LossScale,))
+  if len(found) != 1:
+    raise ValueError(
+      f"The optimizer state holds {len(found)} loss scales. Wrap the optimizer in"
+      " one dynamic_loss_scale, and pass the state that its init returned."
+    )
+  return _array(found[0][1].scale)
+
+
+def _found(opt_state: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+  """The entries of some kinds in a state, with the keys they stand under."""
+  state = getattr(opt_state, "opt_state", opt_state)
+  entries = jax.tree_util.tree_leaves_with_path(
+    state, is_leaf=lambda node: isinstance(node, kinds)
+  )
+  return [(path[-1].key, node) for path, node in entries if isinstance(node, kinds)]
 
 
 def _array(leaf: Any) -> Array:

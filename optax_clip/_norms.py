@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from optax_clip import _mesh
 from optax_clip import _moments
+from optax_clip import _once
 
 Array = jax.Array
 
@@ -113,6 +114,7 @@ def _are_scalars(norms: Any) -> bool:
   )
 
 
+@_once.measured_once
 def group_norms(
   leaves: Sequence[Array],
   groups: Sequence[int],
@@ -213,6 +215,7 @@ def _finished(ord: float, moment: Array, unit: Array) -> Norm:
   return Norm(*_moments.root_and_unit(moment, unit, ord))
 
 
+@_once.measured_once
 def leaf_norms(
   leaves: Sequence[Array],
   axes: Sequence[tuple[int, ...] | None],
