@@ -58,11 +58,16 @@ def load(root: Path | None = None) -> Text:
 
 
 def windows(
-  text: np.ndarray, count: int, batch: int, length: int, seed: int
+  text: np.ndarray, count: int, batch: int, length: int, seed: int, first: int = 0
 ) -> Iterator[np.ndarray]:
-  """Yields `count` batches, u8[batch, length], of random places of the text."""
+  """Yields batches `first` to `count`, u8[batch, length], of random places.
+
+  A batch depends on the seed and its number alone, not on `first`: the places of
+  those before are drawn too, which costs microseconds.
+  """
   generator = np.random.default_rng(seed)
   offsets = np.arange(length)
-  for _ in range(count):
+  for number in range(count):
     starts = generator.integers(len(text) - length, size=(batch, 1))
-    yield text[starts + offsets]
+    if number >= first:
+      yield text[starts + offsets]

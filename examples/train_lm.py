@@ -7,10 +7,13 @@ the same batches::
     python examples/train_lm.py
     python examples/train_lm.py --clip none,global,layer,rms,agc,value
     python examples/train_lm.py --lr 0.5 --fp16
+    python examples/train_lm.py --steps 5000 --checkpoint out/long --resume
 
 It needs no network and, by default, less than two minutes on two cores. It
 shows each run live, writes every step to ``steps.csv`` and a figure to
-``steps.png`` in the folder of ``--out``, and closes with a table.
+``steps.png`` in the folder of ``--out``, and closes with a table. With
+``--checkpoint`` it may be killed at any moment: the same command with
+``--resume`` goes on, and ends with the same bits.
 
 All runs use one learning rate. With SGD and three seeds, no clipping reaches a
 held-out loss of 2.41 to 2.43 nats/byte at its best rate, 0.1, and `max_norm` 1
@@ -22,26 +25,33 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+import itertools
 import math
 from pathlib import Path
 import time
 from typing import Any
-from typing import NamedTuple
-from typing import NoReturn
+import zlib
 
+from _checkpoint import Checkpoints
+import _flags
+from _methods import METHODS
+from _methods import OPTIMIZERS
+from _methods import Method
+from _methods import cast
+from _methods import recorded
+from _methods import setting
+from _methods import transformation
 import _model
 import _report
 import _text
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import optax
 from rich.console import Console
 from rich.progress import BarColumn
 from rich.progress import Progress
 from rich.progress import TextColumn
-
-import optax_clip
 
 LENGTH = 64
 BATCH = 16
@@ -53,70 +63,16 @@ HELD_OUT_BATCH = 64
 PORTION = 10
 
 
-class Method(NamedTuple):
-  """A way to clip.
-
-  Attributes:
-    build: from the threshold to the transformation.
-    measured: what its norm is a norm of, for the table and the figure.
-    flag: the flag that sets the threshold, or what a learned threshold is
-      learned by, without dashes; None if it has none.
-    default: its value unless set.
-  """
-
-  build: Callable[[float], optax.GradientTransformation]
-  measured: str
-  flag: str | None = None
-  default: float = math.inf
-
-
-# A new method is one new row.
-METHODS = {
-  # Nothing is above an infinite limit: this only measures.
-  "none": Method(optax_clip.clip_by_global_norm, "global norm"),
-  "global": Method(optax_clip.clip_by_global_norm, "global norm", "max-norm", 1.0),
-  "layer": Method(
-    optax_clip.clip_by_layer_norm, "largest layer norm", "max-layer-norm", 0.3
-  ),
-  "rms": Method(optax_clip.clip_by_block_rms, "largest layer RMS", "max-rms", 0.003),
-  "agc": Method(optax_clip.adaptive_grad_clip, "largest |g|/|w|", "max-ratio", 0.03),
-  "value": Method(
-    lambda limit: optax_clip.clip(limit, record=True),
-    "largest |g|",
-    "max-value",
-    0.01,
-  ),
-  # These learn their limits.
-  "autoclip": Method(optax_clip.autoclip, "global norm", "percentile", 10.0),
-  "layer-percentile": Method(
-    optax_clip.clip_by_layer_percentile,
-    "largest layer norm",
-    "layer-percentile",
-    5.0,
-  ),
-  "history": Method(optax_clip.clip_by_history, "global norm", "sigmas", 3.0),
-  "zclip": Method(
-    lambda z: optax_clip.zclip(z, max_norm=None), "global norm", "z-threshold", 2.5
-  ),
-  "adagc": Method(optax_clip.adagc, "largest layer norm", "ratio", 1.05),
-  "adaclip": Method(optax_clip.adaclip, "largest |g|", "max-decay", 0.999),
-  "adagn": Method(optax_clip.adagn, "largest layer norm", "mean-decay", 0.7),
-  "spikes": Method(
-    optax_clip.clip_element_spikes, "largest |g|/limit", "theta", 5000.0
-  ),
-}
-
-OPTIMIZERS = {
-  "sgd": (lambda lr: optax.sgd(lr, momentum=0.9), 0.2),
-  "adamw": (optax.adamw, 3e-3),
-  "lion": (optax.lion, 5e-4),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   """Trains one model for each method and reports on all of them."""
   flags = parse(argv)
   console = Console()
+  if flags.resume:
+    for name, found in flags.checkpoints.items():
+      how = f"goes on from step {found.latest}"
+      if found.latest is None:
+        how = "no checkpoint yet, starts from the beginning"
+      console.print(f"{name}: {how} ({found.folder})", soft_wrap=True, highlight=False)
   with progress(console) as bars:
     runs = [train(name, flags, bars) for name in flags.clip]
   _report.write_csv(runs, flags.out / "steps.csv")
@@ -132,48 +88,74 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
   length = LENGTH + 1  # Inputs and targets overlap.
   model = _model.Transformer(flags.width, flags.layers, LENGTH, nnx.Rngs(flags.seed))
   optimizer = nnx.Optimizer(model, transformation(method, flags), wrt=nnx.Param)
-  batches = _text.windows(flags.text.train, flags.steps, BATCH, length, flags.seed)
-  steps, started = [], math.nan
+  step = make_step(method, flags.dtype)
   bar = bars.add_task(name, total=flags.steps, status="compiling")
-  for portion in portions(make_step(flags.dtype), model, optimizer, batches):
-    steps += portion
-    if len(steps) == 1:
-      started = time.perf_counter()  # The first step compiles.
-    else:
-      speed = (len(steps) - 1) / (time.perf_counter() - started)
-      show(bars, bar, steps, speed)
+  with flags.checkpoints.get(name, contextlib.nullcontext()) as checkpoints:
+    steps = start(checkpoints, model, optimizer) if checkpoints else []
+    bars.update(bar, completed=len(steps))
+    before = len(steps)
+    batches = _text.windows(
+      flags.text.train, flags.steps, BATCH, length, flags.seed, before
+    )
+    started = speed = math.nan
+    while len(steps) < flags.steps:
+      # A checkpoint needs the model of its step, and not of a later one.
+      every = flags.checkpoint_every
+      stop = min(len(steps) // every * every + every, flags.steps)
+      segment = itertools.islice(batches, stop - len(steps))
+      for portion in portions(step, model, optimizer, segment):
+        steps += portion
+        if checkpoints:
+          checkpoints.record(portion)
+        if len(steps) == before + 1:
+          started = time.perf_counter()  # The first step compiles.
+        else:
+          speed = (len(steps) - before - 1) / (time.perf_counter() - started)
+          show(bars, bar, steps, speed)
+      if checkpoints:
+        checkpoints.save(len(steps), nnx.state((model, optimizer)))
   return _report.Run(
     name,
     method.measured,
     flags.lr,
     steps,
     held_out(model, flags.text.held_out, flags.seed),
-    speed if len(steps) > 1 else math.nan,
+    speed,
   )
 
 
-def transformation(
-  method: Method, flags: argparse.Namespace
-) -> optax.GradientTransformation:
-  """Clip in the gradients' dtype, then optimize in float32."""
-  optimizer, _ = OPTIMIZERS[flags.optimizer]
-  limit = getattr(flags, method.flag.replace("-", "_")) if method.flag else math.inf
-  return optax.chain(
-    method.build(limit), cast_updates(jnp.float32), optimizer(flags.lr)
-  )
+def start(
+  checkpoints: Checkpoints, model: Any, optimizer: Any
+) -> list[dict[str, float]]:
+  """Begins a run or goes on with it; returns what its steps measured so far."""
+  if checkpoints.latest is None:
+    checkpoints.begin()
+    return []
+  _, state, rows = checkpoints.restore(nnx.state((model, optimizer)))
+  nnx.update((model, optimizer), state)
+  return rows
 
 
-def cast_updates(dtype: Any) -> optax.GradientTransformation:
-  """Adam squares gradients, and what it squares must not be float16."""
-  return optax.stateless(lambda updates, _: cast(updates, dtype))
+def configuration(name: str, flags: argparse.Namespace) -> dict[str, Any]:
+  """All that a run's numbers depend on, except for how many steps it has."""
+  method = METHODS[name]
+  text = flags.text.train
+  return {
+    "clip": name,
+    **({method.flag: setting(method, flags)} if method.flag else {}),
+    "optimizer": flags.optimizer,
+    "lr": flags.lr,
+    "width": flags.width,
+    "layers": flags.layers,
+    "seed": flags.seed,
+    "dtype": jnp.dtype(flags.dtype).name,
+    "batch": BATCH,
+    "length": LENGTH,
+    "text": f"{len(text)} bytes, CRC {zlib.crc32(text):08x}",
+  }
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-  """The tree with all its arrays in one dtype."""
-  return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def make_step(dtype: Any) -> Callable[..., dict[str, jax.Array]]:
+def make_step(method: Method, dtype: Any) -> Callable[..., dict[str, jax.Array]]:
   """A training step: float32 weights, loss and gradients in `dtype`."""
 
   @nnx.jit
@@ -184,8 +166,7 @@ def make_step(dtype: Any) -> Callable[..., dict[str, jax.Array]]:
     )
     optimizer.update(model, grads)
     # What clipping did is a part of the optimizer's state, free to read.
-    seen = optax_clip.metrics(optimizer)
-    return {"loss": loss} | {k.rpartition("/")[2]: v for k, v in seen.items()}
+    return {"loss": loss} | recorded(method, optimizer)
 
   return step
 
@@ -264,24 +245,16 @@ def describe(flags: argparse.Namespace) -> str:
   )
 
 
-class Parser(argparse.ArgumentParser):
-  """Errors are one line, without the usage before it."""
-
-  def error(self, message: str) -> NoReturn:
-    """Exits with the code that argparse uses."""
-    self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads and checks all flags, the text and the folder of `--out`."""
-  parser = Parser(
+  parser = _flags.Parser(
     description=__doc__.partition("\n")[0],
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   add = parser.add_argument
   add(
     "--clip",
-    type=methods,
+    type=_flags.methods,
     default="none,global",
     help=f"methods to compare, of {','.join(METHODS)}",
   )
@@ -289,7 +262,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if method.flag:
       add(
         f"--{method.flag}",
-        type=threshold,
+        type=_flags.threshold,
         default=method.default,
         help=f"threshold of '{name}'; its norm: {method.measured}",
       )
@@ -297,15 +270,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   rates = ", ".join(f"{name} {lr:g}" for name, (_, lr) in OPTIMIZERS.items())
   add(
     "--lr",
-    type=rate,
+    type=_flags.rate,
     default=argparse.SUPPRESS,
     help=f"learning rate (default: {rates})",
   )
-  add("--steps", type=positive, default=300, help="steps of each run")
-  add("--width", type=width, default=64, help=f"a multiple of {_model.HEAD}")
-  add("--layers", type=positive, default=2, help="transformer blocks")
-  add("--seed", type=natural, default=0, help="of the weights and the batches")
+  add("--steps", type=_flags.positive, default=300, help="steps of each run")
+  add("--width", type=_flags.width, default=64, help=f"a multiple of {_model.HEAD}")
+  add("--layers", type=_flags.positive, default=2, help="transformer blocks")
+  add("--seed", type=_flags.natural, default=0, help="of the weights and the batches")
   add("--out", type=Path, default="out", help="folder of the results")
+  add(
+    "--checkpoint",
+    type=Path,
+    metavar="DIR",
+    default=argparse.SUPPRESS,
+    help="write checkpoints there, in a folder for each method",
+  )
+  add(
+    "--checkpoint-every",
+    type=_flags.positive,
+    metavar="N",
+    default=argparse.SUPPRESS,
+    help="steps between two checkpoints (default: 100); the last step has one too",
+  )
+  add(
+    "--resume",
+    action="store_true",
+    default=argparse.SUPPRESS,
+    help="go on from the latest checkpoints in DIR, if there are any",
+  )
   low = parser.add_mutually_exclusive_group()
   for flag, dtype in (("--bf16", jnp.bfloat16), ("--fp16", jnp.float16)):
     low.add_argument(
@@ -319,6 +312,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   flags = parser.parse_args(argv)
   if "lr" not in flags:
     flags.lr = OPTIMIZERS[flags.optimizer][1]
+  for method in METHODS.values():
+    try:
+      method.build(setting(method, flags))
+    except ValueError as error:
+      parser.error(f"argument --{method.flag}: {error}")
   try:
     flags.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -327,48 +325,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.text = _text.load()
   except OSError as error:
     parser.error(f"no text to train on: {error}")
+  find_checkpoints(flags, parser.error)
   return flags
 
 
-def methods(value: str) -> list[str]:
-  """A comma-separated list of names of `METHODS`."""
-  names = [name.strip() for name in value.split(",")]
-  for name in names:
-    if name not in METHODS:
-      raise argparse.ArgumentTypeError(
-        f"unknown method {name!r}, choose from {', '.join(METHODS)}"
-      )
-    if names.count(name) > 1:
-      raise argparse.ArgumentTypeError(f"{name!r} is named twice in {value!r}")
-  return names
-
-
-def _checked(
-  convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
-) -> Callable[[str], Any]:
-  """A type for argparse whose error names the value and what is wanted."""
-
-  def parse_value(text: str) -> Any:
+def find_checkpoints(flags: argparse.Namespace, error: Callable[[str], Any]) -> None:
+  """Opens the folders of all runs; whatever is wrong is said before the first."""
+  flags.checkpoints = {}
+  if "checkpoint" not in flags:
+    for flag in ("checkpoint_every", "resume"):
+      if flag in flags:
+        error(f"argument --{flag.replace('_', '-')}: give --checkpoint DIR as well")
+    flags.resume, flags.checkpoint_every = False, flags.steps
+    return
+  flags.resume = "resume" in flags
+  flags.checkpoint_every = getattr(flags, "checkpoint_every", 100)
+  for name in flags.clip:
+    folder = flags.checkpoint / name
     try:
-      value = convert(text)
-    except ValueError:
-      value = None
-    if value is None or not accept(value):
-      raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
-
-  return parse_value
-
-
-threshold = _checked(float, lambda x: x >= 0, "a number of at least 0")
-rate = _checked(float, lambda x: 0 < x < math.inf, "a positive number")
-positive = _checked(int, lambda x: x >= 1, "a whole number of at least 1")
-natural = _checked(int, lambda x: 0 <= x < 2**32, "a whole number of at least 0")
-width = _checked(
-  int,
-  lambda x: x >= 1 and x % _model.HEAD == 0,
-  f"a positive multiple of {_model.HEAD}",
-)
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failed:
+      error(f"argument --checkpoint: {folder}: {failed.strerror}")
+    found = Checkpoints(folder, configuration(name, flags))
+    if found.latest is not None and not flags.resume:
+      error(
+        f"argument --checkpoint: {folder} holds a checkpoint of step"
+        f" {found.latest}; go on from it with --resume, or name another folder"
+      )
+    if found.problem:
+      error(f"argument --resume: {found.problem}, or name another --checkpoint")
+    if (found.latest or 0) > flags.steps:
+      error(
+        f"argument --steps: {flags.steps}: the checkpoint in {folder} is of step"
+        f" {found.latest}; ask for at least as many"
+      )
+    flags.checkpoints[name] = found
 
 
 if __name__ == "__main__":

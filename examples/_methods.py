@@ -1,0 +1,127 @@
+"""The ways to clip that the training script compares, and its optimizers."""
+
+import argparse
+from collections.abc import Callable
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_clip
+
+
+class Method(NamedTuple):
+  """A way to clip.
+
+  Attributes:
+    build: from the threshold to the transformation.
+    measured: what its norm is a norm of, for the table and the figure.
+    flag: the flag that sets the threshold, or what a learned threshold is
+      learned by, without dashes; None if it has none.
+    default: its value unless set.
+    after: whether it comes after the optimizer, and compares steps with weights.
+    part: of a method that is a chain of several, the one whose record is shown.
+  """
+
+  build: Callable[[float], optax.GradientTransformation]
+  measured: str
+  flag: str | None = None
+  default: float = math.inf
+  after: bool = False
+  part: str = ""
+
+
+# A new method is one new row.
+METHODS = {
+  # Nothing is above an infinite limit: this only measures.
+  "none": Method(optax_clip.clip_by_global_norm, "global norm"),
+  "global": Method(optax_clip.clip_by_global_norm, "global norm", "max-norm", 1.0),
+  "layer": Method(
+    optax_clip.clip_by_layer_norm, "largest layer norm", "max-layer-norm", 0.3
+  ),
+  "rms": Method(optax_clip.clip_by_block_rms, "largest layer RMS", "max-rms", 0.003),
+  "agc": Method(optax_clip.adaptive_grad_clip, "largest |g|/|w|", "max-ratio", 0.03),
+  "value": Method(
+    lambda limit: optax_clip.clip(limit, record=True),
+    "largest |g|",
+    "max-value",
+    0.01,
+  ),
+  # These learn their limits.
+  "autoclip": Method(optax_clip.autoclip, "global norm", "percentile", 10.0),
+  "layer-percentile": Method(
+    optax_clip.clip_by_layer_percentile,
+    "largest layer norm",
+    "layer-percentile",
+    5.0,
+  ),
+  "history": Method(optax_clip.clip_by_history, "global norm", "sigmas", 3.0),
+  "zclip": Method(
+    lambda z: optax_clip.zclip(z, max_norm=None), "global norm", "z-threshold", 2.5
+  ),
+  "adagc": Method(optax_clip.adagc, "largest layer norm", "ratio", 1.05),
+  "adaclip": Method(optax_clip.adaclip, "largest |g|", "max-decay", 0.999),
+  "adagn": Method(optax_clip.adagn, "largest layer norm", "mean-decay", 0.7),
+  "spikes": Method(
+    optax_clip.clip_element_spikes, "largest |g|/limit", "theta", 5000.0
+  ),
+  "stable-spam": Method(
+    optax_clip.stable_spam,
+    "largest layer norm",
+    "max-norm-decay",
+    0.999,
+    part="stable_spam_adagn",
+  ),
+  # With the absolute bound of the paper, 1e-7, biases would hardly leave zero.
+  "clippy": Method(
+    lambda share: optax_clip.clippy(share, absolute=0.01),
+    "largest |step|/bound",
+    "max-share",
+    0.1,
+    after=True,
+  ),
+}
+
+OPTIMIZERS = {
+  "sgd": (lambda lr: optax.sgd(lr, momentum=0.9), 0.2),
+  "adamw": (optax.adamw, 3e-3),
+  "lion": (optax.lion, 5e-4),
+}
+
+
+def setting(method: Method, flags: argparse.Namespace) -> float:
+  """What the flag of the method is set to."""
+  return getattr(flags, method.flag.replace("-", "_")) if method.flag else math.inf
+
+
+def transformation(
+  method: Method, flags: argparse.Namespace
+) -> optax.GradientTransformation:
+  """Clips in the gradients' dtype, then optimizes in float32."""
+  make, _ = OPTIMIZERS[flags.optimizer]
+  clip, optimizer = method.build(setting(method, flags)), make(flags.lr)
+  if method.after:
+    return optax.chain(cast_updates(jnp.float32), optimizer, clip)
+  return optax.chain(clip, cast_updates(jnp.float32), optimizer)
+
+
+def recorded(method: Method, optimizer_state: Any) -> dict[str, jax.Array]:
+  """What the method measured and did in the last step, by the name of the field."""
+  return {
+    key.rpartition("/")[2]: value
+    for key, value in optax_clip.metrics(optimizer_state).items()
+    if key.startswith(method.part)
+  }
+
+
+def cast_updates(dtype: Any) -> optax.GradientTransformation:
+  """Adam squares gradients, and what it squares must not be float16."""
+  return optax.stateless(lambda updates, _: cast(updates, dtype))
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+  """The tree with all its arrays in one dtype."""
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
