@@ -223,11 +223,10 @@ def guarded_step(
       (p, s) \leftarrow \begin{cases} (p + u, s') & \text{if the step is taken,
       with } u, s' = \text{tx.update}(g, s, p) \\ (p, s) & \text{else} \end{cases}
 
-  The same as ``tx.update`` and `optax.apply_updates`, bit for bit, but in one
-  branch: the updates never leave it. In a jitted AdamW step with donated
-  parameters and state this costs nothing beyond clipping, where ``tx.update`` of
-  the same `tx` needs a temporary of the size of the gradients and about twice the
-  time. Use ``tx.update`` where something stands between the two: a framework that
+  The same as ``tx.update`` and `optax.apply_updates`, but in one branch: the updates
+  never leave it. In a jitted AdamW step with donated parameters and state it holds
+  and reads what clipping alone does, where ``tx.update`` of the same `tx` needs a
+  temporary of the size of the gradients. Use ``tx.update`` where something stands between the two: a framework that
   calls it for you, `optax.MultiSteps` or another wrapper around `tx`.
 
   Args:
@@ -319,7 +318,8 @@ def _moved(
 
 
 def _zeros(shapes: Callable[[], Any]) -> Any:
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes())
+  # Of the same mesh axes too, which shapes know.
+  return jax.tree.map(jnp.zeros_like, shapes())
 
 
 def _blank() -> SkipRecord:

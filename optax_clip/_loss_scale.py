@@ -10,7 +10,6 @@ import optax
 from optax_clip import _guard
 from optax_clip import _skip
 from optax_clip import _validate
-from optax_clip import measures
 from optax_clip._core import Measure
 
 Array = jax.Array
@@ -108,10 +107,13 @@ def dynamic_loss_scale(
     min_scale=min_scale,
     max_scale=max_scale,
   )
+  bounds = (min_scale, max_scale)
+  if all(isinstance(bound, (int, float)) for bound in bounds):
+    _validate.within(*bounds, init_scale=init_scale)
   _validate.within(1, float("inf"), growth_factor=growth_factor)
   _validate.positive(backoff_factor=backoff_factor)
   _validate.within(0, 1, backoff_factor=backoff_factor)
-  measure = measures.global_norm() if measure is None else measure
+  measure = _skip.checked_measure(measure)
 
   def init(params: Any) -> dict[str, LossScale]:
     del params

@@ -2,6 +2,7 @@
 
 from typing import Any
 from typing import NamedTuple
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def skip_nonfinite(
   """
   if max_consecutive is not None:
     _validate.nonnegative(max_consecutive=max_consecutive)
-  measure = measures.global_norm() if measure is None else measure
+  measure = checked_measure(measure)
 
   def judge(
     updates: Any,
@@ -202,7 +203,8 @@ def skip_spikes(
   if max_consecutive is not None:
     _validate.nonnegative(max_consecutive=max_consecutive)
   threshold = thresholds.history(sigmas=6.0) if threshold is None else threshold
-  measure = measures.global_norm() if measure is None else measure
+  _validate.instance(Threshold, "optax_clip.thresholds", threshold=threshold)
+  measure = checked_measure(measure)
 
   def init(params: Any) -> SpikeMemory:
     parts = []
@@ -280,6 +282,14 @@ def skip_spikes(
     )
 
   return _guard.guarded(inner, _guard.Judge(init, judge), name)
+
+
+def checked_measure(measure: Any) -> Measure:
+  """A measure; the global norm if it is `None`."""
+  if measure is None:
+    return measures.global_norm()
+  _validate.instance(Measure, "optax_clip.measures", measure=measure)
+  return cast(Measure, measure)
 
 
 def measured(

@@ -107,3 +107,13 @@ def choice(options: tuple[str, ...], **values: Any) -> None:
       raise ValueError(
         f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}."
       )
+
+
+def instance(kind: type, where: str, **values: Any) -> None:
+  """Raises unless each named value is of a type; `where` names what makes such."""
+  for name, value in values.items():
+    if not isinstance(value, kind):
+      raise TypeError(
+        f"{name} must be a {kind.__name__} from {where}, got {value!r} of type"
+        f" {type(value).__name__}."
+      )
