@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 from typing import Any
 
-SUITES = ("overhead", "leaves", "precision", "scale")
+SUITES = ("overhead", "skip", "leaves", "precision", "scale")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   from benchmarks import overhead
   from benchmarks import precision
   from benchmarks import scale
+  from benchmarks import skip
 
   on_gpu = jax.default_backend() != "cpu"
   quick = options.quick
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
           optimizers=("adamw",) if one else ("adamw", "sgd"),
           note=note,
         )
+    if "skip" in suites:
+      rows += skip.run(328 if quick else 656, 15, jnp.float32, 5 if quick else 25, note)
     if "leaves" in suites:
       counts = (1, 10, 100) if quick else (1, 10, 100, 300, 1000, 2000)
       rows += leaves.run(counts, 2_000_000, 5 if quick else 25, note)

@@ -17,6 +17,13 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     ("added_over_norm", "added / norm", "{:.2f}"),
     ("temp_copies", "temp copies", "{:.2f}"),
   ],
+  "skip": [
+    ("method", "step", "{}"),
+    ("step_ms", "step ms", "{:.2f}"),
+    ("step_over_clip", "/ clip alone", "{:.2f}"),
+    ("temp_copies", "temp copies", "{:.2f}"),
+    ("bytes_over_clip", "bytes / clip", "{:.2f}"),
+  ],
   "leaves": [
     ("leaves", "leaves", "{}"),
     ("method", "clipping", "{}"),
@@ -101,7 +108,7 @@ def chart(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
 
 
 def _subject(row: dict[str, Any]) -> str:
-  if row["suite"] == "overhead":
+  if row["suite"] in ("overhead", "skip"):
     return (
       f"{row['parameters'] / 1e6:.0f}M parameters in {row['leaves']} leaves,"
       f" {row['dtype']}"

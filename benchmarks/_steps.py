@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import optax_clip
+
 
 def transformer_shapes(width: int, blocks: int) -> list[tuple[int, ...]]:
   """Four leaves a block (two matrices, two vectors) and one embedding."""
@@ -43,40 +45,69 @@ def random_tree(shapes: list[tuple[int, ...]], dtype: Any) -> list[jax.Array]:
   ]
 
 
+# Arrays of at least so many elements are shared between steps.
+_LARGE = 1 << 14
+
+
 class Trainer:
-  """Parameters and optimizer state that all steps of a benchmark share.
+  """Parameters and moments that all steps of a benchmark share.
 
   Twelve copies of a large model would not fit on a device.
   """
 
   def __init__(self, optimizer: optax.GradientTransformation, grads: list[jax.Array]):
     """Starts with small weights, so that AGC clips too."""
-    self._optimizer = optimizer
+    self.optimizer = optimizer
     self._grads = grads
-    params = [jnp.full(g.shape, 0.01, g.dtype) for g in grads]
-    self._shared = (params, optimizer.init(params))
+    self._large: list[jax.Array] | None = None
 
-  def compiled(self, clip: optax.GradientTransformation) -> Step:
-    """Compiles clip, update and apply_updates; all but gradients donated."""
+  def compiled(
+    self, tx: optax.GradientTransformation, whole: bool = False, show: bool = False
+  ) -> Step:
+    """Compiles a step; all but gradients are donated.
 
-    def step(params: Any, state: Any, clip_state: Any, grads: Any) -> Any:
-      updates, clip_state = clip.update(grads, clip_state, params)
-      updates, state = self._optimizer.update(updates, state, params)
-      return (optax.apply_updates(params, updates), state), clip_state
+    Args:
+      tx: all of the optimizer.
+      whole: whether to take it as `optax_clip.guarded_step`.
+      show: whether the step returns the metrics, too.
+    """
+    tx = optax.with_extra_args_support(tx)
 
-    clip_state = [clip.init(self._shared[0])]
-    start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(
-      *self._shared, clip_state[0], self._grads
+    def start() -> Any:
+      params = [jnp.full(g.shape, 0.01, g.dtype) for g in self._grads]
+      return params, tx.init(params)
+
+    shapes, treedef = jax.tree.flatten(jax.eval_shape(start))
+    large = [x.size >= _LARGE for x in shapes]
+
+    def step(large_leaves: Any, small_leaves: Any, grads: Any) -> Any:
+      leaves = {True: iter(large_leaves), False: iter(small_leaves)}
+      params, state = jax.tree.unflatten(treedef, [next(leaves[k]) for k in large])
+      if whole:
+        params, state = optax_clip.guarded_step(tx, grads, state, params)
+      else:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+      flat = list(zip(large, jax.tree.leaves((params, state)), strict=True))
+      logs = optax_clip.metrics(state) if show else {}
+      return [x for k, x in flat if k], [x for k, x in flat if not k], logs
+
+    leaves = list(zip(large, jax.tree.leaves(jax.jit(start)()), strict=True))
+    if self._large is None:
+      self._large = [x for k, x in leaves if k]
+    small = [[x for k, x in leaves if not k]]
+    begin = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+      self._large, small[0], self._grads
     )
-    lower_s = time.perf_counter() - start
-    start = time.perf_counter()
+    lower_s = time.perf_counter() - begin
+    begin = time.perf_counter()
     compiled = lowered.compile()
-    compile_s = time.perf_counter() - start
+    compile_s = time.perf_counter() - begin
 
     def run() -> None:
-      self._shared, clip_state[0] = compiled(*self._shared, clip_state[0], self._grads)
-      jax.block_until_ready((self._shared, clip_state))
+      self._large, small[0], logs = compiled(self._large, small[0], self._grads)
+      jax.block_until_ready((self._large, small, logs))
 
     return Step(
       run=run,

@@ -32,7 +32,7 @@ def run(
     steps = {}
     for method, make in METHODS.items():
       note(f"{count} leaves: {method}")
-      steps[method] = trainer.compiled(make())
+      steps[method] = trainer.compiled(optax.chain(make(), trainer.optimizer))
     times = _timing.interleaved(
       {method: step.run for method, step in steps.items()}, repeats
     )

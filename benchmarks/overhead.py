@@ -66,7 +66,9 @@ def run(
     steps = {}
     for method in methods:
       note(f"{optimizer}: {method}")
-      steps[method] = trainer.compiled(METHODS[method]())
+      steps[method] = trainer.compiled(
+        optax.chain(METHODS[method](), trainer.optimizer)
+      )
     runs = {method: step.run for method, step in steps.items()}
     runs["norm"] = lambda: norm(grads).block_until_ready()
     times = _timing.interleaved(runs, repeats)
