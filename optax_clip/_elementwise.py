@@ -27,7 +27,7 @@ Array = jax.Array
 def clippy(
   relative: Any = 0.1,
   absolute: Any = 1e-7,
-  accumulator_relative: Any = 0.0,
+  accumulator_relative: Any = None,
   *,
   nonfinite: str = "propagate",
   strict: bool = False,
@@ -49,8 +49,9 @@ def clippy(
   Args:
     relative: r >= 0, the share of a weight. May be traced.
     absolute: a >= 0, in the units of the weights. May be traced.
-    accumulator_relative: s >= 0. If it is not 0, `update` needs
-      ``accumulator=v``, a tree like the updates: Adagrad's sum of squares.
+    accumulator_relative: s >= 0; by default the term is left out. With it,
+      `update` needs ``accumulator=v``, a tree like the updates: Adagrad's sum of
+      squares. May be traced.
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf.
     strict: whether no element may exceed its bound in exact arithmetic, up to the
@@ -89,16 +90,15 @@ def clippy(
     Recommender Systems, 2023, arXiv:2302.09178. Defaults are those of the
     authors' code in TensorFlow Recommenders.
   """
-  _validate.nonnegative(
-    relative=relative,
-    absolute=absolute,
-    accumulator_relative=accumulator_relative,
-  )
+  _validate.nonnegative(relative=relative, absolute=absolute)
+  if accumulator_relative is not None:
+    _validate.nonnegative(accumulator_relative=accumulator_relative)
   return clip_with(
     _share_of_bound(
-      _memory.number(relative),
-      _memory.number(absolute),
-      _memory.number(accumulator_relative),
+      _exact(relative),
+      _exact(absolute),
+      # `None`, as `optax.inject_hyperparams` traces every number: also a 0.
+      0.0 if accumulator_relative is None else _exact(accumulator_relative),
       axis_name,
     ),
     thresholds.constant(1.0),
@@ -107,6 +107,12 @@ def clippy(
     record=record,
     name=name,
   )
+
+
+def _exact(value: Any) -> Any:
+  """A hyperparameter in the dtype it has: float64 weights deserve float64 bounds."""
+  known = _memory.number(value)
+  return known if isinstance(known, float) else jnp.asarray(value)
 
 
 def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
@@ -134,9 +140,9 @@ def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
     def ratio(u: Array, p: Array, v: Array | None, unit: float) -> Array:
       wide = _moments.accumulator(u.dtype)
       size = jnp.abs(u).astype(wide)
-      bound = r * jnp.abs(p).astype(wide) + a
+      bound = jnp.asarray(r, wide) * jnp.abs(p).astype(wide) + jnp.asarray(a, wide)
       if v is not None:
-        bound = bound + s * jax.lax.rsqrt(v.astype(wide))
+        bound = bound + jnp.asarray(s, wide) * jax.lax.rsqrt(v.astype(wide))
       moves = size != 0
       share = jnp.where(moves, size / unit, 0) / jnp.where(moves, bound, 1)
       most = jnp.finfo(wide).max
