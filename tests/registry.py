@@ -33,6 +33,9 @@ class Row(NamedTuple):
     stateful: whether a step depends on the steps before it.
     extremes: thresholds at the ends of what is allowed.
     scheduled: whether the threshold may be a schedule.
+    copies: whether measuring needs temporary copies of the updates.
+    parts: a transformation that is a chain records one entry for each part, whose
+      names are its own and these endings.
   """
 
   name: str
@@ -45,6 +48,8 @@ class Row(NamedTuple):
   stateful: bool = False
   extremes: tuple[float, ...] = (0.0, 1.0, math.inf)
   scheduled: bool = True
+  parts: tuple[str, ...] = ("",)
+  copies: bool = False
 
   def make(self, threshold=None, **keywords):
     """The transformation with its typical threshold, or another one."""
@@ -54,6 +59,10 @@ class Row(NamedTuple):
   def takes(self, keyword):
     """Whether the public function has this keyword."""
     return keyword in inspect.signature(self.factory).parameters
+
+  def recorded(self, name=None):
+    """The prefixes of the metrics' keys, in the order of the chain."""
+    return [(self.name if name is None else name) + part for part in self.parts]
 
   def expected(self, updates, params=None, threshold=None, ord=2.0):
     """The updates that should come out: float64 arrays, one for each leaf."""
@@ -121,6 +130,19 @@ def _units(updates, params, limit, ord):
   ]
 
 
+def _weights(updates, params, share, ord):
+  del ord
+  # Clippy compares elements with bounds; an element that is 0 has none. In these
+  # units 1e307 over 1e-7 is a number.
+  unit = 2.0**100
+  norms = []
+  for u, p in zip(updates, params, strict=True):
+    moves = u != 0
+    bounds = share * np.abs(p[moves]) + 1e-7
+    norms.append((np.max(np.abs(u[moves]) / unit / bounds, initial=0), 1 / unit))
+  return norms
+
+
 ROWS = (
   Row(
     "clip", optax_clip.clip, lambda c: {"max_delta": c}, 0.5, "elementwise", _elements
@@ -168,6 +190,17 @@ ROWS = (
     "rescaling",
     _units,
     needs_params=True,
+  ),
+  Row(
+    "clippy",
+    optax_clip.clippy,
+    lambda c: {"relative": c},
+    0.1,
+    "rescaling",
+    _weights,
+    needs_params=True,
+    scheduled=False,
+    copies=True,
   ),
   # Thresholds that learn: `threshold` is what each has instead of one.
   Row(
@@ -247,6 +280,17 @@ ROWS = (
     stateful=True,
     extremes=(1e-30, 1e30),
     scheduled=False,
+  ),
+  Row(
+    "stable_spam",
+    optax_clip.stable_spam,
+    lambda c: {"decay_max": c},
+    0.999,
+    "elementwise",
+    stateful=True,
+    extremes=(0.0, 0.999),
+    scheduled=False,
+    parts=("_adaclip", "_adagn"),
   ),
 )
 

@@ -154,6 +154,8 @@ class TestTable:
 class TestSchedules:
   @every_row
   def test_a_schedule_is_evaluated_at_each_step(self, row):
+    if not row.scheduled:
+      pytest.skip("takes numbers only; optax.inject_hyperparams makes schedules")
     if row.stateful:
       pytest.skip("a threshold that learns takes no limit")
     steps = np.array([2.0, 1.0, 0.0, 3.0], np.float32)

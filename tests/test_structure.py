@@ -67,8 +67,13 @@ class TestMemory:
 
   @pytest.mark.parametrize("row", FIXED, ids=names(FIXED))
   def test_no_transformation_makes_a_copy_of_the_updates(self, params, without, row):
-    without = temporary(without)
-    assert temporary(compiled_step(adamw(row.make()), params)) <= without + 2**20
+    more = temporary(compiled_step(adamw(row.make()), params)) - temporary(without)
+    if row.copies:
+      # XLA's CPU backend fuses no selection into a maximum, so that Clippy writes
+      # its ratios, and those in larger units.
+      assert 1.5 * size(params) <= more <= 2 * size(params) + 2**20
+    else:
+      assert more <= 2**20
 
   def test_optax_makes_a_whole_copy(self, params, without):
     without = temporary(without)
