@@ -195,10 +195,12 @@ def clip_with(
     memory = state.threshold if stateful else optax.EmptyState()
     limits, memory = threshold.update(sizes, memory, **extra_args)
 
-    def weigh(norms: Any, limits: Any) -> Any:
-      return jax.tree.map(action.weigh, norms, limits, is_leaf=_norms.is_norm)
+    def weighed(norm: _norms.Norm, limit: Array) -> tuple[Coefficient, Array]:
+      return action.weigh(norm, limit), limit
 
-    each_limit = _norms.apart(limits, norms)
+    each = jax.tree.map(
+      weighed, norms, _norms.apart(limits, norms), is_leaf=_norms.is_norm
+    )
     finite = jnp.asarray(True)
     if _size(sizes):
       finite = _fold(jnp.all, jax.tree.map(jnp.isfinite, sizes))
@@ -206,18 +208,16 @@ def clip_with(
     leaves, treedef = jax.tree.flatten(updates)
     clipped = [
       keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
-      for leaf, coefficient, limit in zip(
-        map(jnp.asarray, leaves),
-        measure.spread(weigh(norms, each_limit), updates),
-        measure.spread(each_limit, updates),
-        strict=True,
+      for leaf, (coefficient, limit) in zip(
+        map(jnp.asarray, leaves), measure.spread(each, updates), strict=True
       )
     ]
     if nonfinite == "zero":
       clipped = [keep_weak_type(new, jnp.where(finite, new, 0)) for new in clipped]
     if stateful:
+      factors = jax.tree.map(action.weigh, table, limits, is_leaf=_norms.is_norm)
       entries = {
-        key: _noted(entry, sizes, limits, weigh(table, limits), finite)
+        key: _noted(entry, sizes, limits, factors, finite)
         for key, entry in state.record.items()
       }
       state = ClipState(memory, entries)

@@ -76,7 +76,8 @@ def parts(
     buckets.setdefault(key, []).append(x)
   for key in list(buckets):
     close(key)
-  return result
+  # Where each group is one array, `segment` has nothing to do.
+  return sorted(result, key=lambda part: part.group)
 
 
 def _complex(dtype: Any) -> Any:

@@ -23,6 +23,7 @@ from optax_clip import _groups
 from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip import _norms
+from optax_clip import _scalars
 from optax_clip import _validate
 from optax_clip._core import Measure
 
@@ -77,6 +78,9 @@ def layer_rms(*, axis_name: Any = "auto") -> Measure:
     sizes = [
       max(x.size, 1) * _mesh.devices(_mesh.collected_axes(x, axis_name)) for x in leaves
     ]
+    if _norms.is_norm(norms):
+      roots = jnp.sqrt(jnp.asarray(sizes, norms.value.dtype))
+      return norms._replace(value=norms.value / roots)
     return [
       n._replace(value=n.value / math.sqrt(size))
       for n, size in zip(norms, sizes, strict=True)
@@ -191,6 +195,9 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
   return measure._replace(measure=relative_measure)
 
 
-def _leaf_by_leaf(tree: list[Any], updates: Any) -> list[Any]:
+def _leaf_by_leaf(tree: Any, updates: Any) -> list[Any]:
   del updates
-  return tree
+  if isinstance(tree, list):
+    return tree
+  vectors, treedef = jax.tree.flatten(tree)
+  return [jax.tree.unflatten(treedef, x) for x in _scalars.columns(vectors)]

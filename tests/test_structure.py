@@ -229,3 +229,45 @@ def count_equations(jaxpr):
       if hasattr(inner, "eqns"):
         total += count_equations(inner)
   return total
+
+
+NAME = r"%[\w.\-]+"
+
+
+def kernels(compiled):
+  """The distinct fused computations: XLA's CPU backend compiles equal ones once."""
+  found = set()
+  for name, block in computations(compiled).items():
+    if not name.startswith("fused"):
+      continue
+    body = re.sub(r", (metadata|backend_config)=\{.*", "", "\n".join(block.lines))
+    order = {name: i for i, name in enumerate(dict.fromkeys(re.findall(NAME, body)))}
+    found.add(re.sub(NAME, lambda match, order=order: f"%{order[match[0]]}", body))
+  return found
+
+
+class TestCompilation:
+  @pytest.mark.parametrize(
+    "name",
+    [
+      "clip_by_layer_norm",
+      "adagc",
+      "clip_by_layer_percentile",
+      "adaclip",
+      "adagn",
+      "stable_spam",
+    ],
+  )
+  def test_leaves_of_one_shape_share_their_kernels(self, name):
+    keywords = {"max_norm": 1.0} if name == "clip_by_layer_norm" else {}
+    tx = getattr(optax_clip, name)(**keywords)
+
+    def number(count):
+      leaves = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in [(40,), (300, 200)] * count
+      ]
+      state = jax.eval_shape(tx.init, leaves)
+      return len(kernels(jax.jit(tx.update).lower(leaves, state, leaves).compile()))
+
+    assert number(50) <= number(25) + 5
