@@ -113,21 +113,23 @@ class Runs:
     return found
 
 
-def moments(kills, total, rng):
-  """Moments that are spread over a run of so many steps in all."""
+def moments(kills, total, duration, rng):
+  """Moments that are spread over a run of so many steps and seconds in all."""
   kinds = list(itertools.islice(itertools.cycle(("start", "step", "write")), kills))
   rng.shuffle(kinds)
   for i, kind in enumerate(kinds):
     last = total * (i + 1) // (kills + 1)
     lines = rng.randint(total * i // (kills + 1), last)
-    longest = {"start": 3.0, "step": 0.02, "write": 0.02}[kind]
-    yield kind, lines, rng.uniform(0, longest)
+    # The run that is killed need not compile, and takes half as long or less.
+    yield kind, lines, rng.uniform(0, 0.25 * duration if kind == "start" else 0.02)
 
 
 def check_kills(folder, methods, kills, seed):
   runs = Runs(folder, methods)
+  started = time.perf_counter()
   runs.finish("whole")
-  plan = moments(kills, STEPS * len(methods), random.Random(seed))
+  duration = time.perf_counter() - started
+  plan = moments(kills, STEPS * len(methods), duration, random.Random(seed))
   recorded = [runs.kill("killed", *moment) for moment in plan]
   # Not all of them came before the first step or after the last one.
   assert any(0 < steps < STEPS * len(methods) for steps in recorded)
