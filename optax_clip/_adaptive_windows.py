@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from optax_clip import _groups
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
@@ -102,6 +103,7 @@ def clip_by_layer_percentile(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clip_by_layer_percentile",
 ) -> optax.GradientTransformationExtraArgs:
@@ -124,6 +126,8 @@ def clip_by_layer_percentile(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -159,7 +163,7 @@ def clip_by_layer_percentile(
     arXiv:2110.02861 (the library that had it; it was withdrawn in 2026).
   """
   return clip_with(
-    measures.layer_norm(ord=ord, axis_name=axis_name),
+    measures.layer_norm(ord=ord, axis_name=axis_name, stacked=stacked),
     thresholds.percentile(percentile, window),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ Array = jax.Array
 
 # A tree of labels, a prefix of one, or a function from updates to one.
 Labels = Any | Callable[[Any], Any]
+
+# Path regex to axis, or a function from path and leaf to an axis or `None`.
+Stacked = Mapping[str, int] | Callable[[str, Any], int | None] | None
 
 
 def floating_leaves(tree: Any) -> list[Array]:
@@ -93,6 +97,82 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
     f"A leaf of shape {tuple(shape)} has rank {rank}; units are known up to"
     " rank 5. Pass axis= to say which axes belong to one unit."
   )
+
+
+def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
+  """For each leaf of a tree the axis along which layers are stacked in it.
+
+  Args:
+    tree: parameters or updates.
+    stacked: a mapping from regular expressions, searched for in paths such as
+      ``blocks/attention/kernel``, to axes: the first that is found counts. Or a
+      function from path and leaf to an axis, or `None`. `None`: none.
+
+  Raises:
+    ValueError: if an expression is found in no path, or an axis is out of range.
+  """
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in found]
+  if stacked is None:
+    return [None] * len(paths)
+  if callable(stacked):
+    axes = [stacked(path, leaf) for path, (_, leaf) in zip(paths, found, strict=True)]
+  else:
+    for pattern in stacked:
+      if paths and not any(re.search(pattern, path) for path in paths):
+        raise ValueError(
+          f"stacked: {pattern!r} is found in no path. The paths are {', '.join(paths)}."
+        )
+    axes = [
+      next((a for pattern, a in stacked.items() if re.search(pattern, path)), None)
+      for path in paths
+    ]
+  for path, (_, leaf), axis in zip(paths, found, axes, strict=True):
+    rank = jnp.ndim(leaf)
+    if axis is not None and not -rank <= axis < rank:
+      raise ValueError(
+        f"stacked: axis {axis} is out of range for {path}, which has the shape"
+        f" {jnp.shape(leaf)}."
+      )
+  return [
+    axis if axis is None else axis % jnp.ndim(leaf)
+    for axis, (_, leaf) in zip(axes, found, strict=True)
+  ]
+
+
+def stacked_axes(shape: Sequence[int], layer: int) -> tuple[int, ...]:
+  """The axes of one layer: all but the one along which they are stacked."""
+  return tuple(i for i in range(len(shape)) if i != layer)
+
+
+def stacked_unit_axes(
+  shape: Sequence[int], axis: Any, layer: int | None
+) -> tuple[int, ...]:
+  """`unit_axes` of what one layer of a stack is, as axes of the stack."""
+  if layer is None:
+    return unit_axes(shape, axis)
+  rest = stacked_axes(shape, layer)
+  return tuple(rest[i] for i in unit_axes([shape[i] for i in rest], axis))
+
+
+def checked_stacked(stacked: Any) -> None:
+  """Raises, at construction, for what can never be layer axes."""
+  if stacked is None or callable(stacked):
+    return
+  if not isinstance(stacked, Mapping):
+    raise TypeError(
+      "stacked must map path regexes to axes, as in {'blocks/': 0}, or be a"
+      f" function from path and leaf to an axis or None, got {stacked!r}."
+    )
+  for pattern, axis in stacked.items():
+    if not isinstance(axis, int) or isinstance(axis, bool):
+      raise TypeError(f"stacked[{pattern!r}] must be an integer, got {axis!r}.")
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f"stacked: {pattern!r} is no regular expression: {error}."
+      ) from error
 
 
 def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:

@@ -226,8 +226,9 @@ def guarded_step(
   The same as ``tx.update`` and `optax.apply_updates`, but in one branch: the updates
   never leave it. In a jitted AdamW step with donated parameters and state it holds
   and reads what clipping alone does, where ``tx.update`` of the same `tx` needs a
-  temporary of the size of the gradients. Use ``tx.update`` where something stands between the two: a framework that
-  calls it for you, `optax.MultiSteps` or another wrapper around `tx`.
+  temporary of the size of the gradients. Use ``tx.update`` where something stands
+  between the two: a framework that calls it for you, `optax.MultiSteps` or another
+  wrapper around `tx`.
 
   Args:
     tx: what `skip_nonfinite`, `skip_spikes` or `dynamic_loss_scale` returned.

@@ -169,6 +169,7 @@ def clip_by_layer_norm(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clip_by_layer_norm",
 ) -> optax.GradientTransformationExtraArgs:
@@ -189,6 +190,8 @@ def clip_by_layer_norm(
       inf.
     strict: whether no norm may exceed c in exact arithmetic.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -212,7 +215,7 @@ def clip_by_layer_norm(
   """
   _validate.nonnegative(max_norm=max_norm)
   return clip_with(
-    measures.layer_norm(ord=ord, axis_name=axis_name),
+    measures.layer_norm(ord=ord, axis_name=axis_name, stacked=stacked),
     thresholds.of(max_norm),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -291,6 +294,7 @@ def clip_by_block_rms(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clip_by_block_rms",
 ) -> optax.GradientTransformationExtraArgs:
@@ -311,6 +315,8 @@ def clip_by_block_rms(
       is NaN or inf.
     strict: whether no root mean square may exceed d in exact arithmetic.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -338,7 +344,7 @@ def clip_by_block_rms(
   """
   _validate.nonnegative(threshold=threshold)
   return clip_with(
-    measures.layer_rms(axis_name=axis_name),
+    measures.layer_rms(axis_name=axis_name, stacked=stacked),
     thresholds.of(threshold),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -355,6 +361,7 @@ def adaptive_grad_clip(
   ord: float | None = None,
   nonfinite: str = "propagate",
   strict: bool = False,
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adaptive_grad_clip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -380,6 +387,8 @@ def adaptive_grad_clip(
       inf.
     strict: whether no norm may exceed its limit in exact arithmetic, up to the
       rounding of the parameters' norm.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. The recorded norm is
       the largest ratio of a unit's update to its weights.
     name: the prefix of the metrics' keys.
@@ -417,7 +426,7 @@ def adaptive_grad_clip(
   """
   _validate.nonnegative(clipping=clipping)
   return clip_with(
-    measures.relative(measures.unit_norm(axis=axis, ord=ord), eps=eps),
+    measures.relative(measures.unit_norm(axis=axis, ord=ord, stacked=stacked), eps=eps),
     thresholds.of(clipping),
     actions.rescale(strict=strict),
     nonfinite=nonfinite,

@@ -9,6 +9,14 @@ Each function returns a `Measure` for `optax_clip.clip_with`. All of them take
 * a name or a tuple of names: these, for every leaf. Needed inside `jax.pmap`
   and ``shard_map(..., check_vma=False)``, where types say nothing.
 * ``()``: none, to clip each device's part by its own norm.
+
+Those of layers and units take ``stacked``: `jax.lax.scan` over layers, as in Flax's
+``nnx.scan``, ``nnx.vmap`` and Linen's ``nn.scan``, keeps one parameter of all layers
+in one leaf. Without it they would be one layer, and one that explodes would shrink
+the updates of all. ``stacked={"blocks/": 0}`` says that every leaf in whose path
+``blocks/`` is found has its layers along axis 0; the first regular expression that is
+found counts, and one that is found nowhere is an error. Instead of a mapping, a
+function from path and leaf to an axis or `None`.
 """
 
 from collections.abc import Hashable
@@ -50,26 +58,53 @@ def global_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure
   return Measure(like, measure, spread)
 
 
-def layer_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure:
-  """The norm of each leaf on its own: shape ``[leaves]``."""
+def layer_norm(
+  *,
+  ord: float | None = None,
+  axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
+) -> Measure:
+  """The norm of each layer: of each leaf, or of each layer of a stacked leaf.
+
+  Args:
+    ord: the order of the norm, 2 by default.
+    axis_name: see the module's docstring.
+    stacked: which leaves hold many layers, and along which axis; see there.
+
+  The shape is ``[leaves]``. With `stacked`, a list: for each leaf ``[]``, or its own
+  shape with all axes but that of the layers of size 1.
+  """
   p = _validate.order(ord)
+  _groups.checked_stacked(stacked)
+
+  def axes(tree: Any, leaves: list[Array]) -> list[tuple[int, ...] | None]:
+    return [
+      None if layer is None else _groups.stacked_axes(x.shape, layer)
+      for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
+    ]
 
   def like(params: Any) -> Any:
     leaves = _groups.floating_leaves(params)
+    over = axes(params, leaves)
+    if any(a is not None for a in over):
+      return [_blank(x, a) for x, a in zip(leaves, over, strict=True)]
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
     return jnp.zeros(len(leaves), dtype) if leaves else []
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
-    return _norms.leaf_norms(leaves, [None] * len(leaves), p, axis_name)
+    over = axes(updates, leaves)
+    stacks = [x for x, a in zip(leaves, over, strict=True) if a is not None]
+    _mesh.require_unsharded(stacks, "a norm of stacked layers")
+    return _norms.leaf_norms(leaves, over, p, axis_name)
 
   return Measure(like, measure, _leaf_by_leaf)
 
 
-def layer_rms(*, axis_name: Any = "auto") -> Measure:
-  """The root mean square of each leaf: shape ``[leaves]``."""
-  norm = layer_norm(axis_name=axis_name)
+def layer_rms(*, axis_name: Any = "auto", stacked: _groups.Stacked = None) -> Measure:
+  """The root mean square of each layer, of the shape that `layer_norm` has."""
+  norm = layer_norm(axis_name=axis_name, stacked=stacked)
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     norms = norm.measure(updates, params, **extra_args)
@@ -82,7 +117,7 @@ def layer_rms(*, axis_name: Any = "auto") -> Measure:
       roots = jnp.sqrt(jnp.asarray(sizes, norms.value.dtype))
       return norms._replace(value=norms.value / roots)
     return [
-      n._replace(value=n.value / math.sqrt(size))
+      n._replace(value=n.value / math.sqrt(size / max(n.value.size, 1)))
       for n, size in zip(norms, sizes, strict=True)
     ]
 
@@ -127,7 +162,12 @@ def group_norm(
   return Measure(like, measure, spread)
 
 
-def unit_norm(*, axis: Any = None, ord: float | None = None) -> Measure:
+def unit_norm(
+  *,
+  axis: Any = None,
+  ord: float | None = None,
+  stacked: _groups.Stacked = None,
+) -> Measure:
   """The norm of each unit: a list, for each leaf its shape with axes of size 1.
 
   A unit is what feeds one output: by default the whole leaf for biases and
@@ -135,29 +175,30 @@ def unit_norm(*, axis: Any = None, ord: float | None = None) -> Measure:
   kernels (HWIO and DHWIO).
 
   Args:
-    axis: the axes that belong to one unit, for every leaf; by rank if `None`.
+    axis: the axes that belong to one unit, for every leaf; by rank if `None`. Of a
+      stacked leaf, the axes and the rank of one layer.
     ord: the order of the norm, 2 by default.
+    stacked: which leaves hold many layers, see the module's docstring.
   """
   p = _validate.order(ord)
+  _groups.checked_stacked(stacked)
 
-  def axes(leaves: list[Array]) -> list[tuple[int, ...]]:
-    return [_groups.unit_axes(x.shape, axis) for x in leaves]
+  def axes(tree: Any, leaves: list[Array]) -> list[tuple[int, ...]]:
+    return [
+      _groups.stacked_unit_axes(x.shape, axis, layer)
+      for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
+    ]
 
   def like(params: Any) -> list[Array]:
     leaves = _groups.floating_leaves(params)
-    return [
-      jnp.zeros(
-        [1 if i in over else n for i, n in enumerate(x.shape)],
-        _moments.accumulator(x.dtype),
-      )
-      for x, over in zip(leaves, axes(leaves), strict=True)
-    ]
+    pairs = zip(leaves, axes(params, leaves), strict=True)
+    return [_blank(x, over) for x, over in pairs]
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
     _mesh.require_unsharded(leaves, "a norm of units")
-    return _norms.leaf_norms(leaves, axes(leaves), p)
+    return _norms.leaf_norms(leaves, axes(updates, leaves), p)
 
   return Measure(like, measure, _leaf_by_leaf)
 
@@ -193,6 +234,12 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
     )
 
   return measure._replace(measure=relative_measure)
+
+
+def _blank(x: Array, over: tuple[int, ...] | None) -> Array:
+  """Zeros as the norms of a leaf over some axes, or over all of it."""
+  shape = () if over is None else [1 if i in over else n for i, n in enumerate(x.shape)]
+  return jnp.zeros(shape, _moments.accumulator(x.dtype))
 
 
 def _leaf_by_leaf(tree: Any, updates: Any) -> list[Any]:

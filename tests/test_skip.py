@@ -69,9 +69,10 @@ class TestContract:
     scale = 4 if guard in ("dynamic_loss_scale", "both") else 1
     state, plain = tx.init(params()), inner().init(params())
     p = params()
+    update = jax.jit(tx.update)
     for i in range(1, 4):
       scaled = jax.tree.map(lambda g: g * scale, gradient(i))
-      updates, state = tx.update(scaled, state, p, **LOSS)
+      updates, state = update(scaled, state, p, **LOSS)
       expected, plain = inner().update(gradient(i), plain, p)
       close(updates, expected)
       p = optax.apply_updates(p, updates)
@@ -79,11 +80,13 @@ class TestContract:
   @guards
   def test_a_broken_step_changes_nothing(self, guard):
     tx = GUARDS[guard](inner())
-    _, state = tx.update(gradient(), tx.init(params()), params(), **LOSS)
-    updates, after = tx.update(broken(), state, params(), **LOSS)
+    update = jax.jit(tx.update)
+    _, state = update(gradient(), tx.init(params()), params(), **LOSS)
+    updates, after = update(broken(), state, params(), **LOSS)
     same(updates, jax.tree.map(jnp.zeros_like, params()))
     same(after.inner, state.inner)
-    p, after = optax_clip.guarded_step(tx, broken(), state, params(), **LOSS)
+    whole = jax.jit(lambda g, s, p: optax_clip.guarded_step(tx, g, s, p, **LOSS))
+    p, after = whole(broken(), state, params())
     same(p, params())
     same(after.inner, state.inner)
 
@@ -116,11 +119,14 @@ class TestContract:
       p, state = optax_clip.guarded_step(tx, grads, carry[1], carry[0], **LOSS)
       return (p, state), p
 
-    _, trajectory = jax.lax.scan(body, (params(), tx.init(params())), stacked)
+    start = (params(), tx.init(params()))
+    _, trajectory = jax.jit(lambda: jax.lax.scan(body, start, stacked))()
     # Each member of an ensemble skips on its own.
     many = jax.tree.map(lambda x: jnp.stack([x] * 3), (params(), tx.init(params())))
-    members = jax.vmap(
-      lambda carry, g: optax_clip.guarded_step(tx, g, carry[1], carry[0], **LOSS)
+    members = jax.jit(
+      jax.vmap(
+        lambda carry, g: optax_clip.guarded_step(tx, g, carry[1], carry[0], **LOSS)
+      )
     )(many, stacked)
     same(jax.tree.map(lambda x: x[1], members[0]), params())
     close(
@@ -203,8 +209,9 @@ class TestContract:
     g = {"w": jnp.array([1.0, -2.0], dtype)}
     for make in GUARDS.values():
       tx = make(optax_clip.clip_by_global_norm(0.5))
+      update = jax.jit(tx.update)
       for grads in (g, {"w": g["w"] * NAN}):
-        updates, _ = tx.update(grads, tx.init(g), g, **LOSS)
+        updates, _ = update(grads, tx.init(g), g, **LOSS)
         assert updates["w"].dtype == dtype
 
   def test_the_largest_finite_gradient_is_no_reason_to_skip(self):
@@ -226,13 +233,14 @@ class TestSkipNonfinite:
   def test_never_applies_a_nan_by_default(self):
     tx = optax_clip.skip_nonfinite(optax.sgd(1.0))
     state = tx.init(params())
+    update = jax.jit(tx.update)
     for _ in range(50):
-      updates, state = tx.update(broken(), state)
+      updates, state = update(broken(), state)
       same(updates, jax.tree.map(jnp.zeros_like, params()))
     record = optax_clip.metrics(state)
     assert record["skip_nonfinite/consecutive"] == 50
     assert record["skip_nonfinite/steps_skipped"] == 50
-    _, state = tx.update(gradient(), state)
+    _, state = update(gradient(), state)
     record = optax_clip.metrics(state)
     assert record["skip_nonfinite/consecutive"] == 0
     assert record["skip_nonfinite/steps"] == 51
@@ -363,8 +371,9 @@ class TestLossScale:
     )
     state = tx.init(params())
     scales = []
+    update = jax.jit(tx.update)
     for grads in (gradient(),) * 6 + (broken(),) * 4 + (gradient(),) * 2:
-      _, state = tx.update(grads, state)
+      _, state = update(grads, state)
       scales.append(float(optax_clip.loss_scale(state)))
     assert scales == [8, 16, 16, 16, 16, 16, 8, 4, 4, 4, 4, 8]
 
