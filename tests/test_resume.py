@@ -27,16 +27,17 @@ import train_lm
 # Flax promotes ranks implicitly.
 pytestmark = pytest.mark.foreign
 
-STEPS, EVERY = 120, 5
-TINY = ("--width", "16", "--layers", "1", "--steps", str(STEPS))
+EVERY = 5
+TINY = ("--width", "16", "--layers", "1", "--checkpoint-every", str(EVERY))
 
 
 class Runs:
   """Starts the script in a folder, in an environment without this process's flags."""
 
-  def __init__(self, folder, methods):
+  def __init__(self, folder, methods, steps):
     self.folder = folder
     self.methods = methods
+    self.steps = steps
     # Compiled once, by the run that nobody disturbs.
     self.environment = {
       **{k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))},
@@ -50,8 +51,8 @@ class Runs:
     return subprocess.Popen(
       [
         *(sys.executable, train_lm.__file__, *TINY),
-        *("--clip", ",".join(self.methods), "--out", out),
-        *("--checkpoint", out, "--checkpoint-every", str(EVERY), *flags),
+        *("--clip", ",".join(self.methods), "--steps", str(self.steps)),
+        *("--out", out, "--checkpoint", out, *flags),
       ],
       env=self.environment,
       stdout=subprocess.PIPE,
@@ -68,20 +69,22 @@ class Runs:
   def kill(self, name, moment, lines, delay):
     """Kills a resumed run; returns how many steps of all runs were recorded.
 
-    The moment is so many seconds after the start, or after so many steps were
-    recorded, or after that when a checkpoint is being written.
+    The moment is so many seconds after the start, but not after so many steps were
+    recorded; or after they were; or after that when a checkpoint is being written.
     """
     left = self.writing(name)
     lines = max(lines, self.recorded(name) + 1)
     process = self.start(name, "--resume")
     try:
-      while moment != "start" and process.poll() is None:
-        if self.recorded(name) >= lines and (
-          moment == "step" or self.writing(name) - left
-        ):
+      late = time.monotonic() + delay
+      while process.poll() is None:
+        reached = self.recorded(name) >= lines
+        if moment == "start" and (reached or time.monotonic() > late):
+          break
+        if reached and (moment == "step" or self.writing(name) - left):
+          time.sleep(delay)
           break
         time.sleep(0.0005)
-      time.sleep(delay)
     finally:
       process.kill()
       printed, _ = process.communicate()
@@ -104,9 +107,9 @@ class Runs:
     for method in self.methods:
       found[method, "csv"] = (folder / method / "steps.csv").read_bytes()
       with ocp.CheckpointManager(folder / method / "states") as manager:
-        assert manager.latest_step() == STEPS
+        assert manager.latest_step() == self.steps
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        state = manager.restore(STEPS, args=args)["state"]
+        state = manager.restore(self.steps, args=args)["state"]
       for path, x in jax.tree_util.tree_leaves_with_path(state):
         x = np.asarray(x)
         found[method, jax.tree_util.keystr(path)] = (x.dtype, x.shape, x.tobytes())
@@ -114,25 +117,28 @@ class Runs:
 
 
 def moments(kills, total, duration, rng):
-  """Moments that are spread over a run of so many steps and seconds in all."""
+  """Moments that are spread over a run of so many steps and seconds in all.
+
+  Its last third is left for the last of them to come late.
+  """
   kinds = list(itertools.islice(itertools.cycle(("start", "step", "write")), kills))
   rng.shuffle(kinds)
   for i, kind in enumerate(kinds):
-    last = total * (i + 1) // (kills + 1)
-    lines = rng.randint(total * i // (kills + 1), last)
+    first, last = (total * 2 * n // (3 * kills) for n in (i, i + 1))
+    lines = rng.randint(first, last)
     # The run that is killed need not compile, and takes half as long or less.
     yield kind, lines, rng.uniform(0, 0.25 * duration if kind == "start" else 0.02)
 
 
-def check_kills(folder, methods, kills, seed):
-  runs = Runs(folder, methods)
+def check_kills(folder, methods, steps, kills, seed):
+  runs, total = Runs(folder, methods, steps), steps * len(methods)
   started = time.perf_counter()
   runs.finish("whole")
   duration = time.perf_counter() - started
-  plan = moments(kills, STEPS * len(methods), duration, random.Random(seed))
+  plan = moments(kills, total, duration, random.Random(seed))
   recorded = [runs.kill("killed", *moment) for moment in plan]
   # Not all of them came before the first step or after the last one.
-  assert any(0 < steps < STEPS * len(methods) for steps in recorded)
+  assert any(0 < n < total for n in recorded)
   printed = runs.finish("killed", "--resume")
   assert "goes on from step" in printed
   whole, killed = runs.results("whole"), runs.results("killed")
@@ -141,12 +147,12 @@ def check_kills(folder, methods, kills, seed):
 
 
 def test_three_kills_leave_no_trace(tmp_path):
-  check_kills(tmp_path, ["autoclip"], 3, seed=0)
+  check_kills(tmp_path, ["autoclip"], 120, kills=3, seed=0)
 
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path):
-  check_kills(tmp_path, ["layer-percentile", "stable-spam"], 20, seed=1)
+  check_kills(tmp_path, ["layer-percentile", "stable-spam"], 400, kills=20, seed=1)
 
 
 def test_a_batch_does_not_depend_on_where_the_run_began():
