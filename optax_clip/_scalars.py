@@ -24,8 +24,6 @@ Array = jax.Array
 # Elements of a row. Kernels are slow to compile with more results, and the
 # program is long with more rows.
 _WIDTH = 16
-# Up to this many, slices are as good.
-_FEW = 4
 
 
 def columns(vectors: Sequence[Array]) -> list[list[Array]]:
@@ -33,7 +31,7 @@ def columns(vectors: Sequence[Array]) -> list[list[Array]]:
   count = vectors[0].size
   # Within a reduction dtypes have to agree, and what varies over which mesh axes.
   alike = len({v.dtype for v in vectors}) == 1
-  if count <= _FEW or not alike or any(map(_mesh.varying_axes, vectors)):
+  if count <= 1 or not alike or any(map(_mesh.varying_axes, vectors)):
     return [list(row) for row in zip(*map(_entries, vectors), strict=True)]
   table = jnp.stack(vectors, axis=1)
   return [_entries(row) for row in _rows(table)]

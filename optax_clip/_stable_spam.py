@@ -3,12 +3,21 @@
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from optax_clip import _groups
+from optax_clip import _mesh
+from optax_clip import _moments
+from optax_clip import _norms
+from optax_clip import _scalars
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
 from optax_clip._core import clip_with
+
+Array = jax.Array
 
 
 def adaclip(
@@ -16,6 +25,7 @@ def adaclip(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adaclip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -33,6 +43,8 @@ def adaclip(
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. The recorded norm is the
       largest modulus.
     name: the prefix of the metrics' keys.
@@ -71,7 +83,7 @@ def adaclip(
     2025, arXiv:2502.17055. Not the AdaCliP of differential privacy.
   """
   return clip_with(
-    measures.layer_norm(ord=math.inf, axis_name=axis_name),
+    measures.layer_norm(ord=math.inf, axis_name=axis_name, stacked=stacked),
     thresholds.average(decay),
     actions.rescale_elements(),
     nonfinite=nonfinite,
@@ -87,6 +99,7 @@ def adagn(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adagn",
 ) -> optax.GradientTransformationExtraArgs:
@@ -107,6 +120,8 @@ def adagn(
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -146,7 +161,7 @@ def adagn(
     2025, arXiv:2502.17055.
   """
   return clip_with(
-    measures.layer_norm(axis_name=axis_name),
+    measures.layer_norm(axis_name=axis_name, stacked=stacked),
     thresholds.mean_over_rms(decay_mean, decay_square, eps),
     actions.normalize(),
     nonfinite=nonfinite,
@@ -163,6 +178,7 @@ def stable_spam(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "stable_spam",
 ) -> optax.GradientTransformationExtraArgs:
@@ -176,6 +192,8 @@ def stable_spam(
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads, of both.
     name: the prefix of the metrics' keys, ``<name>_adaclip`` and
       ``<name>_adagn``.
@@ -209,10 +227,78 @@ def stable_spam(
   common: dict[str, Any] = {
     "nonfinite": nonfinite,
     "axis_name": axis_name,
+    "stacked": stacked,
     "record": record,
   }
+  first = adaclip(decay_max, name=f"{name}_adaclip", **common)
   chained = optax.chain(
-    adaclip(decay_max, name=f"{name}_adaclip", **common),
-    adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common),
+    first, adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common)
   )
-  return optax.with_extra_args_support(chained)
+  peak = measures.layer_norm(ord=math.inf, axis_name=axis_name, stacked=stacked)
+  largest = thresholds.average(decay_max)
+
+  def update(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    leaves = _groups.floating_leaves(updates)
+    peaks = peak.measure(updates)
+    if not _norms.is_norm(peaks):
+      # Leaves of several dtypes, stacked ones, or that differ over a mesh.
+      return optax.with_extra_args_support(chained).update(
+        updates, state, params, **extra_args
+      )
+    limits, _ = largest.update(_norms.magnitude(peaks), state[0].threshold)
+    norms = _clipped_norms(leaves, peaks, limits, axis_name)
+    if nonfinite == "zero":
+      # So are then the updates that AdaGN sees.
+      finite = jnp.all(jnp.isfinite(peaks.value))
+      norms = norms._replace(value=jnp.where(finite, norms.value, 0))
+    second = clip_with(
+      measures.layer_norm()._replace(measure=lambda *args, **extra_args: norms),
+      thresholds.mean_over_rms(decay_mean, decay_square, eps),
+      actions.normalize(),
+      nonfinite=nonfinite,
+      record=record,
+      name=f"{name}_adagn",
+    )
+    updates, clipped = first.update(updates, state[0], params, **extra_args)
+    updates, normalized = second.update(updates, state[1], params, **extra_args)
+    return updates, (clipped, normalized)
+
+  return optax.GradientTransformationExtraArgs(chained.init, update)
+
+
+def _clipped_norms(
+  leaves: list[Array], peaks: _norms.Norm, limits: Array, axis_name: Any
+) -> _norms.Norm:
+  """The norms of leaves after `actions.rescale_elements`, from those before it.
+
+  As the largest modulus is known, so is the unit to sum in, and no second
+  measurement is held ready: its `lax.cond` would need the clipped leaves as
+  arrays. Nor does XLA's CPU backend take a selection into a sum of squares,
+  and would write its result down; arithmetic with 0 and 1 it does.
+  """
+  factor, shift = actions.rescale().weigh(peaks, limits)
+  unit = _moments.power_of_two(jnp.minimum(_norms.magnitude(peaks), limits))
+
+  # Numbers that XLA does not know: constants as large as the leaves, which those
+  # of one shape would share, are written down too.
+  zero, one = jnp.zeros_like(limits), jnp.ones_like(limits)
+
+  def moment(leaf: Array, column: list[Array]) -> Array:
+    limit, factor, shift, unit, zero, one = column
+    # Not by the modulus, which is written down if it is taken for two purposes.
+    x = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
+    x = x.astype(limit.dtype)
+    beyond = jnp.maximum(x - limit, zero) + jnp.maximum(-x - limit, zero)
+    large = jnp.sign(beyond)
+    clipped = x * (one - large) + large * x * shift * factor
+    # The derivative of a quotient divides by a square, even for a constant unit.
+    unit = jax.lax.stop_gradient(unit)
+    return _moments.power_sum(clipped, 2, limit.dtype, unit)
+
+  found = _scalars.columns([limits, factor, shift, unit, zero, one])
+  moments = [moment(x, column) for x, column in zip(leaves, found, strict=True)]
+  axes = [_mesh.collected_axes(x, axis_name) for x in leaves]
+  total = _mesh.collect(moments, axes, jax.lax.psum)
+  return _norms.Norm(_moments.root(total, 2), unit)
