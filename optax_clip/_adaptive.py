@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from optax_clip import _groups
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
@@ -51,7 +52,7 @@ def zclip(
     decay: alpha, from 0 to below 1.
     warmup: how many steps are learnt from first; clipped to `max_norm` only.
     max_norm: c >= 0, in the units of the updates; a float, a schedule or a traced
-      scalar. Not remembered. `None`: no such cap.
+      scalar. Not remembered. `None`: no such cap, and nothing bounds the warm-up.
     mode: T of a spike: "adaptive_scaling", as above; "mean", mu; "percentile",
       mu + z sigma, for all norms above that.
     clip_factor: f > 0; all of T of a spike is multiplied by it.
@@ -137,6 +138,7 @@ def adagc(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adagc",
 ) -> optax.GradientTransformationExtraArgs:
@@ -167,6 +169,8 @@ def adagc(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -215,7 +219,7 @@ def adagc(
     Pretraining, 2025, arXiv:2502.11034.
   """
   return clip_with(
-    measures.layer_norm(ord=ord, axis_name=axis_name),
+    measures.layer_norm(ord=ord, axis_name=axis_name, stacked=stacked),
     thresholds.adagc(ratio, decay, warmup, warmup_norm, ord),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
