@@ -32,6 +32,10 @@ from optax_clip._loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optax_clip._metrics import loss_scale as loss_scale
 from optax_clip._metrics import metrics as metrics
 from optax_clip._norms import Norm as Norm
+from optax_clip._observe import NormHistory as NormHistory
+from optax_clip._observe import ObserveState as ObserveState
+from optax_clip._observe import norm_history as norm_history
+from optax_clip._observe import observe as observe
 from optax_clip._per_example import (
   per_example_global_norm_clip as per_example_global_norm_clip,
 )
@@ -43,6 +47,9 @@ from optax_clip._skip import skip_spikes as skip_spikes
 from optax_clip._stable_spam import adaclip as adaclip
 from optax_clip._stable_spam import adagn as adagn
 from optax_clip._stable_spam import stable_spam as stable_spam
+from optax_clip._suggest import Suggestion as Suggestion
+from optax_clip._suggest import replay_limits as replay_limits
+from optax_clip._suggest import suggest_max_norm as suggest_max_norm
 from optax_clip._transforms import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip._transforms import clip as clip
 from optax_clip._transforms import clip_by_block_rms as clip_by_block_rms
