@@ -174,7 +174,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
         axis.set_ylabel("norm")
       axis.set_xlabel("step")
     for axis in figure.axes[1:]:
-      _label_decades(axis)
+      label_decades(axis)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130, facecolor="white")
@@ -186,7 +186,7 @@ def _draw_losses(axis: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
     loss = run.column("loss")
     steps = np.arange(1, len(loss) + 1)
     axis.plot(steps, loss, color=color, linewidth=0.6, alpha=0.3)
-    axis.plot(steps, _smooth(loss), color=color, linewidth=1.8, label=_label(run))
+    axis.plot(steps, smooth(loss), color=color, linewidth=1.8, label=_label(run))
     if run.nonfinite().any():
       first = 1 + run.nonfinite().argmax()
       axis.axvline(first, color=color, linestyle=":")
@@ -207,7 +207,7 @@ def _label(run: Run) -> str:
   return f"{run.name}: diverged at step {1 + run.nonfinite().argmax()}"
 
 
-def _smooth(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
+def smooth(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
   """An exponential mean without bias at the start."""
   result, mean, weight = [], 0.0, 0.0
   for value in values:
@@ -241,7 +241,7 @@ def _draw_norms(axis: Any, run: Run, color: str) -> None:
   axis.set_title(f"{run.name}: {run.measured}{share}", fontsize=9)
 
 
-def _label_decades(axis: Any) -> None:
+def label_decades(axis: Any) -> None:
   """Plain numbers; once the axis has its range, which others may share."""
   low, high = axis.get_ylim()
   if axis.get_yscale() != "log":
