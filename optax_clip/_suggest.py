@@ -28,7 +28,7 @@ _RUN = 11
 _NEAR = 1.1
 
 # A level that moves by more than this factor is worth a warning.
-_DRIFT = 1.5
+_DRIFT = 2.0
 
 _PERCENTS = (5, 25, 50, 75, 95, 99)
 
@@ -75,11 +75,12 @@ class Suggestion(NamedTuple):
     """A summary for people; the fields hold all digits."""
     levels = "  ".join(f"{q}% {_digits(self.quantiles[q])}" for q in (5, 50, 95))
     later = f", {100 * self.clipped_later:.1f}% after the start" if self.start else ""
+    spikes = f"{self.spikes} spike{'' if self.spikes == 1 else 's'}"
     lines = [
       f"max_norm {_digits(self.max_norm)} would have clipped"
       f" {100 * self.clipped:.1f}% of the norms{later}",
       f"  steps       {self.steps}: {self.nonfinite} not finite, {self.zeros} of norm"
-      f" 0, {self.spikes} spikes",
+      f" 0, {spikes}",
       f"  norms       {levels}  max {_digits(self.quantiles[100])}",
       f"  at the end  autoclip would allow {_digits(self.autoclip)},"
       f" zclip {_digits(self.zclip)} (defaults)",
