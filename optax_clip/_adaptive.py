@@ -26,6 +26,7 @@ def zclip(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   record: bool = True,
   name: str = "zclip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,6 +65,7 @@ def zclip(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -118,7 +120,7 @@ def zclip(
     _validate.nonnegative(max_norm=max_norm)
     threshold = thresholds.at_most(threshold, max_norm)
   return clip_with(
-    measures.global_norm(ord=ord, axis_name=axis_name),
+    measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
     threshold,
     actions.rescale(strict=strict),
     nonfinite=nonfinite,
@@ -138,6 +140,7 @@ def adagc(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adagc",
@@ -169,6 +172,7 @@ def adagc(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
@@ -219,7 +223,7 @@ def adagc(
     Pretraining, 2025, arXiv:2502.11034.
   """
   return clip_with(
-    measures.layer_norm(ord=ord, axis_name=axis_name, stacked=stacked),
+    measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.adagc(ratio, decay, warmup, warmup_norm, ord),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,

@@ -20,6 +20,7 @@ def autoclip(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   record: bool = True,
   name: str = "autoclip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,6 +44,7 @@ def autoclip(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -85,7 +87,7 @@ def autoclip(
     Networks, 2020, arXiv:2007.14469.
   """
   return clip_with(
-    measures.global_norm(ord=ord, axis_name=axis_name),
+    measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
     thresholds.percentile(percentile, window),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -103,6 +105,7 @@ def clip_by_layer_percentile(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clip_by_layer_percentile",
@@ -126,6 +129,7 @@ def clip_by_layer_percentile(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
@@ -163,7 +167,7 @@ def clip_by_layer_percentile(
     arXiv:2110.02861 (the library that had it; it was withdrawn in 2026).
   """
   return clip_with(
-    measures.layer_norm(ord=ord, axis_name=axis_name, stacked=stacked),
+    measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.percentile(percentile, window),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -181,6 +185,7 @@ def clip_by_history(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   record: bool = True,
   name: str = "clip_by_history",
 ) -> optax.GradientTransformationExtraArgs:
@@ -205,6 +210,7 @@ def clip_by_history(
     strict: whether no norm of the result may exceed its limit in exact
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -246,7 +252,7 @@ def clip_by_history(
     `clip_update_by_historical_norm` of Levanter, Stanford CRFM, 2025.
   """
   return clip_with(
-    measures.global_norm(ord=ord, axis_name=axis_name),
+    measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
     thresholds.history(sigmas, window),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,

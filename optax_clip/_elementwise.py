@@ -32,6 +32,8 @@ def clippy(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
+  stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clippy",
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,6 +59,9 @@ def clippy(
     strict: whether no element may exceed its bound in exact arithmetic, up to the
       rounding of the bound.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. The recorded norm is the
       largest ratio of an element to its bound, and the limit 1.
     name: the prefix of the metrics' keys.
@@ -100,6 +105,8 @@ def clippy(
       # `None`, as `optax.inject_hyperparams` traces every number: also a 0.
       0.0 if accumulator_relative is None else _exact(accumulator_relative),
       axis_name,
+      specs,
+      stacked,
     ),
     thresholds.constant(1.0),
     actions.rescale(strict=strict),
@@ -115,9 +122,13 @@ def _exact(value: Any) -> Any:
   return known if isinstance(known, float) else jnp.asarray(value)
 
 
-def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
+def _share_of_bound(
+  r: Any, a: Any, s: Any, axis_name: Any, specs: Any, stacked: _groups.Stacked
+) -> Measure:
   """For each leaf the largest ratio of an element to what it may be."""
-  peak = measures.layer_norm(ord=math.inf, axis_name=axis_name)
+  peak = measures.layer_norm(
+    ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
+  )
   # An element of 3e38 over a bound of 1e-7 is not a float: then in these units.
   big = 2.0**64
 
@@ -150,7 +161,7 @@ def _share_of_bound(r: Any, a: Any, s: Any, axis_name: Any) -> Measure:
 
     def largest(unit: float) -> Any:
       shares = [ratio(*x, unit) for x in zip(leaves, weights, sums, strict=True)]
-      return peak.measure(shares)
+      return peak.measure(jax.tree.unflatten(jax.tree.structure(updates), shares))
 
     def chosen(near: _norms.Norm, far: _norms.Norm) -> _norms.Norm:
       use = jnp.isfinite(near.value) & (near.value > big)

@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 def global_norm(
-  tree: Any, *, ord: float | None = None, axis_name: Any = "auto"
+  tree: Any, *, ord: float | None = None, axis_name: Any = "auto", specs: Any = None
 ) -> Array:
   r"""The norm of all elements of a tree.
 
@@ -35,6 +35,7 @@ def global_norm(
     tree: any tree of floating or complex arrays.
     ord: p: 2 by default, `float('inf')` for the largest modulus.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
 
   Returns:
     f32[], or f64[] if a leaf is float64. 0 for an empty tree, NaN if an element
@@ -49,7 +50,7 @@ def global_norm(
     >>> print(optax_clip.global_norm({"w": jnp.full(4, 300.0, jnp.float16)}))
     600.0
   """
-  measure = measures.global_norm(ord=ord, axis_name=axis_name)
+  measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
   return _norms.magnitude(measure.measure(tree))
 
 
@@ -63,6 +64,7 @@ def clip_tree(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
 ) -> tuple[Any, Array]:
   r"""Clips a tree by its global norm, and returns both.
 
@@ -81,6 +83,7 @@ def clip_tree(
     nonfinite: ``"zero"`` returns zeros if the norm is NaN or inf.
     strict: whether the result's norm must not exceed c in exact arithmetic.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
 
   Returns:
     The clipped tree and its norm before clipping, f32[] (or f64[]).
@@ -96,7 +99,7 @@ def clip_tree(
     [0.6 0.8] 5.0
   """
   _validate.nonnegative(max_norm=max_norm)
-  measure = measures.global_norm(ord=ord, axis_name=axis_name)
+  measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
   measured = measure.measure(tree) if norm is None else _norms.plain(jnp.asarray(norm))
   tx = clip_with(
     measure._replace(measure=lambda *args, **extra_args: measured),

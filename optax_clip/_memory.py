@@ -39,6 +39,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip._core import Threshold
 
@@ -126,7 +127,7 @@ def flat(norms: Any) -> Array:
   dtype = _moments.accumulator(*(x.dtype for x in leaves))
   if all(x.ndim == 0 for x in leaves):
     return jnp.stack(lax.optimization_barrier([x.astype(dtype) for x in leaves]))
-  return jnp.concatenate([x.ravel().astype(dtype) for x in leaves])
+  return jnp.concatenate([_mesh.replicated(x).ravel().astype(dtype) for x in leaves])
 
 
 def unflat(vector: Array, norms: Any) -> Any:
@@ -136,7 +137,7 @@ def unflat(vector: Array, norms: Any) -> Any:
   for x in leaves:
     ends.append(ends[-1] + x.size)
   parts = [
-    vector[a:b].reshape(x.shape).astype(x.dtype)
+    _mesh.sharded_like(vector[a:b].reshape(x.shape).astype(x.dtype), x)
     for x, a, b in zip(leaves, ends[:-1], ends[1:], strict=True)
   ]
   # Without the barrier XLA reads each leaf's limit out of the vector within the

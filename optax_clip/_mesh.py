@@ -6,6 +6,7 @@ The only file that depends on how a JAX version spells these things.
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,162 @@ def varying_axes(x: Any) -> tuple[str, ...]:
 
 
 def collected_axes(x: Any, axis_name: Any) -> tuple[str, ...]:
-  """The axes over which the norm of `x` is collected."""
+  """The axes over which the norm of all of `x` is collected."""
   if axis_name == "auto":
     return varying_axes(x)
   return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+class Cut(NamedTuple):
+  """How the norms of one leaf lie on a mesh.
+
+  Attributes:
+    within: the axes over which each norm is collected.
+    between: pairs of a dimension and the axes that cut it, of the dimensions that
+      norms differ along: each device has some of the norms.
+  """
+
+  within: tuple[str, ...] = ()
+  between: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """All of them, sorted."""
+    return tuple(
+      sorted({*self.within, *(a for _, names in self.between for a in names)})
+    )
+
+
+def cuts(
+  tree: Any, over: Sequence[tuple[int, ...] | None], axis_name: Any, specs: Any
+) -> list[Cut]:
+  """How the norms of each leaf lie on a mesh.
+
+  Args:
+    tree: updates.
+    over: for each leaf the dimensions that one norm is of, or `None` for all.
+    axis_name: as in `optax_clip.measures`.
+    specs: as there. Outside of `shard_map` and `pmap`, where arrays are whole, it
+      says nothing.
+
+  Raises:
+    ValueError: if norms are of some dimensions only, and it is not known which of
+      them the leaf is cut along.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  if specs is not None:
+    pairs = zip(leaves, over, _leaf_specs(tree, specs), strict=True)
+    return [_cut(x, dims, spec) for (_, x), dims, spec in pairs]
+  for (path, x), dims in zip(leaves, over, strict=True):
+    if axis_name == "auto" and dims is not None and (names := varying_axes(x)):
+      raise ValueError(
+        f"The leaf {jax.tree_util.keystr(path)} varies over the mesh axes {names}, but"
+        " its type does not say which dimension is sharded, and norms of units or of"
+        " stacked layers are of some dimensions only. Pass specs=, a tree of"
+        " PartitionSpecs or a prefix of one, as in_specs of shard_map."
+      )
+  return [Cut(collected_axes(x, axis_name)) for _, x in leaves]
+
+
+def whole_shapes(tree: Any, specs: Any) -> list[tuple[int, ...]]:
+  """The shapes of leaves on all devices together."""
+  leaves = jax.tree.leaves(tree)
+  if specs is None:
+    return [tuple(jnp.shape(x)) for x in leaves]
+  every = [
+    _cut(x, (), spec) for x, spec in zip(leaves, _leaf_specs(tree, specs), strict=True)
+  ]
+  return [whole_shape(jnp.shape(x), cut) for x, cut in zip(leaves, every, strict=True)]
+
+
+def _leaf_specs(tree: Any, specs: Any) -> list[Any]:
+  """The `PartitionSpec` of each leaf; `None` stands for an empty one."""
+
+  def is_spec(node: Any) -> bool:
+    return node is None or isinstance(node, jax.sharding.PartitionSpec)
+
+  given, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+  wrong = [spec for spec in given if not is_spec(spec)]
+  if wrong:
+    raise TypeError(
+      f"specs must hold PartitionSpecs, got {wrong[0]!r} of type"
+      f" {type(wrong[0]).__name__}."
+    )
+  # As numbers, since `None` is no leaf and a spec may be a tuple.
+  numbers = jax.tree.unflatten(treedef, range(len(given)))
+  try:
+    found = jax.tree.leaves(jax.tree.broadcast(numbers, tree))
+  except ValueError as error:
+    raise ValueError(
+      "specs must be a tree prefix of the updates, got one of structure"
+      f" {treedef} for updates of structure {jax.tree.structure(tree)}."
+    ) from error
+  return [given[i] for i in found]
+
+
+def _cut(x: Any, dims: tuple[int, ...] | None, spec: Any) -> Cut:
+  entries = tuple(spec or ())
+  if len(entries) > jnp.ndim(x):
+    raise ValueError(f"specs: {spec} is of more dimensions than {jnp.shape(x)}.")
+  within: list[str] = []
+  between = []
+  for dim, entry in enumerate(entries):
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    names = tuple(name for name in names if _is_bound(name))
+    if dims is None or dim in dims:
+      within += names
+    elif names:
+      between.append((dim, names))
+  return Cut(tuple(sorted(within)), tuple(between))
+
+
+def _is_bound(name: str) -> bool:
+  """Whether arrays are local along a mesh axis here."""
+  try:
+    jax.lax.axis_index(name)
+  except NameError:
+    return False
+  return True
+
+
+def whole_shape(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
+  """The shape, on all devices together, of norms that have this shape on each."""
+  whole = list(shape)
+  for dim, names in cut.between:
+    whole[dim] *= devices(names)
+  return tuple(whole)
+
+
+def placed(x: Array, cut: Cut) -> Array:
+  """Each device's norms in their place among all, with 0 for those of others.
+
+  One collective then does both, it adds up what each norm is of and puts the
+  norms together. All devices know all norms after it, and thresholds and records
+  are what they are on one device.
+  """
+  for dim, names in cut.between:
+    shape = list(x.shape)
+    shape[dim] *= devices(names)
+    start = _index(names) * x.shape[dim]
+    empty = jnp.zeros(shape, x.dtype)
+    x = jax.lax.dynamic_update_slice_in_dim(empty, x, start, dim)
+  return x
+
+
+def local(x: Array, cut: Cut) -> Array:
+  """The inverse of `placed`: this device's norms out of all."""
+  for dim, names in cut.between:
+    size = x.shape[dim] // devices(names)
+    x = jax.lax.dynamic_slice_in_dim(x, _index(names) * size, size, dim)
+  return x
+
+
+def _index(names: tuple[str, ...]) -> Array:
+  """The place of this device along the product of some mesh axes."""
+  index = jnp.zeros((), jnp.int32)
+  for name in names:
+    index = index * devices((name,)) + jax.lax.axis_index(name)
+  return index
 
 
 def collect(
@@ -55,16 +208,47 @@ def collect_each(
   axes: Sequence[tuple[str, ...]],
   collective: Callable[..., Array],
 ) -> list[Array]:
-  """As `collect`, for scalars that stay apart (or arrays, if no axes)."""
-  if not any(axes):
-    return list(values)
-  return list(collect(values, axes, collective))
+  """As `collect`, for arrays that stay apart."""
+  result = list(values)
+  kinds = [
+    (names, varying_axes(x), x.dtype) for x, names in zip(values, axes, strict=True)
+  ]
+  for kind in sorted(set(kinds), key=str):
+    names = kind[0]
+    if not names:
+      continue
+    members = [i for i, other in enumerate(kinds) if other == kind]
+    joint = collective(jnp.concatenate([values[i].ravel() for i in members]), names)
+    start = 0
+    for i in members:
+      stop = start + values[i].size
+      result[i] = joint[start:stop].reshape(values[i].shape)
+      start = stop
+  return result
 
 
 def is_explicitly_sharded(x: Any) -> bool:
   """Whether the type of `x` says that a dimension of it is sharded."""
   sharding = getattr(jax.typeof(x), "sharding", None)
   return any(axis is not None for axis in getattr(sharding, "spec", None) or ())
+
+
+def replicated(x: Array) -> Array:
+  """An array whose type says that it is sharded, on every device whole."""
+  if not is_explicitly_sharded(x):
+    return x
+  return _reshard(x, jax.sharding.PartitionSpec())
+
+
+def sharded_like(x: Array, like: Array) -> Array:
+  """An array with the sharding that the type of another one of its shape says."""
+  if not is_explicitly_sharded(like):
+    return x
+  return _reshard(x, jax.typeof(like).sharding.spec)
+
+
+# `jax.reshard` since JAX 0.9.
+_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
 
 
 def on_one_device(arrays: Sequence[Any]) -> bool:
@@ -87,14 +271,3 @@ def on_one_device(arrays: Sequence[Any]) -> bool:
 def devices(names: tuple[str, ...]) -> int:
   """How many devices' parts a collective over these axes covers."""
   return jax.lax.psum(1, names) if names else 1
-
-
-def require_unsharded(arrays: Sequence[Any], what: str) -> None:
-  """Raises where a leaf is one device's part and its cut is not known."""
-  for x in arrays:
-    if names := varying_axes(x):
-      raise ValueError(
-        f"{what} cannot be taken of a leaf that varies over the mesh axes"
-        f" {names}: its type does not say which dimension is sharded. Clip"
-        " outside of shard_map, or sum the gradients over these axes first."
-      )

@@ -121,7 +121,7 @@ def group_norms(
   groups: Sequence[int],
   count: int,
   ord: float,
-  axis_name: Any,
+  mesh_axes: Sequence[tuple[str, ...]],
 ) -> Norm:
   """One norm for each group of arrays.
 
@@ -130,7 +130,7 @@ def group_norms(
     groups: for each leaf, the index of its group.
     count: how many groups there are; a group without elements has norm 0.
     ord: 1, 2, ..., `math.inf`; any positive real.
-    axis_name: the mesh axes to collect over, as in `optax_clip.clip_with`.
+    mesh_axes: for each leaf the mesh axes to collect over.
 
   Returns:
     A `Norm` of shape ``[count]``.
@@ -138,17 +138,17 @@ def group_norms(
   dtype = _moments.accumulator(*(x.dtype for x in leaves))
   # Arrays are grouped into parts outside of `jit`, where concrete arrays can
   # still be asked for their devices.
-  kept = [(x, g) for x, g in zip(leaves, groups, strict=True) if x.size]
+  kept = [e for e in zip(leaves, groups, mesh_axes, strict=True) if e[0].size]
   if not kept:
     return plain(jnp.zeros(count, dtype))
-  arrays, group_of = zip(*kept, strict=True)
+  arrays, group_of, names = zip(*kept, strict=True)
   return _group_norms(
     arrays,
     groups=group_of,
     count=count,
     ord=ord,
     dtype=dtype,
-    axes=tuple(_mesh.collected_axes(x, axis_name) for x in arrays),
+    axes=names,
     concatenate=_mesh.on_one_device(arrays),
   )
 
@@ -222,7 +222,7 @@ def leaf_norms(
   leaves: Sequence[Array],
   axes: Sequence[tuple[int, ...] | None],
   ord: float,
-  axis_name: Any = (),
+  cuts: Sequence[_mesh.Cut] | None = None,
 ) -> Any:
   """One norm, or an array of them, for each leaf.
 
@@ -231,17 +231,18 @@ def leaf_norms(
     axes: for each leaf the axes of one unit, which stay with size 1; or `None`
       for one norm of the whole leaf, of shape ``[]``.
     ord: 1, 2, ..., `math.inf`; any positive real.
-    axis_name: the mesh axes to collect over, as in `optax_clip.measures`.
+    cuts: how the norms of each leaf lie on a mesh; on none if `None`.
 
   Returns:
     A list of `Norm`, one for each leaf; or one `Norm` of shape ``[leaves]`` if
     all are of whole leaves and of one type. XLA compiles arithmetic on a vector
     in no time, and on 300 scalars in seconds.
   """
-  mesh_axes = tuple(_mesh.collected_axes(x, axis_name) for x in leaves)
+  cuts = [_mesh.Cut()] * len(leaves) if cuts is None else cuts
+  mesh_axes = [cut.axes for cut in cuts]
   if leaves and all(a is None for a in axes) and _of_one_type(leaves, mesh_axes):
-    return group_norms(leaves, range(len(leaves)), len(leaves), ord, axis_name)
-  return _leaf_norms(tuple(leaves), axes=tuple(axes), ord=ord, mesh_axes=mesh_axes)
+    return group_norms(leaves, range(len(leaves)), len(leaves), ord, mesh_axes)
+  return _leaf_norms(tuple(leaves), axes=tuple(axes), ord=ord, cuts=tuple(cuts))
 
 
 def _of_one_type(leaves: Sequence[Array], mesh_axes: Sequence[tuple[str, ...]]) -> bool:
@@ -257,30 +258,36 @@ def _of_one_type(leaves: Sequence[Array], mesh_axes: Sequence[tuple[str, ...]]) 
   return len(types) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "ord", "mesh_axes"), inline=True)
+@functools.partial(jax.jit, static_argnames=("axes", "ord", "cuts"), inline=True)
 def _leaf_norms(
   leaves: tuple[Array, ...],
   *,
   axes: tuple[tuple[int, ...] | None, ...],
   ord: float,
-  mesh_axes: tuple[tuple[str, ...], ...],
+  cuts: tuple[_mesh.Cut, ...],
 ) -> list[Norm]:
   over = [
     (x, a, _moments.accumulator(x.dtype)) for x, a in zip(leaves, axes, strict=True)
   ]
 
+  def collected(values: list[Array], collective: Callable[..., Array]) -> list[Array]:
+    values = [_mesh.placed(x, cut) for x, cut in zip(values, cuts, strict=True)]
+    return _mesh.collect_each(values, [cut.axes for cut in cuts], collective)
+
   def largest() -> list[Array]:
     peaks = [
       _moments.over_axes(jnp.max, _moments.modulus(x, dtype), a) for x, a, dtype in over
     ]
-    return _mesh.collect_each(peaks, mesh_axes, lax.pmax)
+    return collected(peaks, lax.pmax)
 
   def moment(units: Sequence[Array | None]) -> list[Array]:
     sums = [
-      _moments.power_sum(x, ord, dtype, unit, a)
-      for (x, a, dtype), unit in zip(over, units, strict=True)
+      _moments.power_sum(
+        x, ord, dtype, unit if unit is None else _mesh.local(unit, cut), a
+      )
+      for (x, a, dtype), unit, cut in zip(over, units, cuts, strict=True)
     ]
-    return _mesh.collect_each(sums, mesh_axes, lax.psum)
+    return collected(sums, lax.psum)
 
   if ord == math.inf:
     return [plain(m) for m in largest()]
@@ -301,8 +308,8 @@ def _leaf_norms(
     return finished(moments, units)
   # How many elements each norm is of.
   sizes = [
-    x.size // max(m.size, 1) * _mesh.devices(names)
-    for x, m, names in zip(leaves, moments, mesh_axes, strict=True)
+    x.size // max(m.size, 1) * _mesh.devices(cut.axes)
+    for x, m, cut in zip(leaves, moments, cuts, strict=True)
   ]
   unsafe = _moments.out_of_range(moments, sizes)
   return finished(*lax.cond(unsafe, rescale, lambda: (moments, units)))

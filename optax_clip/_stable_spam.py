@@ -25,6 +25,7 @@ def adaclip(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adaclip",
@@ -43,6 +44,7 @@ def adaclip(
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. The recorded norm is the
@@ -83,7 +85,9 @@ def adaclip(
     2025, arXiv:2502.17055. Not the AdaCliP of differential privacy.
   """
   return clip_with(
-    measures.layer_norm(ord=math.inf, axis_name=axis_name, stacked=stacked),
+    measures.layer_norm(
+      ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
+    ),
     thresholds.average(decay),
     actions.rescale_elements(),
     nonfinite=nonfinite,
@@ -99,6 +103,7 @@ def adagn(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adagn",
@@ -120,6 +125,7 @@ def adagn(
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
@@ -161,7 +167,7 @@ def adagn(
     2025, arXiv:2502.17055.
   """
   return clip_with(
-    measures.layer_norm(axis_name=axis_name, stacked=stacked),
+    measures.layer_norm(axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.mean_over_rms(decay_mean, decay_square, eps),
     actions.normalize(),
     nonfinite=nonfinite,
@@ -178,6 +184,7 @@ def stable_spam(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "stable_spam",
@@ -192,6 +199,7 @@ def stable_spam(
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads, of both.
@@ -227,6 +235,7 @@ def stable_spam(
   common: dict[str, Any] = {
     "nonfinite": nonfinite,
     "axis_name": axis_name,
+    "specs": specs,
     "stacked": stacked,
     "record": record,
   }
@@ -234,7 +243,9 @@ def stable_spam(
   chained = optax.chain(
     first, adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common)
   )
-  peak = measures.layer_norm(ord=math.inf, axis_name=axis_name, stacked=stacked)
+  peak = measures.layer_norm(
+    ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
+  )
   largest = thresholds.average(decay_max)
 
   def update(
@@ -242,7 +253,7 @@ def stable_spam(
   ) -> tuple[Any, Any]:
     leaves = _groups.floating_leaves(updates)
     peaks = peak.measure(updates)
-    if not _norms.is_norm(peaks):
+    if specs is not None or not _norms.is_norm(peaks):
       # Leaves of several dtypes, stacked ones, or that differ over a mesh.
       return optax.with_extra_args_support(chained).update(
         updates, state, params, **extra_args

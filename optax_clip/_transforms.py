@@ -85,6 +85,7 @@ def clip_by_global_norm(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   record: bool = True,
   name: str = "clip_by_global_norm",
 ) -> optax.GradientTransformationExtraArgs:
@@ -111,6 +112,7 @@ def clip_by_global_norm(
       at worst twice that. Subnormal elements of the leaf become zero, except in
       float16.
     axis_name: mesh axes to collect the norm over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. With `False` the state
       is that of optax, and so are checkpoints.
     name: the prefix of the metrics' keys.
@@ -152,7 +154,7 @@ def clip_by_global_norm(
   """
   _validate.nonnegative(max_norm=max_norm)
   return clip_with(
-    measures.global_norm(ord=ord, axis_name=axis_name),
+    measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
     thresholds.of(max_norm),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -169,6 +171,7 @@ def clip_by_layer_norm(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clip_by_layer_norm",
@@ -190,6 +193,7 @@ def clip_by_layer_norm(
       inf.
     strict: whether no norm may exceed c in exact arithmetic.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
@@ -215,7 +219,7 @@ def clip_by_layer_norm(
   """
   _validate.nonnegative(max_norm=max_norm)
   return clip_with(
-    measures.layer_norm(ord=ord, axis_name=axis_name, stacked=stacked),
+    measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.of(max_norm),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -233,6 +237,7 @@ def clip_by_group_norm(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   record: bool = True,
   name: str = "clip_by_group_norm",
 ) -> optax.GradientTransformationExtraArgs:
@@ -252,6 +257,7 @@ def clip_by_group_norm(
       inf.
     strict: whether no norm may exceed its limit in exact arithmetic.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
     name: the prefix of the metrics' keys.
 
@@ -278,7 +284,7 @@ def clip_by_group_norm(
   for label in names:
     _validate.nonnegative(**{f"max_norms[{label!r}]": max_norms[label]})
   return clip_with(
-    measures.group_norm(labels, names, ord=ord, axis_name=axis_name),
+    measures.group_norm(labels, names, ord=ord, axis_name=axis_name, specs=specs),
     thresholds.per_group([max_norms[label] for label in names]),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -294,6 +300,7 @@ def clip_by_block_rms(
   nonfinite: str = "propagate",
   strict: bool = False,
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "clip_by_block_rms",
@@ -315,6 +322,7 @@ def clip_by_block_rms(
       is NaN or inf.
     strict: whether no root mean square may exceed d in exact arithmetic.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
@@ -344,7 +352,7 @@ def clip_by_block_rms(
   """
   _validate.nonnegative(threshold=threshold)
   return clip_with(
-    measures.layer_rms(axis_name=axis_name, stacked=stacked),
+    measures.layer_rms(axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.of(threshold),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -361,6 +369,8 @@ def adaptive_grad_clip(
   ord: float | None = None,
   nonfinite: str = "propagate",
   strict: bool = False,
+  axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
   record: bool = True,
   name: str = "adaptive_grad_clip",
@@ -387,6 +397,8 @@ def adaptive_grad_clip(
       inf.
     strict: whether no norm may exceed its limit in exact arithmetic, up to the
       rounding of the parameters' norm.
+    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads. The recorded norm is
@@ -426,7 +438,12 @@ def adaptive_grad_clip(
   """
   _validate.nonnegative(clipping=clipping)
   return clip_with(
-    measures.relative(measures.unit_norm(axis=axis, ord=ord, stacked=stacked), eps=eps),
+    measures.relative(
+      measures.unit_norm(
+        axis=axis, ord=ord, axis_name=axis_name, specs=specs, stacked=stacked
+      ),
+      eps=eps,
+    ),
     thresholds.of(clipping),
     actions.rescale(strict=strict),
     nonfinite=nonfinite,

@@ -10,6 +10,12 @@ Each function returns a `Measure` for `optax_clip.clip_with`. All of them take
   and ``shard_map(..., check_vma=False)``, where types say nothing.
 * ``()``: none, to clip each device's part by its own norm.
 
+``specs``, a tree of `PartitionSpec` or a prefix of one, as ``in_specs`` of
+``shard_map``, says it for each leaf instead, and along which dimension a leaf is cut.
+It is needed where types cannot tell: for trees that mix sharded and replicated leaves
+inside `jax.pmap` and ``check_vma=False``, and for norms of units and of stacked layers
+inside ``shard_map``. Elsewhere, under plain `jax.jit`, do not pass it.
+
 Those of layers and units take ``stacked``: `jax.lax.scan` over layers, as in Flax's
 ``nnx.scan``, ``nnx.vmap`` and Linen's ``nn.scan``, keeps one parameter of all layers
 in one leaf. Without it they would be one layer, and one that explodes would shrink
@@ -38,7 +44,9 @@ from optax_clip._core import Measure
 Array = jax.Array
 
 
-def global_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure:
+def global_norm(
+  *, ord: float | None = None, axis_name: Any = "auto", specs: Any = None
+) -> Measure:
   """The norm of all leaves together: one number, of shape ``[]``."""
   p = _validate.order(ord)
 
@@ -49,7 +57,8 @@ def global_norm(*, ord: float | None = None, axis_name: Any = "auto") -> Measure
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
-    norms = _norms.group_norms(leaves, [0] * len(leaves), 1, p, axis_name)
+    axes = _whole_axes(updates, axis_name, specs)
+    norms = _norms.group_norms(leaves, [0] * len(leaves), 1, p, axes)
     return jax.tree.map(lambda x: x[0], norms)
 
   def spread(tree: Any, updates: Any) -> list[Any]:
@@ -62,6 +71,7 @@ def layer_norm(
   *,
   ord: float | None = None,
   axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
 ) -> Measure:
   """The norm of each layer: of each leaf, or of each layer of a stacked leaf.
@@ -69,6 +79,7 @@ def layer_norm(
   Args:
     ord: the order of the norm, 2 by default.
     axis_name: see the module's docstring.
+    specs: see there.
     stacked: which leaves hold many layers, and along which axis; see there.
 
   The shape is ``[leaves]``. With `stacked`, a list: for each leaf ``[]``, or its own
@@ -77,47 +88,49 @@ def layer_norm(
   p = _validate.order(ord)
   _groups.checked_stacked(stacked)
 
-  def axes(tree: Any, leaves: list[Array]) -> list[tuple[int, ...] | None]:
-    return [
-      None if layer is None else _groups.stacked_axes(x.shape, layer)
-      for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
-    ]
-
   def like(params: Any) -> Any:
     leaves = _groups.floating_leaves(params)
-    over = axes(params, leaves)
+    over = _layers(params, leaves, stacked)
     if any(a is not None for a in over):
-      return [_blank(x, a) for x, a in zip(leaves, over, strict=True)]
+      return _blanks(leaves, over, _mesh.cuts(params, over, (), specs))
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
     return jnp.zeros(len(leaves), dtype) if leaves else []
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
-    over = axes(updates, leaves)
-    stacks = [x for x, a in zip(leaves, over, strict=True) if a is not None]
-    _mesh.require_unsharded(stacks, "a norm of stacked layers")
-    return _norms.leaf_norms(leaves, over, p, axis_name)
+    over = _layers(updates, leaves, stacked)
+    cuts = _mesh.cuts(updates, over, axis_name, specs)
+    return _norms.leaf_norms(leaves, over, p, cuts)
 
-  return Measure(like, measure, _leaf_by_leaf)
+  def spread(tree: list[Any], updates: Any) -> list[Any]:
+    over = _layers(updates, jax.tree.leaves(updates), stacked)
+    return _leaf_by_leaf(tree, _mesh.cuts(updates, over, axis_name, specs))
+
+  return Measure(like, measure, spread)
 
 
-def layer_rms(*, axis_name: Any = "auto", stacked: _groups.Stacked = None) -> Measure:
+def layer_rms(
+  *, axis_name: Any = "auto", specs: Any = None, stacked: _groups.Stacked = None
+) -> Measure:
   """The root mean square of each layer, of the shape that `layer_norm` has."""
-  norm = layer_norm(axis_name=axis_name, stacked=stacked)
+  norm = layer_norm(axis_name=axis_name, specs=specs, stacked=stacked)
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     norms = norm.measure(updates, params, **extra_args)
     leaves = _groups.floating_leaves(updates)
+    over = _layers(updates, leaves, stacked)
+    cuts = _mesh.cuts(updates, over, axis_name, specs)
     # Under `shard_map` a leaf is one device's share of the elements.
     sizes = [
-      max(x.size, 1) * _mesh.devices(_mesh.collected_axes(x, axis_name)) for x in leaves
+      _size_of_one(x, dims) * _mesh.devices(cut.within)
+      for x, dims, cut in zip(leaves, over, cuts, strict=True)
     ]
     if _norms.is_norm(norms):
       roots = jnp.sqrt(jnp.asarray(sizes, norms.value.dtype))
       return norms._replace(value=norms.value / roots)
     return [
-      n._replace(value=n.value / math.sqrt(size / max(n.value.size, 1)))
+      n._replace(value=n.value / math.sqrt(size))
       for n, size in zip(norms, sizes, strict=True)
     ]
 
@@ -130,6 +143,7 @@ def group_norm(
   *,
   ord: float | None = None,
   axis_name: Any = "auto",
+  specs: Any = None,
 ) -> Measure:
   """The norm of each group of leaves: shape ``[len(names)]``.
 
@@ -139,6 +153,7 @@ def group_norm(
     names: the labels, in the order of the norms.
     ord: the order of the norm, 2 by default.
     axis_name: see the module's docstring.
+    specs: see there.
   """
   p = _validate.order(ord)
   _groups.checked_labels(labels, names)
@@ -153,7 +168,8 @@ def group_norm(
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
     ids = _groups.label_ids(labels, names, updates)
-    return _norms.group_norms(leaves, ids, len(names), p, axis_name)
+    axes = _whole_axes(updates, axis_name, specs)
+    return _norms.group_norms(leaves, ids, len(names), p, axes)
 
   def spread(tree: Any, updates: Any) -> list[Any]:
     rows = [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(names))]
@@ -166,6 +182,8 @@ def unit_norm(
   *,
   axis: Any = None,
   ord: float | None = None,
+  axis_name: Any = "auto",
+  specs: Any = None,
   stacked: _groups.Stacked = None,
 ) -> Measure:
   """The norm of each unit: a list, for each leaf its shape with axes of size 1.
@@ -178,29 +196,39 @@ def unit_norm(
     axis: the axes that belong to one unit, for every leaf; by rank if `None`. Of a
       stacked leaf, the axes and the rank of one layer.
     ord: the order of the norm, 2 by default.
-    stacked: which leaves hold many layers, see the module's docstring.
+    axis_name: see the module's docstring.
+    specs: see there.
+    stacked: which leaves hold many layers, see there.
   """
   p = _validate.order(ord)
   _groups.checked_stacked(stacked)
 
-  def axes(tree: Any, leaves: list[Array]) -> list[tuple[int, ...]]:
+  def axes(tree: Any) -> list[tuple[int, ...]]:
+    # Of whole leaves: of one row of a matrix nobody could say that it is one.
+    shapes = _mesh.whole_shapes(tree, specs)
+    layers = _groups.layer_axes(tree, stacked)
     return [
-      _groups.stacked_unit_axes(x.shape, axis, layer)
-      for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
+      _groups.stacked_unit_axes(shape, axis, layer)
+      for shape, layer in zip(shapes, layers, strict=True)
     ]
 
   def like(params: Any) -> list[Array]:
     leaves = _groups.floating_leaves(params)
-    pairs = zip(leaves, axes(params, leaves), strict=True)
-    return [_blank(x, over) for x, over in pairs]
+    over = axes(params)
+    return _blanks(leaves, over, _mesh.cuts(params, over, (), specs))
 
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
-    _mesh.require_unsharded(leaves, "a norm of units")
-    return _norms.leaf_norms(leaves, axes(updates, leaves), p)
+    over = axes(updates)
+    cuts = _mesh.cuts(updates, over, axis_name, specs)
+    return _norms.leaf_norms(leaves, over, p, cuts)
 
-  return Measure(like, measure, _leaf_by_leaf)
+  def spread(tree: list[Any], updates: Any) -> list[Any]:
+    over = axes(updates)
+    return _leaf_by_leaf(tree, _mesh.cuts(updates, over, axis_name, specs))
+
+  return Measure(like, measure, spread)
 
 
 def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
@@ -236,15 +264,51 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
   return measure._replace(measure=relative_measure)
 
 
-def _blank(x: Array, over: tuple[int, ...] | None) -> Array:
-  """Zeros as the norms of a leaf over some axes, or over all of it."""
-  shape = () if over is None else [1 if i in over else n for i, n in enumerate(x.shape)]
-  return jnp.zeros(shape, _moments.accumulator(x.dtype))
+def _layers(
+  tree: Any, leaves: Sequence[Array], stacked: _groups.Stacked
+) -> list[tuple[int, ...] | None]:
+  """For each leaf the dimensions of one layer; `None` if it is one layer."""
+  return [
+    None if layer is None else _groups.stacked_axes(x.shape, layer)
+    for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
+  ]
 
 
-def _leaf_by_leaf(tree: Any, updates: Any) -> list[Any]:
-  del updates
-  if isinstance(tree, list):
-    return tree
-  vectors, treedef = jax.tree.flatten(tree)
-  return [jax.tree.unflatten(treedef, x) for x in _scalars.columns(vectors)]
+def _size_of_one(x: Array, dims: tuple[int, ...] | None) -> int:
+  """The number of elements that one norm is of; 1 if there is none."""
+  return max(math.prod(x.shape if dims is None else [x.shape[i] for i in dims]), 1)
+
+
+def _blanks(
+  leaves: Sequence[Array],
+  over: Sequence[tuple[int, ...] | None],
+  cuts: Sequence[_mesh.Cut],
+) -> list[Array]:
+  """Zeros as the norms of leaves over some axes, or over all of them."""
+  result = []
+  for x, dims, cut in zip(leaves, over, cuts, strict=True):
+    shape = (
+      () if dims is None else [1 if i in dims else n for i, n in enumerate(x.shape)]
+    )
+    dtype = _moments.accumulator(x.dtype)
+    result.append(jnp.zeros(_mesh.whole_shape(shape, cut), dtype))
+  return result
+
+
+def _whole_axes(updates: Any, axis_name: Any, specs: Any) -> list[tuple[str, ...]]:
+  """For each leaf the mesh axes that a norm of all of it is collected over."""
+  whole = [None] * len(jax.tree.leaves(updates))
+  return [cut.within for cut in _mesh.cuts(updates, whole, axis_name, specs)]
+
+
+def _leaf_by_leaf(tree: Any, cuts: Sequence[_mesh.Cut]) -> list[Any]:
+  """For each leaf, what of its entry in a norm-shaped tree concerns this device."""
+  if not isinstance(tree, list):
+    vectors, treedef = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(treedef, x) for x in _scalars.columns(vectors)]
+  return [
+    jax.tree.map(lambda x, cut=cut: _mesh.local(x, cut), entry)
+    if cut.between
+    else entry
+    for entry, cut in zip(tree, cuts, strict=True)
+  ]
