@@ -7,6 +7,9 @@ from flax import nnx
 from flax.training import train_state
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import learned_oracles
 import ml_dtypes
 import numpy as np
@@ -79,7 +82,7 @@ def test_the_optimizer_gets_parameters_and_extra_arguments():
 # --- What is kept ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("steps", [0, 3, 4, 11])
 def test_the_last_norms_in_the_order_of_steps(steps):
   norms = np.arange(1, steps + 1, dtype=np.float32)
   got = norm_history(after(observe(optax.sgd(0.1), 4), norms))
@@ -145,6 +148,33 @@ def test_scan_donation_and_vmap():
     state = step(gradient(norm), state)
   np.testing.assert_allclose(norm_history(state), wanted[0], rtol=1e-6)
   assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+def test_norms_of_sharded_updates_are_those_of_all_devices(axis_type, mapped):
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+  tx = observe(optax_clip.skip_nonfinite(optax.sgd(0.1)), 4)
+  with jax.set_mesh(mesh):
+    whole = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, P("d")))
+    state, update = tx.init(whole), tx.update
+    if mapped:
+      cut = (P("d"), P())
+      update = jax.shard_map(update, in_specs=cut, out_specs=cut)
+    update = jax.jit(update)
+    for scale in range(6):
+      _, state = update(scale * whole, state)
+  wanted = np.linalg.norm(np.arange(16)) * np.arange(2, 6)
+  np.testing.assert_allclose(norm_history(state), wanted, rtol=1e-6)
+
+
+def test_pmap():
+  tx = observe(optax.sgd(0.1), measure=measures.global_norm(axis_name="d"))
+  parts = jnp.arange(16.0).reshape(8, 2)
+  state = jax.pmap(tx.init)(parts)
+  _, state = jax.pmap(tx.update, axis_name="d")(parts, state)
+  wanted = np.full((8, 1), np.linalg.norm(np.arange(16)))
+  np.testing.assert_allclose(norm_history(state), wanted, rtol=1e-6)
 
 
 # --- Where it is found ----------------------------------------------------------
