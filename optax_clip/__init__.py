@@ -23,6 +23,7 @@ from optax_clip._functions import clip_tree as clip_tree
 from optax_clip._functions import global_norm as global_norm
 from optax_clip._functions import unitwise_clip as unitwise_clip
 from optax_clip._functions import unitwise_norm as unitwise_norm
+from optax_clip._groups import labels_by_path as labels_by_path
 from optax_clip._guard import GuardState as GuardState
 from optax_clip._guard import SkipReason as SkipReason
 from optax_clip._guard import SkipRecord as SkipRecord

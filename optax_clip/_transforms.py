@@ -236,6 +236,7 @@ def clip_by_group_norm(
   eps: Any = 0.0,
   nonfinite: str = "propagate",
   strict: bool = False,
+  counted: Any = None,
   axis_name: Any = "auto",
   specs: Any = None,
   record: bool = True,
@@ -248,7 +249,8 @@ def clip_by_group_norm(
 
   Args:
     labels: the label of each leaf: a tree, a prefix of one, or a function from
-      the updates to either, as in `optax.multi_transform`.
+      the updates to either, as in `optax.multi_transform`; `labels_by_path` makes
+      one of regular expressions.
     max_norms: for each label its limit: a non-negative float, a schedule of
       the step, or a traced scalar. `float('inf')`: measured, never clipped.
     ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
@@ -256,6 +258,8 @@ def clip_by_group_norm(
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
       inf.
     strict: whether no norm may exceed its limit in exact arithmetic.
+    counted: for each leaf whether it counts in the norm of its group, given like
+      `labels`; all do if `None`. One that does not is scaled with its group.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads.
@@ -266,7 +270,8 @@ def clip_by_group_norm(
 
   Raises:
     ValueError: if `labels` or `max_norms` is empty, a label has no limit, a
-      limit is negative or NaN; in `init`, if `labels` do not fit the tree.
+      limit is negative or NaN; in `init`, if `labels` or `counted` do not fit the
+      tree.
     TypeError: in `update`, if a leaf is an integer or a boolean.
 
   The edge cases are those of `clip_by_global_norm`, group by group.
@@ -284,7 +289,9 @@ def clip_by_group_norm(
   for label in names:
     _validate.nonnegative(**{f"max_norms[{label!r}]": max_norms[label]})
   return clip_with(
-    measures.group_norm(labels, names, ord=ord, axis_name=axis_name, specs=specs),
+    measures.group_norm(
+      labels, names, ord=ord, counted=counted, axis_name=axis_name, specs=specs
+    ),
     thresholds.per_group([max_norms[label] for label in names]),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
@@ -391,7 +398,9 @@ def adaptive_grad_clip(
       A float, a schedule of the step, or a traced scalar.
     eps: the least norm that a unit's weights count with, so that units that
       start at zero can move; positive.
-    axis: the axes that belong to one unit, for every leaf; by rank if `None`.
+    axis: the axes that belong to one unit, for every leaf; by rank if `None`. Or
+      by path: ``{"embedding": 1, "attention/out": (0, 1)}``, a mapping from regular
+      expressions, or a function from path and leaf, to axes or `None`.
     ord: the order of both norms, 2 by default.
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
       inf.

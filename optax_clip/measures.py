@@ -26,6 +26,7 @@ function from path and leaf to an axis or `None`.
 """
 
 from collections.abc import Hashable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -142,6 +143,7 @@ def group_norm(
   names: Sequence[Hashable],
   *,
   ord: float | None = None,
+  counted: Any = None,
   axis_name: Any = "auto",
   specs: Any = None,
 ) -> Measure:
@@ -152,6 +154,8 @@ def group_norm(
       function from the updates to either, as in `optax.multi_transform`.
     names: the labels, in the order of the norms.
     ord: the order of the norm, 2 by default.
+    counted: for each leaf whether it counts in the norm of its group, given like
+      `labels`; all do if `None`.
     axis_name: see the module's docstring.
     specs: see there.
   """
@@ -160,7 +164,9 @@ def group_norm(
 
   def like(params: Any) -> Array:
     leaves = _groups.floating_leaves(params)
-    _groups.label_ids(labels, names, params)  # Errors belong to `init`.
+    # Errors belong to `init`.
+    _groups.label_ids(labels, names, params)
+    _groups.counted_leaves(counted, params)
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
     return jnp.zeros(len(names), dtype)
 
@@ -169,6 +175,11 @@ def group_norm(
     leaves = _groups.floating_leaves(updates)
     ids = _groups.label_ids(labels, names, updates)
     axes = _whole_axes(updates, axis_name, specs)
+    counts = _groups.counted_leaves(counted, updates)
+    if not all(counts):
+      rows = zip(leaves, ids, axes, counts, strict=True)
+      kept = [row[:3] for row in rows if row[3]]
+      leaves, ids, axes = map(list, zip(*kept, strict=True)) if kept else ([], [], [])
     return _norms.group_norms(leaves, ids, len(names), p, axes)
 
   def spread(tree: Any, updates: Any) -> list[Any]:
@@ -194,7 +205,9 @@ def unit_norm(
 
   Args:
     axis: the axes that belong to one unit, for every leaf; by rank if `None`. Of a
-      stacked leaf, the axes and the rank of one layer.
+      stacked leaf, the axes and the rank of one layer. Or a mapping from regular
+      expressions of paths, or a function from path and leaf, to axes or `None`, as
+      for ``stacked``: where the names of a model say more than ranks do.
     ord: the order of the norm, 2 by default.
     axis_name: see the module's docstring.
     specs: see there.
@@ -207,9 +220,12 @@ def unit_norm(
     # Of whole leaves: of one row of a matrix nobody could say that it is one.
     shapes = _mesh.whole_shapes(tree, specs)
     layers = _groups.layer_axes(tree, stacked)
+    given = [axis] * len(shapes)
+    if callable(axis) or isinstance(axis, Mapping):
+      given = _groups.by_path(tree, axis, "axis")
     return [
-      _groups.stacked_unit_axes(shape, axis, layer)
-      for shape, layer in zip(shapes, layers, strict=True)
+      _groups.stacked_unit_axes(shape, own, layer)
+      for shape, own, layer in zip(shapes, given, layers, strict=True)
     ]
 
   def like(params: Any) -> list[Array]:
