@@ -8,12 +8,14 @@ the same batches::
     python examples/train_lm.py --clip none,global,layer,rms,agc,value
     python examples/train_lm.py --lr 0.5 --fp16
     python examples/train_lm.py --steps 5000 --checkpoint out/long --resume
+    python examples/train_lm.py --fsdp
 
 It needs no network and, by default, less than two minutes on two cores. It
 shows each run live, writes every step to ``steps.csv`` and a figure to
 ``steps.png`` in the folder of ``--out``, and closes with a table. With
 ``--checkpoint`` it may be killed at any moment: the same command with
-``--resume`` goes on, and ends with the same bits.
+``--resume`` goes on, and ends with the same bits. ``--fsdp`` trains on all devices,
+of one process or several, with a part of all weights on each.
 
 All runs use one learning rate. With SGD and three seeds, no clipping reaches a
 held-out loss of 2.41 to 2.43 nats/byte at its best rate, 0.1, and `max_norm` 1
@@ -34,6 +36,7 @@ from typing import Any
 import zlib
 
 from _checkpoint import Checkpoints
+import _devices
 import _flags
 from _methods import METHODS
 from _methods import OPTIMIZERS
@@ -66,7 +69,7 @@ PORTION = 10
 def main(argv: Sequence[str] | None = None) -> None:
   """Trains one model for each method and reports on all of them."""
   flags = parse(argv)
-  console = Console()
+  console = Console(quiet=not flags.devices.first)
   if flags.resume:
     for name, found in flags.checkpoints.items():
       how = f"goes on from step {found.latest}"
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       console.print(f"{name}: {how} ({found.folder})", soft_wrap=True, highlight=False)
   with progress(console) as bars:
     runs = [train(name, flags, bars) for name in flags.clip]
+  if not flags.devices.first:
+    return
   _report.write_csv(runs, flags.out / "steps.csv")
   _report.draw(runs, flags.out / "steps.png", describe(flags))
   console.print(_report.table(runs))
@@ -86,9 +91,14 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
   """Trains one model from the start and tests it on held-out text."""
   method = METHODS[name]
   length = LENGTH + 1  # Inputs and targets overlap.
-  model = _model.Transformer(flags.width, flags.layers, LENGTH, nnx.Rngs(flags.seed))
-  optimizer = nnx.Optimizer(model, transformation(method, flags), wrt=nnx.Param)
-  step = make_step(method, flags.dtype)
+
+  def make() -> tuple[_model.Transformer, nnx.Optimizer]:
+    rngs = nnx.Rngs(flags.seed)
+    model = _model.Transformer(flags.width, flags.layers, LENGTH, rngs)
+    return model, nnx.Optimizer(model, transformation(method, flags), wrt=nnx.Param)
+
+  model, optimizer = flags.devices.build(make)
+  step = make_step(method, flags.dtype, flags.devices)
   bar = bars.add_task(name, total=flags.steps, status="compiling")
   with flags.checkpoints.get(name, contextlib.nullcontext()) as checkpoints:
     steps = start(checkpoints, model, optimizer) if checkpoints else []
@@ -119,7 +129,7 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
     method.measured,
     flags.lr,
     steps,
-    held_out(model, flags.text.held_out, flags.seed),
+    held_out(model, flags.text.held_out, flags.seed, flags.devices),
     speed,
   )
 
@@ -155,7 +165,9 @@ def configuration(name: str, flags: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def make_step(method: Method, dtype: Any) -> Callable[..., dict[str, jax.Array]]:
+def make_step(
+  method: Method, dtype: Any, devices: _devices.One
+) -> Callable[..., dict[str, jax.Array]]:
   """A training step: float32 weights, loss and gradients in `dtype`."""
 
   @nnx.jit
@@ -165,10 +177,13 @@ def make_step(method: Method, dtype: Any) -> Callable[..., dict[str, jax.Array]]
       cast(weights, dtype)
     )
     optimizer.update(model, grads)
+    devices.keep((model, optimizer))
     # What clipping did is a part of the optimizer's state, free to read.
     return {"loss": loss} | recorded(method, optimizer)
 
-  return step
+  return lambda model, optimizer, batch: devices.wait(
+    step(model, optimizer, devices.batch(batch)), (model, optimizer)
+  )
 
 
 def portions(
@@ -201,10 +216,10 @@ def fetch(results: list[dict[str, jax.Array]]) -> list[dict[str, float]]:
 test_loss = nnx.jit(_model.loss)
 
 
-def held_out(model: Any, text: Any, seed: int) -> float:
+def held_out(model: Any, text: Any, seed: int, devices: _devices.One) -> float:
   """Nats per byte on text that was not trained on, with float32 weights."""
   batches = _text.windows(text, HELD_OUT_BATCHES, HELD_OUT_BATCH, LENGTH + 1, seed)
-  losses = [test_loss(model, batch) for batch in batches]
+  losses = [devices.wait(test_loss(model, devices.batch(x))) for x in batches]
   return float(sum(losses)) / HELD_OUT_BATCHES
 
 
@@ -309,7 +324,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
       default=jnp.float32,
       help=f"loss and gradients in {jnp.dtype(dtype).name}, weights in float32",
     )
+  _devices.add_arguments(parser)
   flags = parser.parse_args(argv)
+  flags.devices = _devices.find(flags, BATCH, parser.error)
   if "lr" not in flags:
     flags.lr = OPTIMIZERS[flags.optimizer][1]
   for method in METHODS.values():
@@ -318,7 +335,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
       parser.error(f"argument --{method.flag}: {error}")
   try:
-    flags.out.mkdir(parents=True, exist_ok=True)
+    if flags.devices.first:
+      flags.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     parser.error(f"argument --out: {flags.out}: {error.strerror}")
   try:
@@ -326,6 +344,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   except OSError as error:
     parser.error(f"no text to train on: {error}")
   find_checkpoints(flags, parser.error)
+  settings = [configuration(name, flags) for name in flags.clip]
+  _devices.check_same((flags.steps, settings), parser.error)
   return flags
 
 

@@ -1,61 +1,26 @@
 """Several processes, as on several machines: what comes out is what one device gives.
 
-They speak over localhost, by `jax.distributed`. What each does is in
-`process_worker.py`.
+What each of them does is in `process_worker.py`.
 """
 
-import contextlib
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import process_worker as worker
 import pytest
+import several
 
 PROCESSES, DEVICES = 2, 2
 
 # In seconds, for a machine that is very busy.
-LIMIT = 180
 PATIENCE = 40
 
 
-def free_port():
-  with socket.socket() as found:
-    found.bind(("localhost", 0))
-    return found.getsockname()[1]
-
-
-@contextlib.contextmanager
 def processes(folder):
-  """Starts all, each with some devices; none outlives the test."""
-  environment = {
-    **{k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))},
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-  }
-  address = f"localhost:{free_port()}"
-  started = [
-    subprocess.Popen(
-      [
-        *(sys.executable, worker.__file__),
-        *(address, str(PROCESSES), str(index), str(folder)),
-      ],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(PROCESSES)
-  ]
-  try:
-    yield started
-  finally:
-    for process in started:
-      process.kill()
-      process.communicate()
+  def command(address, index):
+    return [worker.__file__, address, str(PROCESSES), str(index), str(folder)]
+
+  return several.processes(command, PROCESSES, DEVICES)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +29,7 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("trained")
   with processes(folder) as started:
     for process in started:
-      printed, _ = process.communicate(timeout=LIMIT)
+      printed, _ = process.communicate(timeout=several.LIMIT)
       assert process.returncode == 0, printed
   return folder
 
