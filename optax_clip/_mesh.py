@@ -25,6 +25,16 @@ def varying_axes(x: Any) -> tuple[str, ...]:
   return tuple(sorted(varying))
 
 
+def _unreduced_axes(x: Any) -> tuple[str, ...]:
+  """The axes over which `x` is still to be summed, sorted."""
+  aval = jax.typeof(x) if isinstance(x, jax.Array) else x
+  spec = getattr(getattr(aval, "sharding", None), "spec", None)
+  manual = getattr(aval, "mat", None)
+  return tuple(
+    sorted({*getattr(spec, "unreduced", ()), *getattr(manual, "unreduced", ())})
+  )
+
+
 def collected_axes(x: Any, axis_name: Any) -> tuple[str, ...]:
   """The axes over which the norm of all of `x` is collected."""
   if axis_name == "auto":
@@ -66,19 +76,27 @@ def cuts(
 
   Raises:
     ValueError: if norms are of some dimensions only, and it is not known which of
-      them the leaf is cut along.
+      them the leaf is cut along; or a leaf is not summed up yet.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
+  for path, x in leaves:
+    if names := _unreduced_axes(x):
+      raise ValueError(
+        f"The leaf {jax.tree_util.keystr(path)} is unreduced over the mesh axes"
+        f" {names}: each device holds a part of a sum, and the norm of a part is not"
+        " that of the sum. Sum it first, with jax.reshard to a PartitionSpec without"
+        " unreduced axes, or with lax.psum inside shard_map."
+      )
   if specs is not None:
     pairs = zip(leaves, over, _leaf_specs(tree, specs), strict=True)
     return [_cut(x, dims, spec) for (_, x), dims, spec in pairs]
   for (path, x), dims in zip(leaves, over, strict=True):
-    if axis_name == "auto" and dims is not None and (names := varying_axes(x)):
+    if dims is not None and (names := collected_axes(x, axis_name)):
       raise ValueError(
-        f"The leaf {jax.tree_util.keystr(path)} varies over the mesh axes {names}, but"
-        " its type does not say which dimension is sharded, and norms of units or of"
-        " stacked layers are of some dimensions only. Pass specs=, a tree of"
-        " PartitionSpecs or a prefix of one, as in_specs of shard_map."
+        f"The leaf {jax.tree_util.keystr(path)} may be cut along any dimension over the"
+        f" mesh axes {names}, and norms of units or of stacked layers are of some"
+        " dimensions only. Pass specs=, a tree of PartitionSpecs or a prefix of one, as"
+        " in_specs of shard_map."
       )
   return [Cut(collected_axes(x, axis_name)) for _, x in leaves]
 

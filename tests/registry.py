@@ -299,8 +299,10 @@ FIXED = tuple(row for row in ROWS if row.bounds is not None)
 RESCALING = tuple(row for row in FIXED if row.kind == "rescaling")
 # Rows that measure norms of any order.
 ORDERED = tuple(row for row in FIXED if row.takes("ord"))
-# Rows whose norms can be collected over mesh axes.
-COLLECTED = tuple(row for row in FIXED if row.takes("axis_name"))
+# Rows whose norms can be collected over mesh axes, whatever the specs: not of units.
+COLLECTED = tuple(
+  row for row in FIXED if row.takes("axis_name") and not row.takes("axis")
+)
 
 
 def names(rows):

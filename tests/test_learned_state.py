@@ -88,8 +88,9 @@ def test_multi_steps_learns_once_per_step(name):
   tx = learned.make(name)
   steps = optax.MultiSteps(tx, 3)
   state = steps.init(first(updates))
+  update = jax.jit(steps.update)
   for i in range(24):
-    _, state = steps.update(jax.tree.map(lambda x, i=i: x[i], updates), state)
+    _, state = update(jax.tree.map(lambda x, i=i: x[i], updates), state)
   means = jax.tree.map(lambda x: x.reshape(8, 3, -1).mean(axis=1), updates)
   _, reference = learned.run(tx, means)
   for x, y in zip(

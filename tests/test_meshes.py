@@ -6,6 +6,7 @@ the ways in which JAX runs a program on many devices; states too.
 
 import functools
 import math
+import re
 
 import hypothesis
 from hypothesis import strategies as st
@@ -157,6 +158,81 @@ def test_a_matrix_cut_into_rows_is_still_a_matrix():
     check("adaptive_grad_clip", mode, mesh, 0)
 
 
+def by_pmap(make, trees, devices, specs):
+  """The same steps under `pmap`, over an axis `m0`."""
+  tx = make(specs=specs)
+
+  def cut(x, spec):
+    # The parts along a new first axis, or as many copies.
+    for dim, entry in enumerate(spec):
+      if entry is not None:
+        return jnp.stack(jnp.split(x, devices, axis=dim))
+    return jnp.stack([x] * devices)
+
+  def whole(x, spec):
+    for dim, entry in enumerate(spec):
+      if entry is not None:
+        return jnp.concatenate(list(x), axis=dim)
+    return x[0]
+
+  def steps(*trees):
+    state = tx.init(trees[0])
+    for grads in trees:
+      updates, state = tx.update(grads, state, trees[0])
+    return updates, state
+
+  parts = [jax.tree.map(cut, t, specs) for t in trees]
+  updates, state = jax.pmap(steps, axis_name="m0", devices=jax.devices()[:devices])(
+    *parts
+  )
+  return jax.tree.map(whole, updates, specs), jax.tree.map(lambda x: x[0], state)
+
+
+@pytest.mark.parametrize("name", ["adaptive_grad_clip", "adagc", "zclip"])
+def test_pmap_gives_what_one_device_gives(name):
+  specs = {
+    "matrix": jax.P(None, "m0"),
+    "stack": jax.P("m0"),
+    "bias": jax.P("m0"),
+    "scalar": jax.P(),
+  }
+  trees = [tree(0), tree(1)]
+  make = STACKING.get(name, METHODS[name])
+  close(by_pmap(make, trees, 4, specs), expected(make, trees))
+
+
+@pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2])
+@pytest.mark.parametrize(
+  ("method", "count"),
+  [
+    ("clip_by_global_norm", 2),
+    ("clip_by_global_norm", 40),
+    # A minute to compile.
+    pytest.param("clip_by_global_norm", 400, marks=pytest.mark.slow),
+    ("adagc", 2),
+    ("adagc", 40),
+  ],
+)
+def test_jit_collects_once_for_each_set_of_axes(method, count, kind):
+  """XLA joins the sums of leaves that are cut alike, and gathers no gradient."""
+  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+  tx = METHODS[method]()
+  shardings = [jax.NamedSharding(mesh, jax.P(name)) for name in "ab"]
+  # float16 needs no second measurement, whose collectives would stand in a branch.
+  grads = [
+    jax.ShapeDtypeStruct((64, 32), jnp.float16, sharding=shardings[i % 2])
+    for i in range(count)
+  ]
+  with jax.set_mesh(mesh):
+    run = jax.jit(
+      lambda grads: tx.update(grads, tx.init(grads))[0],
+      out_shardings=[g.sharding for g in grads],
+    )
+    text = run.lower(grads).compile().as_text()
+  assert len(re.findall(r"\ball-reduce(?:-start)?\(", text)) == 2
+  assert not re.search(r"\b(all-gather|all-to-all|collective-permute)", text)
+
+
 @pytest.mark.parametrize("count", [2, 40, 400])
 @pytest.mark.parametrize("method", ["clip_by_global_norm", "adaptive_grad_clip"])
 def test_one_collective_for_each_set_of_axes(method, count):
@@ -203,8 +279,24 @@ class TestBadInput:
     return run({"w": jnp.ones((4, 4))})
 
   def test_units_need_specs_where_a_leaf_is_cut(self):
-    with pytest.raises(ValueError, match=r"\['w'\] varies over the mesh axes.*specs="):
+    with pytest.raises(ValueError, match=r"\['w'\] may be cut .*specs="):
       self.sharded(lambda specs: optax_clip.adaptive_grad_clip(0.1))
+    with pytest.raises(ValueError, match="over the mesh axes \\('d',\\)"):
+      self.sharded(lambda specs: optax_clip.adaptive_grad_clip(0.1, axis_name="d"))
+
+  def test_sums_that_are_not_summed_up_yet(self):
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+      x = jax.device_put(jnp.ones((4, 8)), jax.P(None, "a"))
+      y = jax.device_put(jnp.ones((8, 4)), jax.P("a", None))
+
+      @jax.jit
+      def norm(x, y):
+        parts = jax.P(None, None, unreduced={"a"})
+        return optax_clip.global_norm({"w": jnp.dot(x, y, out_sharding=parts)})
+
+      with pytest.raises(ValueError, match=r"\['w'\] is unreduced over .*jax.reshard"):
+        norm(x, y)
 
   @pytest.mark.parametrize(
     ("specs", "error", "words"),
