@@ -40,6 +40,9 @@ class One:
     return result
 
 
+ONE = One()
+
+
 class All(One):
   """All devices of all processes: fully sharded data parallelism (FSDP).
 
@@ -99,9 +102,10 @@ class All(One):
 
 def _address(text: str) -> str:
   """A type for argparse."""
-  if text != "auto" and not re.fullmatch(r".+:\d+", text):
+  found = re.fullmatch(r"[^ ]+:(\d{1,5})", text)
+  if text != "auto" and not (found and 0 < int(found[1]) < 2**16):
     raise argparse.ArgumentTypeError(
-      f"{text!r} is not HOST:PORT, of process 0, nor 'auto'"
+      f"{text!r} is neither HOST:PORT, of process 0, nor 'auto'"
     )
   return text
 
@@ -156,7 +160,7 @@ def find(
   if not flags.fsdp:
     for name, value in several.items():
       error(f"argument --{name}: {value}: give --fsdp as well")
-    return One()
+    return ONE
   if "checkpoint" in flags:
     error(
       f"argument --checkpoint: {flags.checkpoint}: checkpoints are of runs on one"
@@ -199,7 +203,10 @@ def _join(given: dict[str, Any], error: Callable[[str], Any]) -> None:
         "argument --coordinator: auto: JAX does not find the other processes"
         f" ({failed}); give HOST:PORT, --processes and --process"
       )
-    error(f"argument --coordinator: {address}: {failed}")
+    error(
+      f"argument --coordinator: {address}: {failed}; name the host of process 0 and"
+      " a port that is free there"
+    )
 
 
 def check_same(settings: Any, error: Callable[[str], Any]) -> None:

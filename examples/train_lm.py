@@ -216,7 +216,9 @@ def fetch(results: list[dict[str, jax.Array]]) -> list[dict[str, float]]:
 test_loss = nnx.jit(_model.loss)
 
 
-def held_out(model: Any, text: Any, seed: int, devices: _devices.One) -> float:
+def held_out(
+  model: Any, text: Any, seed: int, devices: _devices.One = _devices.ONE
+) -> float:
   """Nats per byte on text that was not trained on, with float32 weights."""
   batches = _text.windows(text, HELD_OUT_BATCHES, HELD_OUT_BATCH, LENGTH + 1, seed)
   losses = [devices.wait(test_loss(model, devices.batch(x))) for x in batches]

@@ -116,8 +116,9 @@ AT = "--coordinator=localhost:1"
     (["--process=0"], "argument --process: 0: give --fsdp as well"),
     (
       ["--fsdp", "--coordinator=host"],
-      "argument --coordinator: 'host' is not HOST:PORT",
+      "argument --coordinator: 'host' is neither HOST:PORT",
     ),
+    (["--fsdp", "--coordinator=host:99999"], "'host:99999' is neither HOST:PORT"),
     (["--fsdp", AT], "argument --coordinator: localhost:1: give --processes as well"),
     (["--fsdp", AT, "--processes=2"], "localhost:1: give --process as well"),
     (["--fsdp", "--process=1"], "argument --process: 1: give --coordinator HOST:PORT"),
