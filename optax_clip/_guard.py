@@ -22,6 +22,7 @@ the two ways to take a guarded step: as any optax transformation, or whole.
 from collections.abc import Callable
 import dataclasses
 import enum
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ class Judge(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Guard:
+class Guard:
   """The `update` of a guarded transformation, which can also take a whole step."""
 
   inner: Any
@@ -167,11 +168,12 @@ class _Guard:
     def ready(updates: Any) -> tuple[Any, list[_once.Known]]:
       # Anew within the branch: XLA would hold what goes into it in a buffer.
       new = _divided(prepare(updates)[0], verdict.scale)
-      return new, _moved([*verdict.known, *known], seen, new, verdict.scale)
+      change = functools.partial(_divided_norms, scale=verdict.scale)
+      return new, _once.moved([*verdict.known, *known], seen, new, change)
 
     def take() -> tuple[Any, Any]:
       inside = self.inner.update
-      if isinstance(inside, _Guard):
+      if isinstance(inside, Guard):
         return inside.step(
           finish, otherwise, updates, state.inner, params, extra_args, ready
         )
@@ -206,7 +208,7 @@ def guarded(inner: Any, judge: Judge, name: str) -> Any:
       f" {type(inner).__name__}. Pass what optax.adamw(...) or optax.chain(...)"
       " returns."
     )
-  guard = _Guard(inner, judge, name)
+  guard = Guard(inner, judge, name)
   return optax.GradientTransformationExtraArgs(guard.init, guard)
 
 
@@ -259,7 +261,7 @@ def guarded_step(
     [1. 1.] 1
   """
   guard = getattr(tx, "update", None)
-  if not isinstance(guard, _Guard):
+  if not isinstance(guard, Guard):
     raise TypeError(
       "tx must be what skip_nonfinite, skip_spikes or dynamic_loss_scale returned,"
       f" got {tx!r}. Put the guard outermost, as in"
@@ -296,26 +298,14 @@ def _divided(updates: Any, scale: Array | None) -> Any:
   return jax.tree.map(divided, updates)
 
 
-def _moved(
-  known: list[_once.Known], old: Any, new: Any, scale: Array | None
-) -> list[_once.Known]:
-  """What is known of some updates, said of the same ones divided by the scale."""
-  place = dict(zip(map(id, jax.tree.leaves(old)), jax.tree.leaves(new), strict=True))
-
-  def divided(norm: _norms.Norm) -> _norms.Norm:
-    if scale is None:
-      return norm
-    return norm._replace(value=norm.value / scale.astype(norm.value.dtype))
-
-  return [
-    entry._replace(
-      leaves=tuple(place[id(x)] for x in entry.leaves),
-      norms=jax.tree.map(divided, entry.norms, is_leaf=_norms.is_norm),
-    )
-    for entry in known
-    # Norms of parameters are none of updates.
-    if all(id(x) in place for x in entry.leaves)
-  ]
+def _divided_norms(norms: Any, scale: Array | None) -> Any:
+  if scale is None:
+    return norms
+  return jax.tree.map(
+    lambda norm: norm._replace(value=norm.value / scale.astype(norm.value.dtype)),
+    norms,
+    is_leaf=_norms.is_norm,
+  )
 
 
 def _zeros(shapes: Callable[[], Any]) -> Any:

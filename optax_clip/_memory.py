@@ -53,7 +53,7 @@ LARGEST = float(jnp.finfo(jnp.float32).max)
 LEAP = 2.0**20
 
 # A norm may exceed its limit by this share of it and still count as equal.
-_NOISE = 2.0**-19
+NOISE = 2.0**-19
 
 
 class MemoryState(NamedTuple):
@@ -104,7 +104,7 @@ def remembering(
       return jnp.where(mask, new.astype(old.dtype), old)
 
     limits = limits.astype(exact.dtype)
-    near = exact <= limits * (1 + _NOISE)
+    near = exact <= limits * (1 + NOISE)
     limits = jnp.where(near, jnp.maximum(limits, exact), limits)
     return unflat(limits, norms), MemoryState(
       kept(optax.safe_increment(state.seen), state.seen),

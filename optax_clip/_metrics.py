@@ -55,7 +55,7 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     >>> print(optax_clip.metrics(state)["clip_by_global_norm/norm"])
     5.0
   """
-  found = _found(opt_state, _REPORTED)
+  found = entries(opt_state, _REPORTED)
   # A name that a user chose may look like a numbered one.
   chosen = {name for name, _ in found}
   result: dict[str, Array] = {}
@@ -68,7 +68,7 @@ def metrics(opt_state: Any) -> dict[str, Array]:
       number += 1
       prefix = f"{name}_{number}"
     for field, value in values.items():
-      result[f"{prefix}/{field}"] = _array(value)
+      result[f"{prefix}/{field}"] = array(value)
   return result
 
 
@@ -90,24 +90,25 @@ def loss_scale(opt_state: Any) -> Array:
     >>> print(optax_clip.loss_scale(tx.init({"w": jnp.zeros(2)})))
     1024.0
   """
-  found = _found(opt_state, (LossScale,))
+  found = entries(opt_state, (LossScale,))
   if len(found) != 1:
     raise ValueError(
       f"The optimizer state holds {len(found)} loss scales. Wrap the optimizer in"
       " one dynamic_loss_scale, and pass the state that its init returned."
     )
-  return _array(found[0][1].scale)
+  return array(found[0][1].scale)
 
 
-def _found(opt_state: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+def entries(opt_state: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
   """The entries of some kinds in a state, with the keys they stand under."""
   state = getattr(opt_state, "opt_state", opt_state)
-  entries = jax.tree_util.tree_leaves_with_path(
+  nodes = jax.tree_util.tree_leaves_with_path(
     state, is_leaf=lambda node: isinstance(node, kinds)
   )
-  return [(path[-1].key, node) for path, node in entries if isinstance(node, kinds)]
+  return [(path[-1].key, node) for path, node in nodes if isinstance(node, kinds)]
 
 
-def _array(leaf: Any) -> Array:
+def array(leaf: Any) -> Array:
+  """A leaf of a state as an array."""
   # Flax NNX wraps each leaf of the state in a variable.
   return jnp.asarray(leaf.get_value() if hasattr(leaf, "get_value") else leaf)

@@ -136,10 +136,10 @@ def observe(
   ) -> tuple[Any, ObserveState]:
     with _once.noting() as known:
       passed, seen = watch.update(updates, state.seen, params, **extra_args)
-    if isinstance(inner.update, _guard._Guard):
+    if isinstance(inner.update, _guard.Guard):
       # Into the branch of a guard goes a buffer: what came in is one already.
       passed = updates
-    with _once.reusing(_renamed(known, updates, passed)):
+    with _once.reusing(_once.moved(known, updates, passed)):
       result, later = inside.update(passed, state.inner, params, **extra_args)
     return result, ObserveState(seen, later)
 
@@ -176,7 +176,7 @@ def norm_history(opt_state: Any, name: str | None = None) -> np.ndarray:
     >>> print(optax_clip.norm_history(state))
     [nan  5.]
   """
-  found = _metrics._found(opt_state, (NormHistory,))
+  found = _metrics.entries(opt_state, (NormHistory,))
   names = ", ".join(repr(key) for key, _ in found)
   if not found:
     raise ValueError(
@@ -190,7 +190,7 @@ def norm_history(opt_state: Any, name: str | None = None) -> np.ndarray:
       f"opt_state holds {len(fitting)} histories for name={name!r}, of those named"
       f" {names}. Pass the name of one, and give each observe a name of its own."
     )
-  ring, steps = (_metrics._array(x) for x in fitting[0])
+  ring, steps = (_metrics.array(x) for x in fitting[0])
   if isinstance(steps, jax.core.Tracer):
     raise TypeError(
       "norm_history was called on a traced state, whose number of steps is not"
@@ -256,19 +256,6 @@ def _untouched(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
   """
   del limit
   return jnp.where(coefficient.factor == 1, leaf, jnp.zeros_like(leaf))
-
-
-def _renamed(known: list[_once.Known], before: Any, after: Any) -> list[_once.Known]:
-  """What was measured of the leaves of one tree holds for those of its copy."""
-  old, new = jax.tree.leaves(before), tuple(jax.tree.leaves(after))
-
-  def renamed(found: _once.Known) -> _once.Known:
-    same = len(found.leaves) == len(old) and all(
-      a is b for a, b in zip(found.leaves, old, strict=True)
-    )
-    return found._replace(leaves=new) if same else found
-
-  return [renamed(found) for found in known]
 
 
 def _in_order(ring: np.ndarray, steps: np.ndarray) -> np.ndarray:

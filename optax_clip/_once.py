@@ -63,6 +63,30 @@ def reusing(known: Sequence[Known]) -> Iterator[None]:
     _reused.reset(token)
 
 
+def moved(
+  known: Sequence[Known],
+  old: Any,
+  new: Any,
+  change: Callable[[Any], Any] = lambda norms: norms,
+) -> list[Known]:
+  """What is known of the leaves of a tree, said of those of what was made of it.
+
+  Args:
+    known: measurements; those of other leaves (norms of parameters) are left out.
+    old: the tree they are of.
+    new: a tree of the same structure: a copy, or the same in other units.
+    change: from norms of old leaves to those of new ones.
+  """
+  place = dict(zip(map(id, jax.tree.leaves(old)), jax.tree.leaves(new), strict=True))
+  return [
+    entry._replace(
+      leaves=tuple(place[id(x)] for x in entry.leaves), norms=change(entry.norms)
+    )
+    for entry in known
+    if all(id(x) in place for x in entry.leaves)
+  ]
+
+
 def measured_once(measure: Callable[..., Any]) -> Callable[..., Any]:
   """Makes ``measure(leaves, *kind)`` note its results and use noted ones."""
 

@@ -294,7 +294,7 @@ def _require_enough(history: np.ndarray, places: np.ndarray, share: float) -> No
 def _fence(logs: np.ndarray) -> float:
   """What is above it is a spike; equal norms differ by their rounding errors."""
   first, third = np.percentile(logs, (25, 75))
-  return float(third + _FENCE * (third - first) + _memory._NOISE)
+  return float(third + _FENCE * (third - first) + _memory.NOISE)
 
 
 def _start(logs: np.ndarray) -> int:
