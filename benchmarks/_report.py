@@ -55,11 +55,19 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     of_suite = [row for row in rows if row["suite"] == suite]
     if not of_suite:
       continue
-    table = Table(title=f"{suite}: {_subject(of_suite[0])}", title_justify="left")
+    table = Table(
+      title=f"{suite}: {_subject(of_suite[0])}", title_justify="left", pad_edge=False
+    )
     present = [c for c in columns if c[0] in of_suite[0]]
     for key, heading, _ in present:
       text = isinstance(of_suite[0][key], str)
-      table.add_column(heading, justify="left" if text else "right")
+      table.add_column(
+        heading,
+        justify="left" if text else "right",
+        overflow="fold",
+        # The longest name without a comma.
+        min_width=25 if key == "method" else None,
+      )
     for row in of_suite:
       table.add_row(*(_cell(row[key], form) for key, _, form in present))
     console.print(table)

@@ -78,7 +78,9 @@ class Trainer:
       return params, tx.init(params)
 
     shapes, treedef = jax.tree.flatten(jax.eval_shape(start))
-    large = [x.size >= _LARGE for x in shapes]
+    # Parameters and moments; a memory of clipping may be large, but is not shared.
+    alike = {g.shape for g in self._grads}
+    large = [x.size >= _LARGE and x.shape in alike for x in shapes]
 
     def step(large_leaves: Any, small_leaves: Any, grads: Any) -> Any:
       leaves = {True: iter(large_leaves), False: iter(small_leaves)}

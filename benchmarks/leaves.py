@@ -17,6 +17,16 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
 }
 
+# A norm for each leaf: as many as the largest models have, scanned ones aside.
+LAYERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+  "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
+  "adagc": optax_clip.adagc,
+  "clip_by_layer_percentile": optax_clip.clip_by_layer_percentile,
+  "adaclip": optax_clip.adaclip,
+  "stable_spam": optax_clip.stable_spam,
+}
+MOST_LAYERS = 300
+
 
 def run(
   counts: tuple[int, ...],
@@ -30,7 +40,8 @@ def run(
     grads = _steps.random_tree([(total // count,)] * count, jnp.float32)
     trainer = _steps.Trainer(optax.sgd(1e-3), grads)
     steps = {}
-    for method, make in METHODS.items():
+    methods = METHODS | LAYERS if count <= MOST_LAYERS else METHODS
+    for method, make in methods.items():
       note(f"{count} leaves: {method}")
       steps[method] = trainer.compiled(optax.chain(make(), trainer.optimizer))
     times = _timing.interleaved(

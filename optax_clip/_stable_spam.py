@@ -226,7 +226,9 @@ def stable_spam(
     >>> print(updates["w"].round(4))
     [ 0.8693 -0.0303  0.0076]
 
-  Differences: Stable-SPAM's resets of the momentum are not part of this.
+  Differences: Stable-SPAM's resets of the momentum are not part of this. The norms
+  that `adagn` normalizes by are of the clipped elements before they are rounded to
+  the leaf's dtype, which for bfloat16 moves the result by up to one rounding.
 
   References:
     Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,

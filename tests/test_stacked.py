@@ -114,13 +114,14 @@ class TestScannedTransformer:
 
   def kept(self, tx, params, grads, warm=0):
     """The share of each layer's gradient that is kept, the least over leaves."""
+    update = jax.jit(tx.update)
     state = tx.init(params)
     healthy = jax.tree.map(
       lambda g: g.at[EXPLODING].multiply(1e-4) if g.shape[0] == LAYERS else g, grads
     )
     for _ in range(warm):
-      _, state = tx.update(healthy, state, params)
-    updates, _ = tx.update(grads, state, params)
+      _, state = update(healthy, state, params)
+    updates, _ = update(grads, state, params)
 
     def share(new, old):
       norms = [np.linalg.norm(np.reshape(x, (LAYERS, -1)), axis=1) for x in (new, old)]
