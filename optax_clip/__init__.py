@@ -23,7 +23,6 @@ from optax_clip._functions import clip_tree as clip_tree
 from optax_clip._functions import global_norm as global_norm
 from optax_clip._functions import unitwise_clip as unitwise_clip
 from optax_clip._functions import unitwise_norm as unitwise_norm
-from optax_clip._groups import labels_by_path as labels_by_path
 from optax_clip._guard import GuardState as GuardState
 from optax_clip._guard import SkipReason as SkipReason
 from optax_clip._guard import SkipRecord as SkipRecord
@@ -37,6 +36,8 @@ from optax_clip._observe import NormHistory as NormHistory
 from optax_clip._observe import ObserveState as ObserveState
 from optax_clip._observe import norm_history as norm_history
 from optax_clip._observe import observe as observe
+from optax_clip._paths import labels_by_path as labels_by_path
+from optax_clip._paths import unit_axes_by_name as unit_axes_by_name
 from optax_clip._per_example import (
   per_example_global_norm_clip as per_example_global_norm_clip,
 )

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from optax_clip import _paths
 
 Array = jax.Array
 
@@ -99,125 +100,19 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
   )
 
 
-def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
-  """For each leaf what the rules say of its path, or `None`.
-
-  Args:
-    tree: parameters or updates.
-    rules: a mapping from regular expressions, searched for in paths such as
-      ``blocks/attention/kernel``: the first that is found counts. Or a function from
-      path and leaf. `None`: says `None` of all.
-    what: the name of the argument, for errors.
-
-  Raises:
-    ValueError: if an expression is found in no path; lists the paths.
-  """
-  paths = _paths(tree)
-  if rules is None:
-    return [None] * len(paths)
-  if callable(rules):
-    leaves = jax.tree.leaves(tree)
-    return [rules(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-  for pattern in rules:
-    if paths and not any(re.search(pattern, path) for path in paths):
-      raise ValueError(
-        f"{what}: {pattern!r} is found in no path. The paths are {', '.join(paths)}."
-      )
-  return [
-    next((value for pattern, value in rules.items() if re.search(pattern, path)), None)
-    for path in paths
-  ]
-
-
-def _paths(tree: Any) -> list[str]:
-  """The path of each leaf, as ``blocks/attention/kernel``."""
-  found = jax.tree_util.tree_leaves_with_path(tree)
-  return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in found]
-
-
-def checked_patterns(rules: Any, what: str) -> None:
-  """Raises, at construction, for a mapping whose keys are no regular expressions."""
-  for pattern in rules:
-    try:
-      re.compile(pattern)
-    except (re.error, TypeError) as error:
-      raise ValueError(
-        f"{what}: {pattern!r} is no regular expression: {error}."
-      ) from error
-
-
-def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
-  """Labels for groups of leaves, from regular expressions of their paths.
-
-  For `clip_by_group_norm`, and as well for `optax.multi_transform` and
-  `optax.masked`.
-
-  Args:
-    rules: from a regular expression, searched for in paths such as
-      ``blocks/attention/kernel``, to a label. The first that is found counts, so that
-      ``""`` in the end is for all others. In Flax NNX, paths are of
-      ``nnx.state(model, nnx.Param)``.
-
-  Returns:
-    A function from a tree of parameters or updates to a tree of labels.
-
-  Raises:
-    ValueError: if `rules` is empty or a key is no regular expression; by the function,
-      if one is found in no path, or none is found in a path. Lists the paths.
-
-  Example:
-    >>> import jax.numpy as jnp, optax_clip
-    >>> labels = optax_clip.labels_by_path({"bias|scale": "small", "": "rest"})
-    >>> print(labels({"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}))
-    {'dense': {'bias': 'small', 'kernel': 'rest'}}
-  """
-  if not isinstance(rules, Mapping) or not rules:
-    raise ValueError(
-      "rules must map regular expressions of paths to labels, as in {'^head/': 'head',"
-      f" '': 'body'}}, got {rules!r}."
-    )
-  checked_patterns(rules, "rules")
-
-  def labels(tree: Any) -> Any:
-    found = by_path(tree, {pattern: (rules[pattern],) for pattern in rules}, "rules")
-    missing = [p for p, label in zip(_paths(tree), found, strict=True) if label is None]
-    if missing:
-      raise ValueError(
-        f"rules: no regular expression is found in {', '.join(missing)}. Add one, or ''"
-        " as the last, which is found in all paths."
-      )
-    return jax.tree.unflatten(jax.tree.structure(tree), [label for (label,) in found])
-
-  return labels
-
-
 def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
   """For each leaf of a tree the axis along which layers are stacked in it.
 
   Args:
     tree: parameters or updates.
-    stacked: rules as of `by_path`, to axes.
+    stacked: rules as of `_paths.by_path`, to axes.
 
   Raises:
-    ValueError: if an axis is out of range.
+    ValueError: if an expression is found in no path, or an axis is out of range.
   """
-  found = jax.tree_util.tree_leaves_with_path(tree)
-  paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in found]
-  if stacked is None:
-    return [None] * len(paths)
-  if callable(stacked):
-    axes = [stacked(path, leaf) for path, (_, leaf) in zip(paths, found, strict=True)]
-  else:
-    for pattern in stacked:
-      if paths and not any(re.search(pattern, path) for path in paths):
-        raise ValueError(
-          f"stacked: {pattern!r} is found in no path. The paths are {', '.join(paths)}."
-        )
-    axes = [
-      next((a for pattern, a in stacked.items() if re.search(pattern, path)), None)
-      for path in paths
-    ]
-  for path, (_, leaf), axis in zip(paths, found, axes, strict=True):
+  leaves = jax.tree.leaves(tree)
+  axes = _paths.by_path(tree, stacked, "stacked")
+  for path, leaf, axis in zip(_paths.every_path(tree), leaves, axes, strict=True):
     rank = jnp.ndim(leaf)
     if axis is not None and not -rank <= axis < rank:
       raise ValueError(
@@ -226,7 +121,7 @@ def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
       )
   return [
     axis if axis is None else axis % jnp.ndim(leaf)
-    for axis, (_, leaf) in zip(axes, found, strict=True)
+    for axis, leaf in zip(axes, leaves, strict=True)
   ]
 
 
@@ -254,7 +149,7 @@ def checked_stacked(stacked: Any) -> None:
       "stacked must map path regexes to axes, as in {'blocks/': 0}, or be a"
       f" function from path and leaf to an axis or None, got {stacked!r}."
     )
-  checked_patterns(stacked, "stacked")
+  _paths.checked_patterns(stacked, "stacked")
   for pattern, axis in stacked.items():
     if not isinstance(axis, int) or isinstance(axis, bool):
       raise TypeError(f"stacked[{pattern!r}] must be an integer, got {axis!r}.")

@@ -38,6 +38,7 @@ from optax_clip import _groups
 from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip import _norms
+from optax_clip import _paths
 from optax_clip import _scalars
 from optax_clip import _validate
 from optax_clip._core import Measure
@@ -222,7 +223,7 @@ def unit_norm(
     layers = _groups.layer_axes(tree, stacked)
     given = [axis] * len(shapes)
     if callable(axis) or isinstance(axis, Mapping):
-      given = _groups.by_path(tree, axis, "axis")
+      given = _paths.by_path(tree, axis, "axis")
     return [
       _groups.stacked_unit_axes(shape, own, layer)
       for shape, own, layer in zip(shapes, given, layers, strict=True)

@@ -1,5 +1,6 @@
 """Groups, and the axes of units, by path."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,44 @@ class TestUnits:
       by_rank = optax_clip.adaptive_grad_clip(1.0)
       expected, _ = by_rank.update(grads, by_rank.init(params), params)
       jax.tree.map(np.testing.assert_array_equal, updates["blocks"], expected["blocks"])
+
+  def test_axes_by_name(self):
+    """As the names of a Linen model have them, in boxes."""
+
+    class Model(nn.Module):
+      @nn.compact
+      def __call__(self, tokens):
+        def named(*names):
+          return nn.with_partitioning(nn.initializers.ones_init(), names)
+
+        x = nn.Embed(3, 4, embedding_init=named("vocab", "embed"))(tokens)
+        return nn.Dense(2, kernel_init=named("embed", "mlp"))(x)
+
+    variables = Model().init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    names = nn.get_partition_spec(variables)
+    axis = optax_clip.unit_axes_by_name(names, {"vocab", "mlp"})
+    paths = optax_clip._paths.every_path(variables)
+    leaves = jax.tree.leaves(variables)
+    found = {p: axis(p, x) for p, x in zip(paths, leaves, strict=True)}
+    # Rows of the embedding, columns of the kernel; the bias by rank.
+    assert found == {
+      "params/Dense_0/bias": None,
+      "params/Dense_0/kernel/value": (0,),
+      "params/Embed_0/embedding/value": (1,),
+    }
+    tx = optax_clip.adaptive_grad_clip(0.5, axis=axis)
+    grads = jax.tree.map(lambda x: 10 * jnp.ones_like(x), variables)
+    updates, _ = tx.update(grads, tx.init(variables), variables)
+    new = nn.unbox(updates)["params"]
+    # Half of the norm of four ones, over four elements.
+    np.testing.assert_allclose(new["Embed_0"]["embedding"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(new["Dense_0"]["kernel"], 0.5, rtol=1e-6)
+
+  def test_names_that_do_not_exist(self):
+    with pytest.raises(ValueError, match="outputs: head is the name of no axis"):
+      optax_clip.unit_axes_by_name({"w": jax.P("embed", "mlp")}, {"mlp", "head"})
+    with pytest.raises(TypeError, match="outputs must be a collection of names"):
+      optax_clip.unit_axes_by_name({"w": jax.P("embed", "mlp")}, "mlp")
 
   def test_a_path_that_does_not_exist(self):
     tx = optax_clip.adaptive_grad_clip(1.0, axis={"embeddings": 1})

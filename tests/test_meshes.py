@@ -121,7 +121,7 @@ def on_mesh(make, trees, sizes, names, specs, mode):
 
 def close(found, expected):
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-30)
 
 
 def check(name, mode, mesh, seed):

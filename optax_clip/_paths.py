@@ -1,0 +1,173 @@
+"""Rules by path: what a model's names say of its leaves."""
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Hashable
+from collections.abc import Mapping
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
+  """For each leaf what the rules say of its path, or `None`.
+
+  Args:
+    tree: parameters or updates.
+    rules: a mapping from regular expressions, searched for in paths such as
+      ``blocks/attention/kernel``: the first that is found counts. Or a function from
+      path and leaf. `None`: says `None` of all.
+    what: the name of the argument, for errors.
+
+  Raises:
+    ValueError: if an expression is found in no path; lists the paths.
+  """
+  paths = every_path(tree)
+  if rules is None:
+    return [None] * len(paths)
+  if callable(rules):
+    leaves = jax.tree.leaves(tree)
+    return [rules(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+  for pattern in rules:
+    if paths and not any(re.search(pattern, path) for path in paths):
+      raise ValueError(
+        f"{what}: {pattern!r} is found in no path. The paths are {', '.join(paths)}."
+      )
+  return [
+    next((value for pattern, value in rules.items() if re.search(pattern, path)), None)
+    for path in paths
+  ]
+
+
+def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
+  """Labels for groups of leaves, from regular expressions of their paths.
+
+  For `clip_by_group_norm`, and as well for `optax.multi_transform` and
+  `optax.masked`.
+
+  Args:
+    rules: from a regular expression, searched for in paths such as
+      ``blocks/attention/kernel``, to a label. The first that is found counts, so that
+      ``""`` in the end is for all others. In Flax NNX, paths are of
+      ``nnx.state(model, nnx.Param)``.
+
+  Returns:
+    A function from a tree of parameters or updates to a tree of labels.
+
+  Raises:
+    ValueError: if `rules` is empty or a key is no regular expression; by the function,
+      if one is found in no path, or none is found in a path. Lists the paths.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> labels = optax_clip.labels_by_path({"bias|scale": "small", "": "rest"})
+    >>> print(labels({"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}))
+    {'dense': {'bias': 'small', 'kernel': 'rest'}}
+  """
+  if not isinstance(rules, Mapping) or not rules:
+    raise ValueError(
+      "rules must map regular expressions of paths to labels, as in {'^head/': 'head',"
+      f" '': 'body'}}, got {rules!r}."
+    )
+  checked_patterns(rules, "rules")
+
+  def labels(tree: Any) -> Any:
+    found = by_path(tree, {pattern: (rules[pattern],) for pattern in rules}, "rules")
+    missing = [
+      p for p, label in zip(every_path(tree), found, strict=True) if label is None
+    ]
+    if missing:
+      raise ValueError(
+        f"rules: no regular expression is found in {', '.join(missing)}. Add one, or ''"
+        " as the last, which is found in all paths."
+      )
+    return jax.tree.unflatten(jax.tree.structure(tree), [label for (label,) in found])
+
+  return labels
+
+
+def unit_axes_by_name(
+  names: Any, outputs: Collection[str]
+) -> Callable[[str, Any], tuple[int, ...] | None]:
+  """The axes of units, from the names that a model gives its axes.
+
+  A unit is what feeds one output: its weights lie along all axes but those that count
+  outputs. Which these are, ranks can only guess, and names say.
+
+  Args:
+    names: a tree of `PartitionSpec` of axis names, logical or of a mesh, as
+      ``nnx.get_partition_spec(nnx.state(model, nnx.Param))`` and Linen's
+      ``nn.get_partition_spec(variables)`` return it.
+    outputs: the names of axes that count outputs, as ``{"mlp", "heads"}``.
+
+  Returns:
+    A function for the ``axis`` of `adaptive_grad_clip` and `measures.unit_norm`. Leaves
+    without names, and biases and gains, go by rank.
+
+  Raises:
+    ValueError: if a name of `outputs` is nowhere in `names`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> from jax.sharding import PartitionSpec as P
+    >>> names = {"embedding": P("vocab", "embed"), "up": P("embed", "mlp")}
+    >>> axis = optax_clip.unit_axes_by_name(names, outputs={"vocab", "mlp"})
+    >>> print(axis("embedding", jnp.ones((9, 4))), axis("up", jnp.ones((4, 8))))
+    (1,) (0,)
+    >>> tx = optax_clip.adaptive_grad_clip(0.01, axis=axis)
+  """
+  if isinstance(outputs, str):
+    raise TypeError(f"outputs must be a collection of names, got {outputs!r}.")
+
+  def is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)
+
+  found = {
+    _key(path): tuple(spec)
+    for path, spec in jax.tree_util.tree_leaves_with_path(names, is_leaf=is_spec)
+    if is_spec(spec)
+  }
+  known = {name for spec in found.values() for entry in spec for name in _each(entry)}
+  if missing := sorted(set(outputs) - known):
+    raise ValueError(
+      f"outputs: {', '.join(missing)} is the name of no axis. The names are"
+      f" {', '.join(sorted(known))}."
+    )
+
+  def axis(path: str, leaf: Any) -> tuple[int, ...] | None:
+    # Flax's boxes of parameters with names add the name of their field.
+    spec = found.get(path, found.get(path.removesuffix("/value"), ()))
+    rank = jnp.ndim(leaf)
+    if rank <= 1 or not any(map(_each, spec)):
+      return None
+    entries = (*spec, *[None] * (rank - len(spec)))
+    return tuple(i for i in range(rank) if not {*_each(entries[i])} & {*outputs})
+
+  return axis
+
+
+def checked_patterns(rules: Any, what: str) -> None:
+  """Raises, at construction, for a mapping whose keys are no regular expressions."""
+  for pattern in rules:
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError) as error:
+      raise ValueError(
+        f"{what}: {pattern!r} is no regular expression: {error}."
+      ) from error
+
+
+def every_path(tree: Any) -> list[str]:
+  """The path of each leaf, as ``blocks/attention/kernel``."""
+  return [_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _each(entry: Any) -> tuple[str, ...]:
+  """The names in one entry of a `PartitionSpec`."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _key(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
