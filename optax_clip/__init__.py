@@ -27,6 +27,10 @@ from optax_clip._guard import GuardState as GuardState
 from optax_clip._guard import SkipReason as SkipReason
 from optax_clip._guard import SkipRecord as SkipRecord
 from optax_clip._guard import guarded_step as guarded_step
+from optax_clip._layerwise import adaptive_grad_clip as adaptive_grad_clip
+from optax_clip._layerwise import clip_by_block_rms as clip_by_block_rms
+from optax_clip._layerwise import clip_by_group_norm as clip_by_group_norm
+from optax_clip._layerwise import clip_by_layer_norm as clip_by_layer_norm
 from optax_clip._loss_scale import LossScale as LossScale
 from optax_clip._loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optax_clip._metrics import loss_scale as loss_scale
@@ -52,11 +56,7 @@ from optax_clip._stable_spam import stable_spam as stable_spam
 from optax_clip._suggest import Suggestion as Suggestion
 from optax_clip._suggest import replay_limits as replay_limits
 from optax_clip._suggest import suggest_max_norm as suggest_max_norm
-from optax_clip._transforms import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip._transforms import clip as clip
-from optax_clip._transforms import clip_by_block_rms as clip_by_block_rms
 from optax_clip._transforms import clip_by_global_norm as clip_by_global_norm
-from optax_clip._transforms import clip_by_group_norm as clip_by_group_norm
-from optax_clip._transforms import clip_by_layer_norm as clip_by_layer_norm
 
 __version__ = "0.1.0"
