@@ -252,8 +252,8 @@ def _noted(
     coefficient=_fold(jnp.min, factors).astype(jnp.float32),
     clipped_fraction=number_above / _size(sizes),
     steps=optax.safe_increment(last.steps),
-    steps_clipped=_count(finite & (number_above > 0), last.steps_clipped),
-    steps_nonfinite=_count(~finite, last.steps_nonfinite),
+    steps_clipped=counted(finite & (number_above > 0), last.steps_clipped),
+    steps_nonfinite=counted(~finite, last.steps_nonfinite),
   )
 
 
@@ -261,7 +261,8 @@ def _size(tree: Any) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _count(happened: Array, counter: Array) -> Array:
+def counted(happened: Array, counter: Array) -> Array:
+  """The counter, one higher if it happened."""
   return jnp.where(happened, optax.safe_increment(counter), counter)
 
 

@@ -170,16 +170,7 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
 
 def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
   """For each leaf of `tree`, the index of its label in `names`."""
-  resolved = labels(tree) if callable(labels) else labels
-  try:
-    full = jax.tree.broadcast(resolved, tree)
-  except ValueError as error:
-    raise ValueError(
-      "labels must be a tree prefix of the updates, got"
-      f" {jax.tree.structure(resolved)} for updates of structure"
-      f" {jax.tree.structure(tree)}."
-    ) from error
-  found = jax.tree.leaves(full)
+  found = _each_leaf(labels, tree, "labels")
   _all_known(set(found), names)
   index = {name: i for i, name in enumerate(names)}
   return [index[label] for label in found]
@@ -189,19 +180,24 @@ def counted_leaves(counted: Any, tree: Any) -> list[bool]:
   """For each leaf of `tree` whether its elements count in the norm of its group."""
   if counted is None:
     return [True] * len(jax.tree.leaves(tree))
-  resolved = counted(tree) if callable(counted) else counted
-  try:
-    found = jax.tree.leaves(jax.tree.broadcast(resolved, tree))
-  except ValueError as error:
-    raise ValueError(
-      "counted must be a tree prefix of the updates, got"
-      f" {jax.tree.structure(resolved)} for updates of structure"
-      f" {jax.tree.structure(tree)}."
-    ) from error
+  found = _each_leaf(counted, tree, "counted")
   for value in found:
     if not isinstance(value, bool):
       raise TypeError(f"counted must hold True and False, got {value!r}.")
   return found
+
+
+def _each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
+  """What a tree, a prefix of one, or a function to either says of each leaf."""
+  resolved = given(tree) if callable(given) else given
+  try:
+    return jax.tree.leaves(jax.tree.broadcast(resolved, tree))
+  except ValueError as error:
+    raise ValueError(
+      f"{what} must be a tree prefix of the updates, got"
+      f" {jax.tree.structure(resolved)} for updates of structure"
+      f" {jax.tree.structure(tree)}."
+    ) from error
 
 
 def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:

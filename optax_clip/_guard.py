@@ -33,6 +33,8 @@ import optax
 
 from optax_clip import _norms
 from optax_clip import _once
+from optax_clip import _validate
+from optax_clip._core import counted
 
 Array = jax.Array
 
@@ -202,12 +204,9 @@ def guarded(inner: Any, judge: Judge, name: str) -> Any:
   Returns:
     A `optax.GradientTransformationExtraArgs` that `guarded_step` accepts.
   """
-  if not isinstance(inner, optax.GradientTransformation):
-    raise TypeError(
-      f"inner must be a gradient transformation, got {inner!r} of type"
-      f" {type(inner).__name__}. Pass what optax.adamw(...) or optax.chain(...)"
-      " returns."
-    )
+  _validate.instance(
+    optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
+  )
   guard = Guard(inner, judge, name)
   return optax.GradientTransformationExtraArgs(guard.init, guard)
 
@@ -330,7 +329,5 @@ def _noted(last: SkipRecord, verdict: Verdict) -> SkipRecord:
     reason=jnp.where(verdict.take, last.reason, verdict.reason),
     consecutive=jnp.where(verdict.take, 0, optax.safe_increment(last.consecutive)),
     steps=optax.safe_increment(last.steps),
-    steps_skipped=jnp.where(
-      verdict.take, last.steps_skipped, optax.safe_increment(last.steps_skipped)
-    ),
+    steps_skipped=counted(~verdict.take, last.steps_skipped),
   )

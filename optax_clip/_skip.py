@@ -18,6 +18,7 @@ from optax_clip import measures
 from optax_clip import thresholds
 from optax_clip._core import Measure
 from optax_clip._core import Threshold
+from optax_clip._core import counted
 from optax_clip._guard import SkipReason
 
 Array = jax.Array
@@ -272,8 +273,8 @@ def skip_spikes(
       limit=jnp.min(limits[: norms.size or None], initial=jnp.inf),
       memory=SpikeMemory(
         threshold=jax.lax.cond(shift, afresh, onwards),
-        learnt=jnp.where(shift, 1, _counted(take, memory.learnt)),
-        spikes=jnp.where(take, 0, _counted(skipped, memory.spikes)),
+        learnt=jnp.where(shift, 1, counted(take, memory.learnt)),
+        spikes=jnp.where(take, 0, counted(skipped, memory.spikes)),
         calm=jnp.where(
           skipped,
           jnp.asarray(cooldown, jnp.int32),
@@ -322,7 +323,3 @@ def _loss(extra_args: dict[str, Any]) -> Array:
 def _joined(parts: list[Array]) -> Array:
   dtype = jnp.result_type(*parts) if parts else jnp.float32
   return jnp.concatenate([x.astype(dtype) for x in parts])
-
-
-def _counted(happened: Array, counter: Array) -> Array:
-  return jnp.where(happened, optax.safe_increment(counter), counter)
