@@ -17,10 +17,11 @@ def arguments() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--suite",
-    choices=(*SUITES, "all"),
+    choices=(*SUITES, "training", "all"),
     default="all",
-    help="which figures to measure (default: all)",
+    help="which figures to measure (default: all but training)",
   )
+  parser.add_argument("--study", help="of the suite training (default: all of them)")
   parser.add_argument(
     "--quick", action="store_true", help="smaller models, fewer repetitions"
   )
@@ -42,6 +43,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   if options.device:
     platform = {"gpu": "cuda"}.get(options.device, options.device)
     jax.config.update("jax_platforms", platform)
+  if options.suite == "training":
+    from benchmarks import training
+
+    return training.main(options)
   import jax.numpy as jnp
   from rich.console import Console
   from rich.progress import Progress

@@ -1,0 +1,73 @@
+"""Whether clipping helps: small training runs with it and without it.
+
+`python -m benchmarks --suite training --study batch_range` measures one study, writes
+`benchmarks/results/training-batch_range.json`, draws `docs/figures/batch_range.png` and
+brings the tables of `docs/evidence.md` up to date; with `--quick` it is much smaller
+and writes nothing unless `--json` says where.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import time
+from typing import Any
+
+STUDIES = (
+  "temporal_order",
+  "language",
+  "shifting_scale",
+  "batch_range",
+  "low_precision",
+)
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def results(study: str) -> pathlib.Path:
+  """Where the results of a study are kept."""
+  return ROOT / "benchmarks" / "results" / f"training-{study}.json"
+
+
+def main(options: argparse.Namespace) -> list[dict[str, Any]]:
+  """Runs one study or all, shows its table and writes; returns the rows."""
+  from rich.console import Console
+
+  from benchmarks.training import _page
+
+  console = Console()
+  if options.study and options.study not in STUDIES:
+    raise SystemExit(f"--study {options.study}: choose from {', '.join(STUDIES)}")
+  rows = []
+  for study in (options.study,) if options.study else STUDIES:
+    path = options.json or (None if options.quick else results(study))
+    mine = measure(study, options.quick, path, console.log)
+    console.print(_page.tables(study, mine), markup=False)
+    if not options.quick and not options.json:
+      _page.draw(study, mine)
+      _page.update(study, mine)
+    rows += mine
+  return rows
+
+
+def measure(
+  study: str, quick: bool, path: pathlib.Path | None, note: Any
+) -> list[dict[str, Any]]:
+  """All rows of one study, written as they come: a run that is stopped leaves some."""
+  from benchmarks import _report
+  from benchmarks import _timing
+
+  module = importlib.import_module(f"benchmarks.training.{study}")
+  about = {"study": study, "quick": quick, **_timing.environment()}
+  started = time.perf_counter()
+  rows = []
+  for row in module.run(quick, note):
+    rows.append(row)
+    if path:
+      wall = {"wall_s": round(time.perf_counter() - started)}
+      _report.write(rows, about | wall, path)
+  return rows
+
+
+def load(study: str) -> list[dict[str, Any]]:
+  """The rows that are kept of a study."""
+  return json.loads(results(study).read_text())["rows"]

@@ -1,0 +1,72 @@
+"""The ways to clip that the studies compare: one table, one colour for each."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+import optax_clip
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip import thresholds
+
+Transformation = optax.GradientTransformation
+
+
+class Method(NamedTuple):
+  """A way to clip, or not to.
+
+  Attributes:
+    around: from an optimizer to an optimizer that clips.
+    color: in every figure.
+    line: the style of its line, which tells apart what shares a colour.
+  """
+
+  around: Callable[[Transformation], Transformation]
+  color: str
+  line: str = "-"
+
+
+def _first(clip: Transformation) -> Callable[[Transformation], Transformation]:
+  return lambda optimizer: optax.chain(clip, optimizer)
+
+
+def _soft(limit: float) -> Transformation:
+  return optax_clip.clip_with(
+    measures.global_norm(), thresholds.constant(limit), actions.tanh()
+  )
+
+
+# Constants are powers of ten, and the same ones for all; what learns has the defaults
+# of its authors. No number here was chosen after a look at results.
+METHODS = {
+  # Nothing is above an infinite limit: this only counts.
+  "none": Method(_first(optax_clip.clip_by_global_norm(float("inf"))), "#444444"),
+  "global 0.1": Method(_first(optax_clip.clip_by_global_norm(0.1)), "#1f6fb4", ":"),
+  "global 1": Method(_first(optax_clip.clip_by_global_norm(1.0)), "#1f6fb4"),
+  "global 10": Method(_first(optax_clip.clip_by_global_norm(10.0)), "#1f6fb4", "--"),
+  "layer 0.1": Method(_first(optax_clip.clip_by_layer_norm(0.1)), "#17a2b8", ":"),
+  "layer 1": Method(_first(optax_clip.clip_by_layer_norm(1.0)), "#17a2b8"),
+  "tanh 1": Method(_first(_soft(1.0)), "#8e44ad"),
+  "agc 0.01": Method(_first(optax_clip.adaptive_grad_clip(0.01)), "#2e8b57", ":"),
+  "agc 0.1": Method(_first(optax_clip.adaptive_grad_clip(0.1)), "#2e8b57"),
+  "autoclip": Method(_first(optax_clip.autoclip()), "#e67e22"),
+  "history": Method(_first(optax_clip.clip_by_history()), "#b8860b"),
+  "layer percentile": Method(
+    _first(optax_clip.clip_by_layer_percentile()), "#e67e22", "--"
+  ),
+  # By default both hold a constant as well: the norm of 1 that `zclip` never allows
+  # more than, and the one that `adagc` begins with.
+  "zclip": Method(_first(optax_clip.zclip()), "#c0392b"),
+  "zclip, no cap": Method(_first(optax_clip.zclip(max_norm=None)), "#c0392b", "--"),
+  "adagc": Method(_first(optax_clip.adagc()), "#d6569b"),
+  "adagc, no cap": Method(
+    _first(optax_clip.adagc(warmup_norm=float("inf"))), "#d6569b", "--"
+  ),
+  "skip_spikes": Method(
+    lambda optimizer: optax_clip.skip_spikes(
+      optax.chain(optax_clip.clip_by_global_norm(float("inf")), optimizer)
+    ),
+    "#7f8c8d",
+  ),
+}
