@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
+import _digits
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -35,8 +36,6 @@ import optax
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import optax_clip
 
@@ -93,20 +92,6 @@ class Run(NamedTuple):
   accuracy: np.ndarray
 
 
-def load() -> tuple[list[jax.Array], list[jax.Array]]:
-  """Images in [0, 1] and labels, a fifth of them held out for the test."""
-  images, labels = load_digits(return_X_y=True)
-  parts = train_test_split(
-    np.float32(images / 16),
-    labels,
-    test_size=0.2,
-    random_state=0,
-    stratify=labels,
-  )
-  train_x, test_x, train_y, test_y = map(jnp.asarray, parts)
-  return [train_x, train_y], [test_x, test_y]
-
-
 def init(key: jax.Array) -> dict[str, Any]:
   """Parameters in float32; residual branches and the output start small."""
   keys = iter(jax.random.split(key, 2 + 2 * BLOCKS))
@@ -158,7 +143,7 @@ def train(library: str, variant: str, seeds: int = SEEDS) -> Run:
     variant: a key of `VARIANTS`.
     seeds: how many, from 0.
   """
-  (train_x, train_y), (test_x, test_y) = load()
+  train_x, train_y, test_x, test_y = map(jnp.asarray, _digits.load())
   reduce, scale = VARIANTS[variant].reduce, VARIANTS[variant].scale
   tx = optimizer(library, scale)
 
