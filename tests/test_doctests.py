@@ -1,9 +1,7 @@
-"""Examples are run: those of every public name, and those of the README."""
+"""Examples in docstrings are run; for those of the pages see `test_docs.py`."""
 
-import ast
 import doctest
 import inspect
-import pathlib
 import re
 import textwrap
 import types
@@ -12,8 +10,6 @@ import jax
 import pytest
 
 import optax_clip
-
-README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def public(module, prefix=""):
@@ -135,34 +131,3 @@ def test_every_field_is_described(name):
   described = section(inspect.getdoc(CLASSES[name]), "Attributes")
   for field in fields:
     assert re.search(rf"^{field}:", described, re.MULTILINE), field
-
-
-# --- README -------------------------------------------------------------------
-
-FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = FENCED.findall(README.read_text())
-
-
-def test_no_block_of_the_readme_is_overlooked():
-  assert len(BLOCKS) == len(re.findall(r"```\s*(?:python|py)", README.read_text()))
-
-
-def test_readme_runs(monkeypatch, tmp_path):
-  """The python blocks of the README, in order, in one namespace."""
-  if not BLOCKS:
-    pytest.skip("README.md has no python blocks.")
-  monkeypatch.chdir(tmp_path)
-  namespace = {"__name__": "readme"}
-  for number, block in enumerate(BLOCKS):
-    if ">>>" in block:
-      runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-      test = doctest.DocTestParser().get_doctest(
-        block, namespace, f"README block {number}", str(README), 0
-      )
-      output = []
-      runner.run(test, out=output.append, clear_globs=False)
-      namespace.update(test.globs)
-      assert runner.failures == 0, "".join(output)
-      continue
-    code = compile(ast.parse(block), f"README.md, python block {number}", "exec")
-    exec(code, namespace)
