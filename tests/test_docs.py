@@ -6,7 +6,9 @@ The strict build of the guide is a step of `.ci/run`; what is here needs no Sphi
 import ast
 import contextlib
 import doctest
+import inspect
 import io
+import operator
 import pathlib
 import re
 import textwrap
@@ -230,18 +232,31 @@ def calls(page):
 WHICH = "docs/which.md"
 
 
-@pytest.mark.parametrize("call", calls(WHICH))
-def test_calls_of_the_table_are_right(call):
-  """Each is a transformation, or a function of gradients, as it stands there."""
+@pytest.fixture(scope="module")
+def names_of_the_table():
+  """The names of the package, and what the page itself defines."""
   names = {name: getattr(optax_clip, name) for name in dir(optax_clip)}
-  grads = {"lora_a": jnp.ones((2, 3)), "kernel": jnp.ones((2, 3))}
-  opt = optax.adamw(1e-3)
-  namespace = {**names, "optax": optax, "opt": opt, "grads": grads, "max_norm": 1.0}
-  result = eval(call, namespace)
-  if isinstance(result, optax.GradientTransformation):
-    result.init(grads)
-  else:
-    assert len(result) == 2
+  with contextlib.redirect_stdout(io.StringIO()):
+    for block in RUN[WHICH]:
+      if re.search("^(opt|max_norms) =", block.code, re.MULTILINE):
+        exec(block.code, names)
+  return names
+
+
+@pytest.mark.parametrize("call", sorted(set(calls(WHICH))))
+@pytest.mark.usefixtures("as_users_run_it")
+def test_calls_of_the_table_are_right(call, names_of_the_table):
+  """Each updates gradients, or is a function of them, as it stands there."""
+
+  def use(grads):
+    result = eval(call, {**names_of_the_table, "grads": grads})
+    if not isinstance(result, optax.GradientTransformation):
+      return result
+    tx = optax.with_extra_args_support(result)
+    return tx.update(grads, tx.init(grads), grads, loss=jnp.ones(()))
+
+  updates, _ = jax.eval_shape(use, names_of_the_table["grads"])
+  assert updates.keys() == names_of_the_table["grads"].keys()
 
 
 # --- The reference and the links ------------------------------------------------
@@ -278,6 +293,34 @@ def documented():
 
 def test_every_public_name_is_in_the_reference_once():
   assert sorted(documented()) == sorted(public())
+
+
+# What the docstrings' formulas are made of; MathJax renders all of it.
+COMMANDS = {
+  *("alpha", "bar", "begin", "beta", "Big", "bmod", "cdot", "delta", "dots", "end"),
+  *("epsilon", "frac", "gamma", "ge", "geq", "hat", "in", "lambda", "le", "left"),
+  *("leftarrow", "leq", "log", "max", "min", "mu", "quad", "right", "sigma", "sqrt"),
+  *("sum", "tanh", "text", "theta"),
+}
+
+
+def formulas(name):
+  """The maths of a docstring: blocks that are indented, and roles."""
+  text = inspect.getdoc(operator.attrgetter(name.partition(".")[2])(optax_clip)) or ""
+  block = re.compile(r"^\.\. math::\n((?:(?: .*)?\n)+)", re.MULTILINE)
+  return block.findall(text + "\n") + re.findall(":math:`([^`]*)`", text)
+
+
+@pytest.mark.parametrize("name", [x for x in documented() if formulas(x)])
+def test_formulas_are_well_formed(name):
+  """Sphinx passes them on as they are; a browser would show the error."""
+  for formula in formulas(name):
+    plain = re.sub(r"\\[\\{}|,;! _]", "", formula)
+    assert plain.count("{") == plain.count("}"), formula
+    commands = re.findall(r"\\([a-zA-Z]+)", plain)
+    assert set(commands) <= COMMANDS, formula
+    assert commands.count("left") == commands.count("right"), formula
+    assert commands.count("begin") == commands.count("end"), formula
 
 
 def slug(title):
