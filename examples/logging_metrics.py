@@ -5,7 +5,7 @@ dictionary of scalars, so that a logger needs a few lines::
 
     python examples/logging_metrics.py
     python examples/logging_metrics.py --to csv,tensorboard,wandb
-    tensorboard --logdir out
+    tensorboard --logdir out                  # after `pip install tensorboard`
     wandb sync out/wandb/offline-run-*
 
 Nothing here needs a network: Weights & Biases writes a file, which ``wandb sync`` sends
