@@ -164,7 +164,11 @@ def train(
 
 def table(done: dict[str, Run], before: Params) -> Table:
   """What each clip saw and did, and what came of it: means over all steps."""
-  result = Table(box=box.SIMPLE_HEAD)
+  result = Table(
+    caption="norm: before the clip. kept: what the clip multiplied with. clipped: of"
+    " all steps. new digits: recognised, of those held out. stem: its weights.",
+    box=box.SIMPLE_HEAD,
+  )
   result.add_column("clip", no_wrap=True)
   for name in ("norm", "kept", "clipped", "new digits", "stem"):
     result.add_column(name, justify="right", no_wrap=True)

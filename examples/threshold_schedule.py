@@ -144,7 +144,9 @@ def runs(flags: argparse.Namespace) -> dict[str, Callable[[], Run]]:
 
 def table(done: dict[str, Run], every: int) -> Table:
   """The threshold over the run, and what came of it."""
-  result = Table(box=box.SIMPLE_HEAD)
+  result = Table(
+    caption="clipped: of all steps. compiled: how many times.", box=box.SIMPLE_HEAD
+  )
   result.add_column("max_norm at step", no_wrap=True)
   steps = range(0, len(next(iter(done.values())).norms), every)
   # As many of them as fit 80 columns, evenly spread.
