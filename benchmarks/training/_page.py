@@ -1,10 +1,41 @@
-def tables(study, rows):
-  return str(rows[-1])
+"""Keeps docs/evidence.md and its figures in step with the results that are kept."""
+
+import pathlib
+
+from benchmarks.training import _tables
+from benchmarks.training._summary import Row
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "evidence.md"
+FIGURES = ROOT / "docs" / "figures"
 
 
-def draw(study, rows):
-  pass
+def tables(study: str, rows: list[Row]) -> str:
+  """The tables of a study, in Markdown."""
+  return getattr(_tables, study)(rows)
 
 
-def update(study, rows):
-  pass
+def draw(study: str, rows: list[Row]) -> None:
+  """Draws the figure of a study."""
+  from benchmarks.training import _figures
+
+  _figures.draw(study, rows, FIGURES / f"{study}.png")
+
+
+def update(study: str, rows: list[Row]) -> None:
+  """Writes the tables of a study into the page, between its two marks."""
+  page = PAGE.read_text()
+  start, stop = _span(page, study)
+  PAGE.write_text(page[:start] + tables(study, rows) + page[stop:])
+
+
+def between(page: str, study: str) -> str:
+  """What the page has between the marks of a study."""
+  start, stop = _span(page, study)
+  return page[start:stop]
+
+
+def _span(page: str, study: str) -> tuple[int, int]:
+  first, last = f"<!-- {study} -->\n", f"\n<!-- {study}: end -->"
+  start = page.index(first) + len(first)
+  return start, page.index(last, start)

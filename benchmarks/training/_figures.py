@@ -1,0 +1,241 @@
+"""The figures of docs/evidence.md, each from the rows of its study."""
+
+from collections.abc import Callable
+import pathlib
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.training import _summary
+from benchmarks.training._methods import METHODS
+from benchmarks.training._summary import Row
+from benchmarks.training._summary import select
+from benchmarks.training._summary import values
+
+STYLE = {
+  "font.size": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.titlesize": 11,
+  "axes.titlelocation": "left",
+  "figure.facecolor": "white",
+}
+LIBRARIES = {"none": "#444444", "optax": "#c0392b", "optax_clip": "#1f6fb4"}
+
+
+def draw(study: str, rows: list[Row], path: pathlib.Path) -> None:
+  """Draws the figure of a study into a PNG."""
+  matplotlib.use("Agg")
+  with plt.rc_context(STYLE):
+    figure = globals()[f"_{study}"](rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _temporal_order(rows: list[Row]) -> Any:
+  """Solved seeds for each method and rate; the best rate's with its interval."""
+  lengths = values(rows, "length")
+  figure, axes = plt.subplots(
+    len(lengths), 2, figsize=(9.5, 3.6 * len(lengths)), layout="constrained"
+  )
+  for row_of_axes, length in zip(np.atleast_2d(axes), lengths, strict=True):
+    mine = select(rows, length=length)
+    methods = values(mine, "method")
+    seeds = len(mine[0]["solved_at"])
+    counts = [[_summary.solved(r) for r in select(mine, method=m)] for m in methods]
+    left, right = row_of_axes
+    _heat(left, methods, values(mine, "rate"), counts, "{:.0f}", (0, seeds))
+    left.set_title(f"length {length}: seeds of {seeds} that solved it")
+    left.set_xlabel("learning rate")
+    for y, method in enumerate(methods):
+      best = _summary.most_solved(select(mine, method=method))
+      share = _summary.solved(best) / seeds
+      low, high = _summary.wilson(_summary.solved(best), seeds)
+      _dot(right, y, 100 * share, 100 * low, 100 * high, METHODS[method].color)
+    _rows(right, methods)
+    right.set(xlim=(-3, 103), xlabel="solved at the best rate (%), 95% interval")
+  return figure
+
+
+def _batch_range(rows: list[Row]) -> Any:
+  """Accuracy over learning rates: constants, relative ones, learned ones."""
+  panels = {
+    "one norm, constant": ("global 0.1", "global 1", "global 10", "tanh 1"),
+    "by layer or unit, constant": ("layer 0.1", "layer 1", "agc 0.01", "agc 0.1"),
+    "learned": ("autoclip", "zclip", "zclip, no cap", "adagc"),
+  }
+  figure, axes = plt.subplots(
+    1, len(panels), figsize=(11, 4.2), sharey=True, layout="constrained"
+  )
+  for axis, (title, methods) in zip(axes, panels.items(), strict=True):
+    for name in ("none", *methods):
+      mine = select(rows, method=name)
+      means = [_summary.mean(row["accuracy"]) for row in mine]
+      axis.errorbar(
+        values(mine, "rate"),
+        [m.value for m in means],
+        [m.error for m in means],
+        color=METHODS[name].color,
+        linestyle=METHODS[name].line,
+        marker="o",
+        markersize=3.5,
+        label=name,
+      )
+    axis.axhline(95, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axis.set(xscale="log", xlabel="learning rate", title=title, ylim=(0, 102))
+    axis.legend(loc="lower left", fontsize=9, frameon=False)
+  axes[0].set_ylabel("test accuracy (%), mean and standard error")
+  return figure
+
+
+def _shifting_scale(rows: list[Row]) -> Any:
+  """Accuracy for each method and scale, with the rate that is best at scale 1."""
+  methods, scales = values(rows, "method"), values(rows, "scale")
+
+  def kept(method: str, scale: str) -> Row:
+    rate = _summary.most_accurate(select(rows, method=method, scale="1"))["rate"]
+    return select(rows, method=method, scale=scale, rate=rate)[0]
+
+  def tuned(method: str, scale: str) -> Row:
+    return _summary.most_accurate(select(rows, method=method, scale=scale))
+
+  figure, axes = plt.subplots(
+    1, 2, figsize=(10.5, 5.6), sharey=True, layout="constrained"
+  )
+  choices: dict[str, Callable[[str, str], Row]] = {
+    "learning rate tuned at scale 1 and kept": kept,
+    "learning rate tuned at each scale": tuned,
+  }
+  for axis, (title, choose) in zip(axes, choices.items(), strict=True):
+    means = [
+      [_summary.mean(choose(m, s)["accuracy"]).value for s in scales] for m in methods
+    ]
+    _heat(axis, methods, scales, means, "{:.0f}", (10, 100))
+    axis.set(title=title, xlabel="gradients multiplied by")
+  figure.suptitle("Test accuracy (%), mean of 5 seeds", x=0.01, ha="left")
+  return figure
+
+
+def _language(rows: list[Row]) -> Any:
+  """Held-out losses at each method's best rate, on clean and on faulty batches."""
+  optimizers = values(rows, "optimizer")
+  figure, axes = plt.subplots(
+    1, len(optimizers), figsize=(10.5, 4.8), layout="constrained", squeeze=False
+  )
+  for axis, optimizer in zip(axes[0], optimizers, strict=True):
+    mine = select(rows, optimizer=optimizer)
+    methods = values(mine, "method")
+    for y, method in enumerate(methods):
+      for batches, shift in (("clean", -0.17), ("faulty", 0.17)):
+        best = _summary.least_loss(select(mine, method=method, batches=batches))
+        value, error = _summary.mean(_summary.losses(best))
+        if _summary.diverged(best) == len(best["loss"]):
+          note = "faulty: all seeds diverge"
+          axis.text(
+            0.98,
+            y + shift,
+            note,
+            transform=axis.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize=9,
+          )
+          continue
+        color = METHODS.get(method, METHODS["none"]).color
+        fill = color if batches == "faulty" else "white"
+        _dot(axis, y + shift, value, value - error, value + error, color, fill)
+    _rows(axis, methods)
+    axis.set_title(optimizer)
+    axis.set_xlabel("held-out loss at the best rate (nats/byte), standard error")
+  marks = [
+    plt.Line2D([], [], marker="o", color="#444444", markerfacecolor=fill, label=label)
+    for label, fill in (("clean batches", "white"), ("faulty batches", "#444444"))
+  ]
+  figure.legend(handles=marks, loc="outside upper right", ncols=2, frameon=False)
+  return figure
+
+
+def _low_precision(rows: list[Row]) -> Any:
+  """Float16 by batch and loss scale, for each library; bfloat16 by rate."""
+  half, many = select(rows, part="float16"), select(rows, part="bfloat16")
+  batches, scales = values(half, "batch"), values(half, "loss_scale")
+  names = [f"mean x {scale:g}" if scale else "sum" for scale in scales]
+  figure, axes = plt.subplots(
+    1, 4, figsize=(12.5, 3.6), layout="constrained", width_ratios=(1, 1, 1, 1.5)
+  )
+  for axis, method in zip(axes, LIBRARIES, strict=False):
+    means = [
+      [
+        _summary.mean(
+          select(half, method=method, loss_scale=s, batch=b)[0]["accuracy"]
+        ).value
+        for b in batches
+      ]
+      for s in scales
+    ]
+    _heat(axis, names, batches, means, "{:.0f}", (10, 100))
+    axis.set(xlabel="batch", title=f"float16, {method}")
+  for method, color in LIBRARIES.items():
+    mine = select(many, method=method)
+    means = [_summary.mean(row["accuracy"]) for row in mine]
+    axes[3].errorbar(
+      values(mine, "rate"),
+      [m.value for m in means],
+      [m.error for m in means],
+      color=color,
+      marker="o",
+      markersize=4,
+      capsize=3,
+      label=method,
+    )
+  axes[3].set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
+  axes[3].set_title("bfloat16, 2,000 leaves")
+  axes[3].legend(frameon=False, fontsize=9)
+  return figure
+
+
+def _heat(
+  axis: Any,
+  rows: list[Any],
+  columns: list[Any],
+  cells: list[list[float]],
+  form: str,
+  limits: tuple[float, float],
+) -> None:
+  """A table whose cells are coloured by their numbers."""
+  axis.imshow(cells, cmap="Blues", vmin=limits[0], vmax=limits[1] * 1.2, aspect="auto")
+  for y, line in enumerate(cells):
+    for x, cell in enumerate(line):
+      dark = (cell - limits[0]) / (limits[1] - limits[0]) > 0.65
+      color = "white" if dark else "black"
+      axis.text(x, y, form.format(cell), ha="center", va="center", color=color)
+  axis.set_xticks(range(len(columns)), [str(c) for c in columns])
+  axis.set_yticks(range(len(rows)), [str(r) for r in rows])
+  axis.tick_params(length=0)
+  axis.spines[:].set_visible(False)
+
+
+def _dot(
+  axis: Any,
+  y: float,
+  value: float,
+  low: float,
+  high: float,
+  color: str,
+  fill: str | None = None,
+) -> None:
+  """A value with an interval, on a line of its own."""
+  axis.plot([low, high], [y, y], color=color, linewidth=1.6, zorder=2)
+  axis.plot(value, y, "o", color=color, markerfacecolor=fill or color, zorder=3)
+
+
+def _rows(axis: Any, names: list[str]) -> None:
+  """One line for each name, the first on top."""
+  axis.set_yticks(range(len(names)), names)
+  axis.set_ylim(len(names) - 0.5, -0.5)
+  axis.grid(axis="y", color="#eeeeee")
+  axis.set_axisbelow(True)
+  axis.tick_params(axis="y", length=0)

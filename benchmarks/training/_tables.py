@@ -1,0 +1,151 @@
+"""The tables of docs/evidence.md, each from the rows of its study."""
+
+from benchmarks.training import _summary
+from benchmarks.training._summary import Row
+from benchmarks.training._summary import select
+from benchmarks.training._summary import values
+
+USABLE = 95.0  # Percent.
+
+
+def temporal_order(rows: list[Row]) -> str:
+  """Solved seeds for each length, method and rate."""
+  rates = values(rows, "rate")
+  parts = []
+  for length in values(rows, "length"):
+    body = []
+    for method in values(select(rows, length=length), "method"):
+      mine = select(rows, length=length, method=method)
+      best = _summary.most_solved(mine)
+      low, high = _summary.wilson(_summary.solved(best), len(best["solved_at"]))
+      body.append(
+        [
+          method,
+          *(str(_summary.solved(row)) for row in mine),
+          f"{_summary.solved(best)} of {len(best['solved_at'])} at {best['rate']:g}",
+          f"{100 * low:.0f} to {100 * high:.0f}%",
+        ]
+      )
+    head = [f"length {length}", *(f"{r:g}" for r in rates), "best", "95% interval"]
+    parts.append(markdown(head, body))
+  return "\n\n".join(parts)
+
+
+def language(rows: list[Row]) -> str:
+  """Losses at each method's best rate, then on faulty batches at every rate."""
+  parts = []
+  for optimizer in values(rows, "optimizer"):
+    of_one = select(rows, optimizer=optimizer)
+    methods, kinds = values(of_one, "method"), values(of_one, "batches")
+    body = []
+    for method in methods:
+      cells = [method]
+      for kind in kinds:
+        best = _summary.least_loss(select(of_one, method=method, batches=kind))
+        none = _summary.least_loss(select(of_one, method="none", batches=kind))
+        cells.append(f"{_loss(best)} at {best['rate']:g}")
+        cells.append("" if best is none else _plus_minus(_summary.gain(best, none)))
+      body.append(cells)
+    head = [x for kind in kinds for x in (f"{kind}, own best rate", "minus none")]
+    parts.append(markdown([optimizer, *head], body))
+    for kind in kinds:
+      rates = [f"{rate:g}" for rate in values(of_one, "rate")]
+      body = [
+        [m, *(_loss(row) for row in select(of_one, method=m, batches=kind))]
+        for m in methods
+      ]
+      parts.append(markdown([f"{optimizer}, {kind}", *rates], body))
+  return "\n\n".join(parts)
+
+
+def shifting_scale(rows: list[Row]) -> str:
+  """Accuracies with the rate that is best at scale 1, and with the best at each."""
+  scales = values(rows, "scale")
+  kept, tuned = [], []
+  for method in values(rows, "method"):
+    rate = _summary.most_accurate(select(rows, method=method, scale="1"))["rate"]
+    same = [select(rows, method=method, scale=s, rate=rate)[0] for s in scales]
+    best = [
+      _summary.most_accurate(select(rows, method=method, scale=s)) for s in scales
+    ]
+    least = min(_summary.mean(row["accuracy"]).value for row in same)
+    kept.append([method, f"{rate:g}", *(_percent(row) for row in same), f"{least:.1f}"])
+    tuned.append(
+      [method, *(f"{_percent(row)} at {row['rate']:g}" for row in best)],
+    )
+  return "\n\n".join(
+    [
+      markdown(["rate kept", "rate", *scales, "least"], kept),
+      markdown(["rate tuned at each scale", *scales], tuned),
+    ]
+  )
+
+
+def batch_range(rows: list[Row]) -> str:
+  """Mean accuracies, and the rates at which they are usable."""
+  rates = values(rows, "rate")
+  body = []
+  for method in values(rows, "method"):
+    mine = select(rows, method=method)
+    best = _summary.most_accurate(mine)
+    means = [_summary.mean(row["accuracy"]).value for row in mine]
+    usable = [r["rate"] for r, m in zip(mine, means, strict=True) if m >= USABLE]
+    body.append(
+      [
+        method,
+        *(f"{m:.1f}" for m in means),
+        f"{usable[0]:g} to {usable[-1]:g}" if usable else "none",
+        f"{_percent(best)} at {best['rate']:g}",
+      ]
+    )
+  head = ["method", *(f"{r:g}" for r in rates), "usable", "best"]
+  return markdown(head, body)
+
+
+def low_precision(rows: list[Row]) -> str:
+  """Float16 by batch and loss scale, then bfloat16 in many leaves by rate."""
+  half, many = select(rows, part="float16"), select(rows, part="bfloat16")
+  methods = values(rows, "method")
+  body = []
+  for batch in values(half, "batch"):
+    for scale in values(half, "loss_scale"):
+      cells = [str(batch), f"mean, {scale:g}" if scale else "sum"]
+      for row in select(half, batch=batch, loss_scale=scale):
+        idle = sum(row["idle"]) / len(row["idle"]) / row["steps"]
+        cells.append(f"{_percent(row)} ({100 * idle:.0f}%)")
+      body.append(cells)
+  parts = [markdown(["batch", "loss", *methods], body)]
+  body = []
+  for rate in values(many, "rate"):
+    cells = [f"{rate:g}"]
+    for row in select(many, rate=rate):
+      cells += [_percent(row), f"{max(row['norms']):.2f}"]
+    body.append(cells)
+  head = ["rate", *(x for m in methods for x in (m, "largest norm / limit"))]
+  return "\n\n".join([*parts, markdown(head, body)])
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+  """A table; all columns but the first are aligned to the right."""
+  lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(row: Row) -> str:
+  value, error = _summary.mean(row["accuracy"])
+  return f"{value:.1f} ± {error:.1f}"
+
+
+def _plus_minus(difference: _summary.Mean) -> str:
+  return f"{difference.value:+.3f} ± {difference.error:.3f}"
+
+
+def _loss(row: Row) -> str:
+  """A mean and its error; how many seeds diverged, if any; nothing if all did."""
+  dead, count = _summary.diverged(row), len(row["loss"])
+  if dead == count:
+    return "all diverge"
+  value, error = _summary.mean(_summary.losses(row))
+  return f"{value:.3f} ± {error:.3f}" + (
+    f" ({dead} of {count} diverge)" if dead else ""
+  )

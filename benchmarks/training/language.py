@@ -1,0 +1,153 @@
+"""A small language model, on clean batches and on what happens in practice.
+
+The byte-level transformer of `examples/train_lm.py`, on the source of Python's standard
+library. Of every 100 batches one is of random bytes, and one counts 100 times as much;
+in the middle of the run the gradient of one batch is NaN.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+import pathlib
+import sys
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.training import _sweep
+from benchmarks.training._methods import METHODS
+from benchmarks.training._methods import Transformation
+import optax_clip
+
+# The examples are scripts, not a package.
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+import _model
+import _text
+
+Array = jax.Array
+
+WIDTH, LAYERS, LENGTH, BATCH = 32, 2, 32, 16
+RANDOM = 0.01
+HEAVY = 0.01
+HEAVY_WEIGHT = 100.0
+BLOCK, SHARE = 4096, 5  # One block in five: all is more than such runs read.
+BARE = "none, bare"
+OPTIMIZERS = {
+  "sgd": (lambda rate: optax.sgd(rate, momentum=0.9), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
+  "adamw": (optax.adamw, (0.001, 0.003, 0.01, 0.03)),
+}
+NAMES = (
+  BARE,
+  "none",
+  "global 0.1",
+  "global 1",
+  "layer 1",
+  "tanh 1",
+  "agc 0.01",
+  "autoclip",
+  "history",
+  "zclip",
+  "adagc",
+  "skip_spikes",
+)
+
+
+@functools.cache
+def texts() -> tuple[np.ndarray, np.ndarray]:
+  """Bytes to train on, and 512 windows that no run has seen."""
+  text = _text.load()
+  held_out = next(_text.windows(text.held_out, 1, 512, LENGTH + 1, 0))
+  whole = len(text.train) // BLOCK * BLOCK
+  return text.train[:whole].reshape(-1, BLOCK)[::SHARE].ravel(), held_out
+
+
+def around(name: str) -> Callable[[Transformation], Transformation]:
+  """The method, and around it, but for `BARE`, what skips steps that are NaN."""
+  if name == BARE:
+    return METHODS["none"].around
+  return lambda optimizer: optax_clip.skip_nonfinite(METHODS[name].around(optimizer))
+
+
+def task(steps: int) -> _sweep.Task:
+  """The language model; a member's number `faults` says whether batches are bad."""
+
+  def build(seed: int) -> _model.Transformer:
+    return _model.Transformer(WIDTH, LAYERS, LENGTH, nnx.Rngs(seed))
+
+  graph, _ = nnx.split(nnx.eval_shape(lambda: build(0)))
+  train, held_out = (jnp.asarray(x) for x in texts())
+
+  def loss(params: Any, windows: Array) -> Array:
+    return _model.loss(nnx.merge(graph, nnx.State(params)), windows)
+
+  def gradient(params: Any, member: Any, key: Array, step: Array) -> Any:
+    where, chance, noise = jax.random.split(key, 3)
+    starts = jax.random.randint(where, (BATCH, 1), 0, len(train) - LENGTH - 1)
+    windows = train[starts + jnp.arange(LENGTH + 1)]
+    faults = member["faults"] == 1
+    fate = jax.random.uniform(chance)
+    junk = jax.random.bits(noise, windows.shape, jnp.uint8)
+    windows = jnp.where(faults & (fate < RANDOM), junk, windows)
+    heavy = faults & (fate >= RANDOM) & (fate < RANDOM + HEAVY)
+    weight = jnp.where(heavy, HEAVY_WEIGHT, 1.0)
+    weight = jnp.where(faults & (step == steps // 2), jnp.nan, weight)
+    return jax.grad(lambda p: weight * loss(p, windows))(params)
+
+  return _sweep.Task(
+    lambda seed: nnx.to_pure_dict(nnx.state(build(seed))),
+    gradient,
+    lambda params: {"loss": loss(params, held_out)},
+  )
+
+
+def run(
+  quick: bool = False,
+  note: Callable[[str], None] = lambda text: None,
+  *,
+  names: tuple[str, ...] = NAMES,
+  optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
+  seeds: int = 5,
+  steps: int = 200,
+) -> Iterator[dict[str, Any]]:
+  """One row for each optimizer, method, learning rate and kind of batches.
+
+  ``loss`` is held out, in nats a byte, at the end, for each seed; null where it is not
+  finite.
+  """
+  if quick:
+    names, seeds, steps = ("none", "global 1"), 2, 20
+  for optimizer in optimizers:
+    build, rates = OPTIMIZERS[optimizer]
+    who = _sweep.members(
+      faults=np.arange(2), rate=np.float32(rates), seed=np.arange(seeds)
+    )
+    for name in names:
+      note(f"language: {optimizer}, {name}")
+      scores = _sweep.train(
+        task(steps),
+        lambda member, build=build, name=name: around(name)(build(member["rate"])),
+        who,
+        steps,
+        steps,
+      )
+      for faults in range(2):
+        for i, rate in enumerate(rates):
+          first = (faults * len(rates) + i) * seeds
+          mine = {k: v[first : first + seeds, -1] for k, v in scores.items()}
+          yield {
+            "study": "language",
+            "optimizer": optimizer,
+            "method": name,
+            "batches": ("clean", "faulty")[faults],
+            "rate": rate,
+            "steps": steps,
+            "loss": [
+              round(float(x), 4) if np.isfinite(x) else None for x in mine["loss"]
+            ],
+            "clipped": mine["clipped"].tolist(),
+            "idle": mine["idle"].tolist(),
+          }
