@@ -13,8 +13,8 @@ from optax_clip._adaptive_windows import (
 from optax_clip._core import Action as Action
 from optax_clip._core import ClipState as ClipState
 from optax_clip._core import Coefficient as Coefficient
+from optax_clip._core import Layers as Layers
 from optax_clip._core import Measure as Measure
-from optax_clip._core import Record as Record
 from optax_clip._core import Threshold as Threshold
 from optax_clip._core import clip_with as clip_with
 from optax_clip._elementwise import clip_element_spikes as clip_element_spikes
@@ -27,6 +27,9 @@ from optax_clip._guard import GuardState as GuardState
 from optax_clip._guard import SkipReason as SkipReason
 from optax_clip._guard import SkipRecord as SkipRecord
 from optax_clip._guard import guarded_step as guarded_step
+from optax_clip._layer_metrics import LayerMetrics as LayerMetrics
+from optax_clip._layer_metrics import LayerReport as LayerReport
+from optax_clip._layer_metrics import layer_metrics as layer_metrics
 from optax_clip._layerwise import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip._layerwise import clip_by_block_rms as clip_by_block_rms
 from optax_clip._layerwise import clip_by_group_norm as clip_by_group_norm
@@ -48,6 +51,8 @@ from optax_clip._per_example import (
 from optax_clip._per_example import (
   per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
+from optax_clip._record import LayerRecord as LayerRecord
+from optax_clip._record import Record as Record
 from optax_clip._skip import skip_nonfinite as skip_nonfinite
 from optax_clip._skip import skip_spikes as skip_spikes
 from optax_clip._stable_spam import adaclip as adaclip

@@ -27,7 +27,7 @@ def zclip(
   strict: bool = False,
   axis_name: Any = "auto",
   specs: Any = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "zclip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips global norms with a high z-score (ZClip); may lock on a rising norm.
@@ -66,7 +66,8 @@ def zclip(
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   All numbers may be traced.
@@ -142,7 +143,7 @@ def adagc(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "adagc",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips each leaf to a little above its own average (AdaGC).
@@ -175,7 +176,8 @@ def adagc(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   All numbers may be traced.

@@ -21,7 +21,7 @@ def autoclip(
   strict: bool = False,
   axis_name: Any = "auto",
   specs: Any = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "autoclip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips to a percentile of the global norms seen so far (AutoClip).
@@ -45,7 +45,8 @@ def autoclip(
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -107,7 +108,7 @@ def clip_by_layer_percentile(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_by_layer_percentile",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips each leaf to a percentile of its own last norms.
@@ -132,7 +133,8 @@ def clip_by_layer_percentile(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -186,7 +188,7 @@ def clip_by_history(
   strict: bool = False,
   axis_name: Any = "auto",
   specs: Any = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_by_history",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips what is some deviations above the mean of the last global norms.
@@ -211,7 +213,8 @@ def clip_by_history(
       arithmetic, as in `clip_by_global_norm`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   Returns:

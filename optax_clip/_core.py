@@ -23,6 +23,7 @@ and the rules of dtypes each have one home, whatever the method.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _norms
+from optax_clip import _once
+from optax_clip import _record
 from optax_clip import _validate
 
 Array = jax.Array
@@ -49,6 +52,28 @@ class Coefficient(NamedTuple):
   shift: Array
 
 
+class Layers(NamedTuple):
+  """Which norms concern which layer, for ``record="layers"``.
+
+  A layer is a leaf, or one layer of a stacked leaf.
+
+  Attributes:
+    stacks: ``stacks(tree)``: for each leaf how many layers are stacked in it; 0 if
+      it is no stack.
+    rows: ``rows(reduce, tree, updates)``: of a norm-shaped tree what concerns each
+      layer, ``[layers]``; `reduce` folds axes of an array where it is several norms.
+    elements: ``elements(updates)``: for each layer how many elements its norm is of,
+      to the power at which the norm grows with them; `None` if it does not.
+    finer: a measure of each layer that the same read gives, where norms are of
+      several layers.
+  """
+
+  stacks: Callable[[Any], list[int]]
+  rows: Callable[[Callable[..., Array], Any, Any], Array]
+  elements: Callable[[Any], list[float]] | None = None
+  finer: "Measure | None" = None
+
+
 class Measure(NamedTuple):
   """How large updates are.
 
@@ -59,11 +84,13 @@ class Measure(NamedTuple):
       one for each leaf. A list of scalars is one vector for the threshold.
     spread: ``spread(tree, updates)``: for each leaf of `updates`, the entry of
       a norm-shaped tree that concerns it, broadcastable to the leaf.
+    layers: which norms concern which layer, or `None` if that cannot be said.
   """
 
   like: Callable[[Any], Any]
   measure: Callable[..., Any]
   spread: Callable[[Any, Any], list[Any]]
+  layers: Layers | None = None
 
 
 class Threshold(NamedTuple):
@@ -91,28 +118,6 @@ class Action(NamedTuple):
   apply: Callable[[Array, Coefficient, Array], Array]
 
 
-class Record(NamedTuple):
-  """What clipping did. Where there are several norms, the worst of them.
-
-  Attributes:
-    norm: f32[], the largest norm of the last step, before clipping.
-    limit: f32[], the smallest limit of the last step.
-    coefficient: f32[], the smallest factor that the last step applied.
-    clipped_fraction: f32[], the share of norms above their limit.
-    steps: i32[], how many updates were seen.
-    steps_clipped: i32[], in how many of them a norm was above its limit.
-    steps_nonfinite: i32[], in how many of them a norm was NaN or inf.
-  """
-
-  norm: Array
-  limit: Array
-  coefficient: Array
-  clipped_fraction: Array
-  steps: Array
-  steps_clipped: Array
-  steps_nonfinite: Array
-
-
 class ClipState(NamedTuple):
   """The state of a transformation made by `clip_with`.
 
@@ -120,10 +125,11 @@ class ClipState(NamedTuple):
     threshold: the memory of the threshold.
     record: `{name: Record}`, or empty with `record=False`. The name is a key
       and not a field because a string cannot be a leaf of an optimizer state.
+      With ``record="layers"`` also `{name/layers: LayerRecord}`.
   """
 
   threshold: Any
-  record: dict[str, Record]
+  record: dict[str, Any]
 
 
 def clip_with(
@@ -132,7 +138,7 @@ def clip_with(
   action: Action,
   *,
   nonfinite: str = "propagate",
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Joins a measure, a threshold and an action to a transformation.
@@ -150,7 +156,8 @@ def clip_with(
       update becomes zero. (A norm of finite values is never inf here, even
       where its value is too large for a float.)
     record: whether the state keeps the last norm, limit and coefficient, and
-      counters, for `optax_clip.metrics`.
+      counters, for `optax_clip.metrics`. ``"layers"``: and those of each layer,
+      for `optax_clip.layer_metrics`, from the same read.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -158,7 +165,8 @@ def clip_with(
     `optax.EmptyState` if nothing is recorded or remembered.
 
   Raises:
-    ValueError: for an unknown `nonfinite`.
+    ValueError: for an unknown `nonfinite` or `record`, or ``record="layers"`` with a
+      measure that has no `Layers`.
 
   Example:
     AGC for whole layers, with a bound that shrinks over 1000 steps:
@@ -177,19 +185,24 @@ def clip_with(
     [0.3 0.4]
   """
   _validate.choice(("propagate", "zero"), nonfinite=nonfinite)
+  _validate.choice((True, False, "layers"), record=record)
+  layers = layers_of(measure, record)
 
   def init(params: Any) -> Any:
     memory = threshold.init(measure.like(params))
     if not record and isinstance(memory, optax.EmptyState):
       return optax.EmptyState()
-    return ClipState(memory, {name: _blank()} if record else {})
+    entries: dict[str, Any] = {name: _record.blank()} if record else {}
+    if layers is not None:
+      entries[name + _record.LAYERS] = _record.blank_layers(layers.stacks(params))
+    return ClipState(memory, entries)
 
   def update(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
-    norms = measure.measure(updates, params, **extra_args)
+    norms, by_layer = measured(measure, layers, updates, params, extra_args)
     table = _norms.joined(norms)
-    sizes = jax.tree.map(_norms.magnitude, table, is_leaf=_norms.is_norm)
+    sizes = _norms.magnitudes(table)
     # optax lets stateless transformations be called with any state.
     stateful = isinstance(state, ClipState)
     memory = state.threshold if stateful else optax.EmptyState()
@@ -201,9 +214,7 @@ def clip_with(
     each = jax.tree.map(
       weighed, norms, _norms.apart(limits, norms), is_leaf=_norms.is_norm
     )
-    finite = jnp.asarray(True)
-    if _size(sizes):
-      finite = _fold(jnp.all, jax.tree.map(jnp.isfinite, sizes))
+    finite = _record.all_finite(sizes)
 
     leaves, treedef = jax.tree.flatten(updates)
     clipped = [
@@ -215,63 +226,90 @@ def clip_with(
     if nonfinite == "zero":
       clipped = [keep_weak_type(new, jnp.where(finite, new, 0)) for new in clipped]
     if stateful:
-      factors = jax.tree.map(action.weigh, table, limits, is_leaf=_norms.is_norm)
-      entries = {
-        key: _noted(entry, sizes, limits, factors, finite)
-        for key, entry in state.record.items()
-      }
+      weighs = jax.tree.map(action.weigh, table, limits, is_leaf=_norms.is_norm)
+      factors = jax.tree.map(
+        lambda c: c.factor * c.shift,
+        weighs,
+        is_leaf=lambda node: isinstance(node, Coefficient),
+      )
+
+      def noted(entry: Any) -> Any:
+        if isinstance(entry, _record.Record):
+          return _record.noted(entry, sizes, limits, factors, finite)
+        if layers is None or by_layer is None:
+          return entry  # The state is of one with record="layers", and this is not.
+        above = jax.tree.map(
+          lambda n, limit: (n > limit).astype(n.dtype), sizes, limits
+        )
+        return _record.noted_layers(
+          entry,
+          *by_layer,
+          limit=layers.rows(_smallest, limits, updates),
+          coefficient=layers.rows(_smallest, factors, updates),
+          clipped=layers.rows(_largest, above, updates) > 0,
+        )
+
+      entries = {key: noted(entry) for key, entry in state.record.items()}
       state = ClipState(memory, entries)
     return jax.tree.unflatten(treedef, clipped), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _blank() -> Record:
-  # Separate arrays: a donated state may not hold one buffer twice.
-  floats = [jnp.zeros((), jnp.float32) for _ in range(4)]
-  counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
-  return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
+def layers_of(measure: Measure, record: bool | str) -> Layers | None:
+  """The layers of a measure if they are to be recorded."""
+  if record != "layers":
+    return None
+  if measure.layers is None:
+    raise ValueError(
+      "record='layers' needs a measure that says which norms concern which layer, as"
+      " all of optax_clip.measures do. Give yours a Layers, or pass record=True."
+    )
+  return measure.layers
 
 
-def _noted(
-  last: Record, sizes: Any, limits: Any, coefficients: Any, finite: Array
-) -> Record:
-  """The record after one more step."""
-  if not _size(sizes):
-    return last._replace(steps=optax.safe_increment(last.steps))
-  above = jax.tree.map(lambda n, limit: (n > limit).astype(jnp.float32), sizes, limits)
-  factors = jax.tree.map(
-    lambda c: c.factor * c.shift,
-    coefficients,
-    is_leaf=lambda c: isinstance(c, Coefficient),
-  )
-  number_above = _fold(jnp.sum, above)
-  return Record(
-    norm=_fold(jnp.max, sizes).astype(jnp.float32),
-    limit=_fold(jnp.min, limits).astype(jnp.float32),
-    coefficient=_fold(jnp.min, factors).astype(jnp.float32),
-    clipped_fraction=number_above / _size(sizes),
-    steps=optax.safe_increment(last.steps),
-    steps_clipped=counted(finite & (number_above > 0), last.steps_clipped),
-    steps_nonfinite=counted(~finite, last.steps_nonfinite),
-  )
+class LayerNorms(NamedTuple):
+  """What one read of the updates says of each layer; both f32 or f64 ``[layers]``.
 
-
-def _size(tree: Any) -> int:
-  return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def counted(happened: Array, counter: Array) -> Array:
-  """The counter, one higher if it happened."""
-  return jnp.where(happened, optax.safe_increment(counter), counter)
-
-
-def _fold(reduce: Callable[[Array], Array], tree: Any) -> Array:
-  """Reduces a tree of arrays to one scalar.
-
-  Each array first, so that no two that are sharded differently meet.
+  Attributes:
+    norm: of the layer; the largest of its norms where it has several.
+    size: for one element, to compare layers by.
   """
-  return reduce(jnp.stack([reduce(x) for x in jax.tree.leaves(tree) if x.size]))
+
+  norm: Array
+  size: Array
+
+  def divided(self, scale: Array) -> "LayerNorms":
+    """Those of the updates divided by a number."""
+    return LayerNorms(*(x / scale.astype(x.dtype) for x in self))
+
+
+def measured(
+  measure: Measure,
+  layers: Layers | None,
+  updates: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+) -> tuple[Any, LayerNorms | None]:
+  """The norms of a measure; and of each layer, from the same read, if asked for."""
+  if layers is None:
+    return measure.measure(updates, params, **extra_args), None
+  by, finer = layers, layers.finer
+  with _once.noting() as known:
+    own = (finer or measure).measure(updates, params, **extra_args)
+  norms = own
+  if finer is not None and finer.layers is not None:
+    by = finer.layers
+    with _once.reusing(known):
+      norms = measure.measure(updates, params, **extra_args)
+  norm = by.rows(_largest, _norms.magnitudes(_norms.joined(own)), updates)
+  elements = jnp.asarray(by.elements(updates) if by.elements else 1, norm.dtype)
+  return norms, LayerNorms(norm, norm / elements)
+
+
+# A layer without elements has no norm: it counts as 0, and is never clipped.
+_largest = functools.partial(jnp.max, initial=0)
+_smallest = functools.partial(jnp.min, initial=jnp.inf)
 
 
 def keep_weak_type(old: Array, new: Array) -> Array:

@@ -34,7 +34,7 @@ def clippy(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clippy",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf so that no weight changes by more than a share of itself.
@@ -62,8 +62,9 @@ def clippy(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads. The recorded norm is the
-      largest ratio of an element to its bound, and the limit 1.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does. The recorded norm is the largest ratio of an element to
+      its bound, and the limit 1.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -196,7 +197,7 @@ def clip_element_spikes(
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_element_spikes",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips elements that are far beyond what they were before (SPAM).
@@ -220,9 +221,9 @@ def clip_element_spikes(
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf.
     axis_name: mesh axes to collect the record over, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads. The recorded norm is the
-      largest ratio of an element to its limit, and the limit 1; the fraction is
-      that of leaves with a spike.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does. The recorded norm is the largest ratio of an element to
+      its limit, and the limit 1; the fraction is that of leaves with a spike.
     name: the prefix of the metrics' keys.
 
   `theta`, `decay` and `warmup` may be traced.

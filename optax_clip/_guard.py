@@ -33,8 +33,11 @@ import optax
 
 from optax_clip import _norms
 from optax_clip import _once
+from optax_clip import _record
 from optax_clip import _validate
-from optax_clip._core import counted
+from optax_clip._core import LayerNorms
+from optax_clip._core import Layers
+from optax_clip._record import counted
 
 Array = jax.Array
 
@@ -77,12 +80,13 @@ class GuardState(NamedTuple):
   Attributes:
     inner: the state of the transformation inside; changes with steps taken.
     memory: what the judge remembers.
-    record: ``{name: SkipRecord}``.
+    record: ``{name: SkipRecord}``; with ``record="layers"`` also
+      ``{name/layers: LayerRecord}``, of all steps.
   """
 
   inner: Any
   memory: Any
-  record: dict[str, SkipRecord]
+  record: dict[str, Any]
 
 
 class Verdict(NamedTuple):
@@ -95,6 +99,7 @@ class Verdict(NamedTuple):
     limit: f32[], for the record.
     memory: of the judge, after the step.
     known: what was measured of the updates.
+    layers: what of each layer, if that is recorded.
     scale: `None`, or f32[]: what the transformation inside is given is the updates
       divided by it.
   """
@@ -105,6 +110,7 @@ class Verdict(NamedTuple):
   limit: Array
   memory: Any
   known: list[_once.Known]
+  layers: LayerNorms | None = None
   scale: Array | None = None
 
 
@@ -113,11 +119,13 @@ class Judge(NamedTuple):
 
   Attributes:
     init: ``init(params)``: the memory before the first step.
+    layers: the layers that are recorded, or `None`.
     judge: ``judge(updates, params, memory, record, extra_args)``: a `Verdict`.
   """
 
   init: Callable[[Any], Any]
   judge: Callable[[Any, Any, Any, SkipRecord, dict[str, Any]], Verdict]
+  layers: Layers | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,10 @@ class Guard:
   name: str
 
   def init(self, params: Any) -> GuardState:
-    record = {self.name: _blank()}
+    record: dict[str, Any] = {self.name: _blank()}
+    if self.judge.layers is not None:
+      stacks = self.judge.layers.stacks(params)
+      record[self.name + _record.LAYERS] = _record.blank_layers(stacks)
     return GuardState(self.inner.init(params), self.judge.init(params), record)
 
   def __call__(
@@ -162,7 +173,7 @@ class Guard:
       prepare: from updates to what this guard is given, by the guards around it,
         and what they know of that.
     """
-    ((key, record),) = state.record.items()
+    record = next(x for x in state.record.values() if isinstance(x, SkipRecord))
     seen, known = prepare(updates)
     with _once.reusing(known):
       verdict = self.judge.judge(seen, params, state.memory, record, extra_args)
@@ -189,7 +200,7 @@ class Guard:
       return otherwise(lambda: jax.eval_shape(take)[0]), state.inner
 
     result, inner_state = lax.cond(verdict.take, take, skip)
-    noted = {key: _noted(record, verdict)}
+    noted = {key: _noted(entry, verdict) for key, entry in state.record.items()}
     return result, GuardState(inner_state, verdict.memory, noted)
 
 
@@ -320,7 +331,24 @@ def _blank() -> SkipRecord:
   )
 
 
-def _noted(last: SkipRecord, verdict: Verdict) -> SkipRecord:
+def _noted(last: Any, verdict: Verdict) -> Any:
+  """One of the records after one more step."""
+  if isinstance(last, SkipRecord):
+    return _skip_noted(last, verdict)
+  if verdict.layers is None:
+    return last  # The state is of a guard with record="layers", and this is not.
+  norm, size = verdict.layers
+  return _record.noted_layers(
+    last,
+    norm,
+    size,
+    limit=jnp.broadcast_to(verdict.limit, norm.shape),
+    coefficient=jnp.broadcast_to(verdict.take.astype(norm.dtype), norm.shape),
+    clipped=jnp.broadcast_to(~verdict.take, norm.shape),
+  )
+
+
+def _skip_noted(last: SkipRecord, verdict: Verdict) -> SkipRecord:
   skipped = (~verdict.take).astype(jnp.int32)
   return SkipRecord(
     norm=verdict.norm.astype(jnp.float32),

@@ -27,7 +27,7 @@ def clip_by_layer_norm(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_by_layer_norm",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf on its own so that its norm is at most `max_norm`.
@@ -50,7 +50,8 @@ def clip_by_layer_norm(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -93,7 +94,7 @@ def clip_by_group_norm(
   counted: Any = None,
   axis_name: Any = "auto",
   specs: Any = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_by_group_norm",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales groups of leaves, each by its own norm and limit.
@@ -116,7 +117,8 @@ def clip_by_group_norm(
       `labels`; all do if `None`. One that does not is scaled with its group.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -163,7 +165,7 @@ def clip_by_block_rms(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_by_block_rms",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf so that its root mean square is at most `threshold`.
@@ -186,7 +188,8 @@ def clip_by_block_rms(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -233,7 +236,7 @@ def adaptive_grad_clip(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "adaptive_grad_clip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive gradient clipping (AGC): each unit in proportion to its weights.
@@ -264,8 +267,9 @@ def adaptive_grad_clip(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads. The recorded norm is
-      the largest ratio of a unit's update to its weights.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does. The recorded norm is the largest ratio of a unit's update
+      to its weights.
     name: the prefix of the metrics' keys.
 
   Returns:

@@ -37,6 +37,7 @@ def dynamic_loss_scale(
   min_scale: Any = 1.0,
   max_scale: Any = 2.0**24,
   measure: Measure | None = None,
+  record: bool | str = True,
   name: str = "dynamic_loss_scale",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Undoes a loss scale, skips steps that overflowed, and adapts the scale.
@@ -69,6 +70,9 @@ def dynamic_loss_scale(
     max_scale: where it stops to grow.
     measure: see `skip_nonfinite`. Of the updates alone, and homogeneous: all of
       `optax_clip.measures` are but `relative`.
+    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
+      for `layer_metrics`, which names the layer that was not finite; there
+      ``clipped`` are skipped steps.
     name: the prefix of the metrics' keys: those of `SkipRecord` and `LossScale`.
 
   All numbers may be traced.
@@ -114,6 +118,7 @@ def dynamic_loss_scale(
   _validate.positive(backoff_factor=backoff_factor)
   _validate.within(0, 1, backoff_factor=backoff_factor)
   measure = _skip.checked_measure(measure)
+  layers = _skip.recorded_layers(measure, record)
 
   def init(params: Any) -> dict[str, LossScale]:
     del params
@@ -129,7 +134,11 @@ def dynamic_loss_scale(
   ) -> _guard.Verdict:
     del record
     ((key, (scale, finite_steps)),) = memory.items()
-    sizes, known = _skip.measured(measure, updates, params, extra_args)
+    sizes, known, by_layer = _skip.measured(
+      measure, layers, updates, params, extra_args
+    )
+    if by_layer is not None:
+      by_layer = by_layer.divided(scale)
     finite = jnp.all(jnp.isfinite(sizes))
 
     steps = jnp.where(finite, optax.safe_increment(finite_steps), 0)
@@ -146,7 +155,8 @@ def dynamic_loss_scale(
       limit=jnp.full((), jnp.inf),
       memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
       known=known,
+      layers=by_layer,
       scale=scale,
     )
 
-  return _guard.guarded(inner, _guard.Judge(init, judge), name)
+  return _guard.guarded(inner, _guard.Judge(init, judge, layers), name)

@@ -72,23 +72,32 @@ def magnitude(norm: Norm) -> Array:
   )
 
 
+def magnitudes(norms: Any) -> Any:
+  """`magnitude` of each norm of a tree."""
+  return jax.tree.map(magnitude, norms, is_leaf=is_norm)
+
+
 def plain(value: Array) -> Norm:
   """The norm whose float value is already known."""
   value = value.astype(_moments.accumulator(value.dtype))
   return Norm(value, jnp.ones_like(value))
 
 
-def merged(norms: Norm) -> Norm:
-  """The 2-norm over axis 0 of norms that are themselves 2-norms of parts."""
+def merged(norms: Norm, ord: float = 2.0) -> Norm:
+  """The norm over axis 0 of norms that are themselves norms of parts; ord >= 1."""
   unit = jnp.max(jnp.where(norms.value > 0, norms.unit, 0), axis=0, keepdims=True)
   unit = jnp.where(unit > 0, unit, 1)
   scaled = norms.value * (norms.unit / unit)
-  peak = jax.lax.stop_gradient(jnp.max(scaled, axis=0, keepdims=True))
+  largest = jnp.max(scaled, axis=0)
+  if ord == math.inf:
+    return Norm(largest, unit[0])
+  peak = lax.stop_gradient(largest)
   # The values of plain norms go up to 1e19 and down to 1e-19: squares may not
   # be floats, so they are taken in units of their largest.
   peak = jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 1)
-  moment = jnp.sum(jnp.square(scaled / peak), axis=0)
-  return Norm(_moments.root(moment, 2) * peak[0], unit[0])
+  axes = None if scaled.ndim == 1 else (0,)
+  moment = _moments.power_sum(scaled / peak, ord, scaled.dtype, axes=axes)
+  return Norm(_moments.root(moment.reshape(peak.shape), ord) * peak, unit[0])
 
 
 def joined(norms: Any) -> Any:
@@ -136,6 +145,9 @@ def group_norms(
     A `Norm` of shape ``[count]``.
   """
   dtype = _moments.accumulator(*(x.dtype for x in leaves))
+  known = _from_parts(leaves, groups, count, ord, mesh_axes)
+  if known is not None:
+    return known
   # Arrays are grouped into parts outside of `jit`, where concrete arrays can
   # still be asked for their devices.
   kept = [e for e in zip(leaves, groups, mesh_axes, strict=True) if e[0].size]
@@ -151,6 +163,50 @@ def group_norms(
     axes=names,
     concatenate=_mesh.on_one_device(arrays),
   )
+
+
+def _from_parts(
+  leaves: Sequence[Array],
+  groups: Sequence[int],
+  count: int,
+  ord: float,
+  mesh_axes: Sequence[tuple[str, ...]],
+) -> Norm | None:
+  """The same norms, if those of all leaves or of parts of them are known."""
+  if ord < 1 or not leaves:
+    # Below 1 the norm of many parts need not be a float where theirs are.
+    return None
+  for known in _once.known(leaf_norms):
+    _, _, known_ord, cuts = known.kind
+    place = {id(x): i for i, x in enumerate(known.leaves)}
+    if known_ord != ord or not all(id(x) in place for x in leaves):
+      continue
+    found = [place[id(x)] for x in leaves]
+    if [set(cuts[i].axes) for i in found] != [set(names) for names in mesh_axes]:
+      continue
+    if is_norm(known.norms):
+      value, unit = (x[jnp.asarray(found)] for x in known.norms)
+      index = list(groups)
+    else:
+      members = [known.norms[i] for i in found]
+      value, unit = (_side_by_side(x) for x in zip(*members, strict=True))
+      index = [
+        group
+        for norm, group in zip(members, groups, strict=True)
+        for _ in range(norm.value.size)
+      ]
+    rows = [
+      jnp.asarray([i for i, g in enumerate(index) if g == k]) for k in range(count)
+    ]
+    blank = plain(jnp.zeros((), value.dtype))
+    each = [merged(Norm(value[r], unit[r]), ord) if r.size else blank for r in rows]
+    return Norm(*(jnp.stack(x) for x in zip(*each, strict=True)))
+  return None
+
+
+def _side_by_side(arrays: Sequence[Array]) -> Array:
+  dtype = _moments.accumulator(*(x.dtype for x in arrays))
+  return jnp.concatenate([_mesh.replicated(x).ravel().astype(dtype) for x in arrays])
 
 
 # `jit` so that eager callers compile the `cond` once, not at every call. Inside

@@ -14,6 +14,7 @@ from optax_clip import _memory
 from optax_clip import _metrics
 from optax_clip import _norms
 from optax_clip import _once
+from optax_clip import _record
 from optax_clip import _skip
 from optax_clip import _validate
 from optax_clip._core import Action
@@ -58,6 +59,7 @@ def observe(
   window: int = 10_000,
   *,
   measure: Measure | None = None,
+  record: bool | str = True,
   name: str = "observe",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps the last norms of what an optimizer is given, and clips nothing.
@@ -81,6 +83,9 @@ def observe(
     measure: what is measured, the global 2-norm by default. One of
       `optax_clip.measures`, as `measures.layer_norm()`, or
       ``measures.global_norm(axis_name=...)`` for `jax.pmap`.
+    record: `True`, or ``"layers"``: also the norm of each layer, for
+      `layer_metrics`, from the same read. Around a guard it says which layer was not
+      finite.
     name: the prefix of the metrics' keys, and of this history for `norm_history`.
 
   Returns:
@@ -125,6 +130,7 @@ def observe(
     _skip.checked_measure(measure),
     _ring(_validate.size(window=window), name),
     Action(_weigh, _untouched),
+    record=record,
     name=name,
   )
 
@@ -227,8 +233,7 @@ def _row(norms: Any) -> Array:
   """The norms of one step in float32: one number, or a vector."""
   exact = norms if isinstance(norms, jax.Array) else _memory.flat(norms)
   # inf says that an element was not finite: a large norm must not become it.
-  seen = jnp.where(jnp.isfinite(exact), jnp.minimum(exact, _memory.LARGEST), exact)
-  return seen.astype(jnp.float32)
+  return _record.single(exact)
 
 
 def _same_shape(ring: Array, wanted: tuple[int, ...]) -> None:

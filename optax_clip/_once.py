@@ -44,13 +44,16 @@ _reused: contextvars.ContextVar[tuple[Known, ...]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[Known]]:
-  """Collects the measurements that are made within it."""
+  """Collects the measurements that are made within it; so do those around it."""
   found: list[Known] = []
+  outer = _noted.get()
   token = _noted.set(found)
   try:
     yield found
   finally:
     _noted.reset(token)
+    if outer is not None:
+      outer.extend(found)
 
 
 @contextlib.contextmanager
@@ -102,6 +105,11 @@ def measured_once(measure: Callable[..., Any]) -> Callable[..., Any]:
     return norms
 
   return wrapped
+
+
+def known(measure: Callable[..., Any]) -> list[Known]:
+  """What may be used of a measurement here, of whatever leaves."""
+  return [entry for entry in _reused.get() if entry.kind[0] == measure.__name__]
 
 
 def _looked_up(leaves: Sequence[Array], kind: tuple[Any, ...]) -> Any:

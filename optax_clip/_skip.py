@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _core
 from optax_clip import _guard
 from optax_clip import _memory
 from optax_clip import _mesh
@@ -16,10 +17,12 @@ from optax_clip import _once
 from optax_clip import _validate
 from optax_clip import measures
 from optax_clip import thresholds
+from optax_clip._core import LayerNorms
+from optax_clip._core import Layers
 from optax_clip._core import Measure
 from optax_clip._core import Threshold
-from optax_clip._core import counted
 from optax_clip._guard import SkipReason
+from optax_clip._record import counted
 
 Array = jax.Array
 
@@ -45,6 +48,7 @@ def skip_nonfinite(
   max_consecutive: Any = None,
   *,
   measure: Measure | None = None,
+  record: bool | str = True,
   name: str = "skip_nonfinite",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Takes no step whose gradient has a NaN or an inf.
@@ -73,6 +77,9 @@ def skip_nonfinite(
     measure: what is measured, the global norm by default. Pass the measure of the
       clip inside, as `measures.layer_norm()` for `clip_by_layer_norm`, or one with
       ``axis_name`` for `jax.pmap`.
+    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
+      for `layer_metrics`, which names the layer that was not finite; there
+      ``clipped`` are skipped steps.
     name: the prefix of the metrics' keys: those of `SkipRecord`.
 
   Returns:
@@ -97,6 +104,7 @@ def skip_nonfinite(
   if max_consecutive is not None:
     _validate.nonnegative(max_consecutive=max_consecutive)
   measure = checked_measure(measure)
+  layers = recorded_layers(measure, record)
 
   def judge(
     updates: Any,
@@ -105,21 +113,22 @@ def skip_nonfinite(
     record: _guard.SkipRecord,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
-    sizes, known = measured(measure, updates, params, extra_args)
-    finite = jnp.all(jnp.isfinite(sizes))
+    seen = measured(measure, layers, updates, params, extra_args)
+    finite = jnp.all(jnp.isfinite(seen.sizes))
     take = finite
     if max_consecutive is not None:
       take = finite | (record.consecutive >= max_consecutive)
     return _guard.Verdict(
       take=take,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
-      norm=jnp.max(sizes, initial=0),
+      norm=jnp.max(seen.sizes, initial=0),
       limit=jnp.full((), jnp.inf),
       memory=memory,
-      known=known,
+      known=seen.known,
+      layers=seen.layers,
     )
 
-  return _guard.guarded(inner, _guard.Judge(lambda params: (), judge), name)
+  return _guard.guarded(inner, _guard.Judge(lambda params: (), judge, layers), name)
 
 
 def skip_spikes(
@@ -132,6 +141,7 @@ def skip_spikes(
   cooldown: Any = 0,
   max_consecutive: Any = 20,
   measure: Measure | None = None,
+  record: bool | str = True,
   name: str = "skip_spikes",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Takes no step whose gradient norm, or loss, is a spike or not finite.
@@ -170,6 +180,9 @@ def skip_spikes(
       never, which skips a risen level for as long as it lasts.
     measure: what is measured, the global norm by default; see `skip_nonfinite`. Of
       several norms each is judged by its own limit, and one spike suffices.
+    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
+      for `layer_metrics`, which names the layer that was not finite; there
+      ``clipped`` are skipped steps.
     name: the prefix of the metrics' keys: those of `SkipRecord`, where ``norm`` and
       ``limit`` are of the loss if that is the only signal.
 
@@ -208,6 +221,7 @@ def skip_spikes(
   threshold = thresholds.history(sigmas=6.0) if threshold is None else threshold
   _validate.instance(Threshold, "optax_clip.thresholds", threshold=threshold)
   measure = checked_measure(measure)
+  layers = recorded_layers(measure, record)
 
   def init(params: Any) -> SpikeMemory:
     parts = []
@@ -226,7 +240,7 @@ def skip_spikes(
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
     del record
-    sizes, known = measured(measure, updates, params, extra_args)
+    sizes, known, by_layer = measured(measure, layers, updates, params, extra_args)
     norms = sizes if "norm" in signals else sizes[:0]
     losses = _loss(extra_args) if "loss" in signals else sizes[:0]
     values = _joined([norms, losses])
@@ -282,9 +296,10 @@ def skip_spikes(
         ),
       ),
       known=known,
+      layers=by_layer,
     )
 
-  return _guard.guarded(inner, _guard.Judge(init, judge), name)
+  return _guard.guarded(inner, _guard.Judge(init, judge, layers), name)
 
 
 def checked_measure(measure: Any) -> Measure:
@@ -295,15 +310,38 @@ def checked_measure(measure: Any) -> Measure:
   return cast(Measure, measure)
 
 
+def recorded_layers(measure: Measure, record: Any) -> Layers | None:
+  """The layers that a guard records; its own record it always needs."""
+  _validate.choice((True, "layers"), record=record)
+  return _core.layers_of(measure, record)
+
+
+class Seen(NamedTuple):
+  """What a guard measured.
+
+  Attributes:
+    sizes: f[norms], all norms of its measure.
+    known: what need not be measured again.
+    layers: the norms of layers, if these are recorded.
+  """
+
+  sizes: Array
+  known: list[_once.Known]
+  layers: LayerNorms | None
+
+
 def measured(
-  measure: Measure, updates: Any, params: Any, extra_args: dict[str, Any]
-) -> tuple[Array, list[_once.Known]]:
-  """All norms of a measure as one vector, and what need not be measured again."""
+  measure: Measure,
+  layers: Layers | None,
+  updates: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+) -> Seen:
+  """Measures the updates, once for the guard and for what stands in it."""
   with _once.noting() as known:
-    norms = measure.measure(updates, params, **extra_args)
-  table = _norms.joined(norms)
-  sizes = jax.tree.map(_norms.magnitude, table, is_leaf=_norms.is_norm)
-  return _memory.flat(sizes), known
+    norms, by_layer = _core.measured(measure, layers, updates, params, extra_args)
+  sizes = _norms.magnitudes(_norms.joined(norms))
+  return Seen(_memory.flat(sizes), known, by_layer)
 
 
 def _loss(extra_args: dict[str, Any]) -> Array:

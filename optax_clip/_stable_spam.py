@@ -27,7 +27,7 @@ def adaclip(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "adaclip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales elements beyond the average of their leaf's largest (AdaClip).
@@ -47,8 +47,8 @@ def adaclip(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads. The recorded norm is the
-      largest modulus.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does. The recorded norm is the largest modulus.
     name: the prefix of the metrics' keys.
 
   Returns:
@@ -105,7 +105,7 @@ def adagn(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "adagn",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Normalizes each leaf to the ratio of its norm's running moments (AdaGN).
@@ -128,7 +128,8 @@ def adagn(
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     stacked: which leaves hold many layers, and along which axis, see
       `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
     name: the prefix of the metrics' keys.
 
   All numbers may be traced.
@@ -186,7 +187,7 @@ def stable_spam(
   axis_name: Any = "auto",
   specs: Any = None,
   stacked: _groups.Stacked = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "stable_spam",
 ) -> optax.GradientTransformationExtraArgs:
   """`adaclip`, then `adagn`: what Stable-SPAM does to gradients before Adam.

@@ -17,7 +17,7 @@ def clip(
   *,
   nonfinite: str = "propagate",
   strict: bool = False,
-  record: bool = False,
+  record: bool | str = False,
   name: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips each element of the updates.
@@ -83,7 +83,7 @@ def clip_by_global_norm(
   strict: bool = False,
   axis_name: Any = "auto",
   specs: Any = None,
-  record: bool = True,
+  record: bool | str = True,
   name: str = "clip_by_global_norm",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales all updates together so that their norm is at most `max_norm`.
@@ -110,7 +110,8 @@ def clip_by_global_norm(
       float16.
     axis_name: mesh axes to collect the norm over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads. With `False` the state
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does, of each leaf, from the same read. With `False` the state
       is that of optax, and so are checkpoints.
     name: the prefix of the metrics' keys.
 

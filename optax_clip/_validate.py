@@ -49,6 +49,14 @@ def positive(**values: Any) -> None:
       raise ValueError(f"{name} must be positive, got {value!r}.")
 
 
+def above(low: float, **values: Any) -> None:
+  """Raises unless each named value is larger than a number."""
+  for name, value in values.items():
+    concrete = _numeric(name, value)
+    if concrete is not None and not np.all(concrete > low):
+      raise ValueError(f"{name} must be above {low:g}, got {value!r}.")
+
+
 def within(low: float, high: float, **values: Any) -> None:
   """Raises unless each named value is between two numbers, which are allowed."""
   for name, value in values.items():
@@ -100,7 +108,7 @@ def order(ord: Any) -> float:
   return float(ord)
 
 
-def choice(options: tuple[str, ...], **values: Any) -> None:
+def choice(options: tuple[Any, ...], **values: Any) -> None:
   """Raises unless each named value is one of `options`."""
   for name, value in values.items():
     if value not in options:

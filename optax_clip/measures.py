@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip import _groups
+from optax_clip import _layers
 from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip import _norms
@@ -66,7 +67,12 @@ def global_norm(
   def spread(tree: Any, updates: Any) -> list[Any]:
     return [tree] * len(jax.tree.leaves(updates))
 
-  return Measure(like, measure, spread)
+  def rows(reduce: _layers.Reduce, tree: Any, updates: Any) -> Array:
+    del reduce
+    return jnp.broadcast_to(tree, len(jax.tree.leaves(updates)))
+
+  finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
+  return Measure(like, measure, spread, _layers.of_many(finer, rows))
 
 
 def layer_norm(
@@ -92,7 +98,7 @@ def layer_norm(
 
   def like(params: Any) -> Any:
     leaves = _groups.floating_leaves(params)
-    over = _layers(params, leaves, stacked)
+    over = _dims(params, leaves, stacked)
     if any(a is not None for a in over):
       return _blanks(leaves, over, _mesh.cuts(params, over, (), specs))
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
@@ -101,15 +107,28 @@ def layer_norm(
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     del params, extra_args
     leaves = _groups.floating_leaves(updates)
-    over = _layers(updates, leaves, stacked)
+    over = _dims(updates, leaves, stacked)
     cuts = _mesh.cuts(updates, over, axis_name, specs)
     return _norms.leaf_norms(leaves, over, p, cuts)
 
   def spread(tree: list[Any], updates: Any) -> list[Any]:
-    over = _layers(updates, jax.tree.leaves(updates), stacked)
+    over = _dims(updates, jax.tree.leaves(updates), stacked)
     return _leaf_by_leaf(tree, _mesh.cuts(updates, over, axis_name, specs))
 
-  return Measure(like, measure, spread)
+  def elements(updates: Any) -> list[float]:
+    if p == math.inf:
+      return [1.0] * sum(max(n, 1) for n in _layers.stacks(updates, stacked, specs))
+    leaves = jax.tree.leaves(updates)
+    over = _dims(updates, leaves, stacked)
+    sizes = _sizes(leaves, over, _mesh.cuts(updates, over, axis_name, specs))
+    stacks = _layers.stacks(updates, stacked, specs)
+    return [
+      size ** (1 / p)
+      for size, stack in zip(sizes, stacks, strict=True)
+      for _ in range(max(stack, 1))
+    ]
+
+  return Measure(like, measure, spread, _layers.own(stacked, specs, elements))
 
 
 def layer_rms(
@@ -121,13 +140,9 @@ def layer_rms(
   def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
     norms = norm.measure(updates, params, **extra_args)
     leaves = _groups.floating_leaves(updates)
-    over = _layers(updates, leaves, stacked)
+    over = _dims(updates, leaves, stacked)
     cuts = _mesh.cuts(updates, over, axis_name, specs)
-    # Under `shard_map` a leaf is one device's share of the elements.
-    sizes = [
-      _size_of_one(x, dims) * _mesh.devices(cut.within)
-      for x, dims, cut in zip(leaves, over, cuts, strict=True)
-    ]
+    sizes = _sizes(leaves, over, cuts)
     if _norms.is_norm(norms):
       roots = jnp.sqrt(jnp.asarray(sizes, norms.value.dtype))
       return norms._replace(value=norms.value / roots)
@@ -136,7 +151,7 @@ def layer_rms(
       for n, size in zip(norms, sizes, strict=True)
     ]
 
-  return norm._replace(measure=measure)
+  return norm._replace(measure=measure, layers=_layers.own(stacked, specs))
 
 
 def group_norm(
@@ -187,7 +202,12 @@ def group_norm(
     rows = [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(names))]
     return [rows[i] for i in _groups.label_ids(labels, names, updates)]
 
-  return Measure(like, measure, spread)
+  def by_layer(reduce: _layers.Reduce, tree: Any, updates: Any) -> Array:
+    del reduce
+    return tree[jnp.asarray(_groups.label_ids(labels, names, updates), jnp.int32)]
+
+  finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
+  return Measure(like, measure, spread, _layers.of_many(finer, by_layer))
 
 
 def unit_norm(
@@ -245,7 +265,7 @@ def unit_norm(
     over = axes(updates)
     return _leaf_by_leaf(tree, _mesh.cuts(updates, over, axis_name, specs))
 
-  return Measure(like, measure, spread)
+  return Measure(like, measure, spread, _layers.own(stacked, specs))
 
 
 def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
@@ -278,16 +298,33 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
       is_leaf=_norms.is_norm,
     )
 
-  return measure._replace(measure=relative_measure)
+  layers = measure.layers
+  if layers is not None:
+    finer = None if layers.finer is None else relative(layers.finer, eps=eps)
+    layers = layers._replace(elements=None, finer=finer)
+  return measure._replace(measure=relative_measure, layers=layers)
 
 
-def _layers(
+def _dims(
   tree: Any, leaves: Sequence[Array], stacked: _groups.Stacked
 ) -> list[tuple[int, ...] | None]:
   """For each leaf the dimensions of one layer; `None` if it is one layer."""
   return [
     None if layer is None else _groups.stacked_axes(x.shape, layer)
     for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
+  ]
+
+
+def _sizes(
+  leaves: Sequence[Array],
+  over: Sequence[tuple[int, ...] | None],
+  cuts: Sequence[_mesh.Cut],
+) -> list[int]:
+  """For each leaf the number of elements that one norm is of."""
+  # Under `shard_map` a leaf is one device's share of the elements.
+  return [
+    _size_of_one(x, dims) * _mesh.devices(cut.within)
+    for x, dims, cut in zip(leaves, over, cuts, strict=True)
   ]
 
 

@@ -25,6 +25,15 @@ over = functools.partial(pytest.mark.parametrize, "row")
 every_row = over(ROWS, ids=names(ROWS))
 fixed_rows = over(FIXED, ids=names(FIXED))
 rescaling_rows = over(RESCALING, ids=names(RESCALING))
+# What does not depend on the method is tested with one of each kind by default.
+KINDS = ("clip_by_global_norm", "adaptive_grad_clip", "zclip", "stable_spam")
+each_kind = over(
+  [
+    pytest.param(row, marks=() if row.name in KINDS else pytest.mark.slow)
+    for row in ROWS
+  ],
+  ids=names(ROWS),
+)
 collected_rows = over(COLLECTED, ids=names(COLLECTED))
 every_dtype = pytest.mark.parametrize("dtype", oracles.LOW)
 
@@ -665,7 +674,7 @@ class TestWrappers:
       assert_close(new, wanted)
 
   @pytest.mark.foreign  # optax mixes dtypes here.
-  @every_row
+  @each_kind
   def test_metrics_are_read_through_every_wrapper(self, row):
     inner = row.make(record=True, name="inner")
     params = tree(1)
@@ -764,7 +773,7 @@ class TestSharding:
       assert_same_kind(state, again)
       assert_close(jax.device_get((new, state)), jax.device_get(expected), rtol=2e-6)
 
-  @every_row
+  @each_kind
   @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
   def test_on_a_mesh_without_jit(self, row, kind):
     tx = row.make()

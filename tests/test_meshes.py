@@ -28,7 +28,7 @@ METHODS = {
   if row.takes("axis_name") and row.takes("specs")
 }
 STACKING = {
-  name: functools.partial(make, stacked=STACKED)
+  name: functools.partial(make, stacked=STACKED, record="layers")
   for name, make in METHODS.items()
   if next(r for r in registry.ROWS if r.name == name).takes("stacked")
 }

@@ -133,8 +133,12 @@ class TestScannedTransformer:
   @pytest.mark.parametrize(
     ("make", "warm"),
     [
-      (lambda **k: optax_clip.clip_by_block_rms(0.1, **k), 0),
-      (lambda **k: optax_clip.clip_by_layer_norm(1.0, **k), 0),
+      pytest.param(
+        lambda **k: optax_clip.clip_by_block_rms(0.1, **k), 0, marks=pytest.mark.slow
+      ),
+      pytest.param(
+        lambda **k: optax_clip.clip_by_layer_norm(1.0, **k), 0, marks=pytest.mark.slow
+      ),
       (lambda **k: optax_clip.adaptive_grad_clip(1.0, eps=1.0, **k), 0),
       (lambda **k: optax_clip.adagc(warmup=2, warmup_norm=1e9, **k), 3),
     ],

@@ -1,0 +1,175 @@
+"""What clipping did: written at every step, with the arithmetic it did anyway."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = jax.Array
+
+# What follows the name of a record in the key of its record of layers.
+LAYERS = "/layers"
+
+
+class Record(NamedTuple):
+  """What clipping did. Where there are several norms, the worst of them.
+
+  Attributes:
+    norm: f32[], the largest norm of the last step, before clipping.
+    limit: f32[], the smallest limit of the last step.
+    coefficient: f32[], the smallest factor that the last step applied.
+    clipped_fraction: f32[], the share of norms above their limit.
+    steps: i32[], how many updates were seen.
+    steps_clipped: i32[], in how many of them a norm was above its limit.
+    steps_nonfinite: i32[], in how many of them a norm was NaN or inf.
+  """
+
+  norm: Array
+  limit: Array
+  coefficient: Array
+  clipped_fraction: Array
+  steps: Array
+  steps_clipped: Array
+  steps_nonfinite: Array
+
+
+class LayerRecord(NamedTuple):
+  """What clipping did to each layer; `layer_metrics` names them.
+
+  A layer is a leaf, or one layer of a stacked leaf; they stand in the order of the
+  leaves. Vectors, since a state of thousands of scalars is slow to pass around.
+
+  Attributes:
+    stacks: i32[leaves], how many layers are stacked in a leaf; 0 if it is no stack.
+      It never changes.
+    norm: f32[layers], of the last step, before clipping. Where the layer has several
+      norms (units), the largest.
+    limit: f32[layers], what the last step allowed the layer, or the group it is in.
+    coefficient: f32[layers], the smallest factor that the last step applied to it.
+    size: f32[layers], the norm for one element, to compare layers by.
+    steps: i32[], how many updates were seen.
+    steps_clipped: i32[layers], in how many of them it was clipped.
+    nonfinite_layer: i32[], the first layer that was not finite in the last step in
+      which one was not; -1 before.
+    nonfinite_step: i32[], which step that was, counted from 1; 0 before.
+  """
+
+  stacks: Array
+  norm: Array
+  limit: Array
+  coefficient: Array
+  size: Array
+  steps: Array
+  steps_clipped: Array
+  nonfinite_layer: Array
+  nonfinite_step: Array
+
+
+def blank() -> Record:
+  """The record before the first step."""
+  # Separate arrays: a donated state may not hold one buffer twice.
+  floats = [jnp.zeros((), jnp.float32) for _ in range(4)]
+  counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
+
+
+def noted(last: Record, sizes: Any, limits: Any, factors: Any, finite: Array) -> Record:
+  """The record after one more step.
+
+  Args:
+    last: the record before it.
+    sizes: a tree of the norms as floats.
+    limits: of the same shape.
+    factors: of the same shape, what the norms' updates were multiplied with.
+    finite: bool[], whether all norms are finite.
+  """
+  if not _size(sizes):
+    return last._replace(steps=optax.safe_increment(last.steps))
+  above = jax.tree.map(lambda n, limit: (n > limit).astype(jnp.float32), sizes, limits)
+  number_above = _fold(jnp.sum, above)
+  return Record(
+    norm=_fold(jnp.max, sizes).astype(jnp.float32),
+    limit=_fold(jnp.min, limits).astype(jnp.float32),
+    coefficient=_fold(jnp.min, factors).astype(jnp.float32),
+    clipped_fraction=number_above / _size(sizes),
+    steps=optax.safe_increment(last.steps),
+    steps_clipped=counted(finite & (number_above > 0), last.steps_clipped),
+    steps_nonfinite=counted(~finite, last.steps_nonfinite),
+  )
+
+
+def blank_layers(stacks: list[int]) -> LayerRecord:
+  """The record of layers before the first step."""
+  count = sum(max(n, 1) for n in stacks)
+  return LayerRecord(
+    stacks=jnp.asarray(stacks, jnp.int32),
+    norm=jnp.zeros(count, jnp.float32),
+    limit=jnp.zeros(count, jnp.float32),
+    coefficient=jnp.ones(count, jnp.float32),
+    size=jnp.zeros(count, jnp.float32),
+    steps=jnp.zeros((), jnp.int32),
+    steps_clipped=jnp.zeros(count, jnp.int32),
+    nonfinite_layer=jnp.full((), -1, jnp.int32),
+    nonfinite_step=jnp.zeros((), jnp.int32),
+  )
+
+
+def noted_layers(
+  last: LayerRecord,
+  norm: Array,
+  size: Array,
+  limit: Array,
+  coefficient: Array,
+  clipped: Array,
+) -> LayerRecord:
+  """The record of layers after one more step; all arguments are ``[layers]``."""
+  steps = optax.safe_increment(last.steps)
+  if not norm.size:
+    return last._replace(steps=steps)
+  wrong = ~jnp.isfinite(norm)
+  return LayerRecord(
+    stacks=last.stacks,
+    norm=single(norm),
+    limit=single(limit),
+    coefficient=coefficient.astype(jnp.float32),
+    size=single(size),
+    steps=steps,
+    steps_clipped=counted(clipped & ~jnp.any(wrong), last.steps_clipped),
+    nonfinite_layer=jnp.where(
+      jnp.any(wrong), jnp.argmax(wrong).astype(jnp.int32), last.nonfinite_layer
+    ),
+    nonfinite_step=jnp.where(jnp.any(wrong), steps, last.nonfinite_step),
+  )
+
+
+def single(x: Array) -> Array:
+  """As float32; a finite number, however large, does not become inf."""
+  largest = jnp.finfo(jnp.float32).max
+  return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
+
+
+def counted(happened: Array, counter: Array) -> Array:
+  """The counter, one higher if it happened."""
+  return jnp.where(happened, optax.safe_increment(counter), counter)
+
+
+def all_finite(sizes: Any) -> Array:
+  """Whether all norms are finite; true if there are none."""
+  if not _size(sizes):
+    return jnp.asarray(True)
+  return _fold(jnp.all, jax.tree.map(jnp.isfinite, sizes))
+
+
+def _size(tree: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _fold(reduce: Callable[[Array], Array], tree: Any) -> Array:
+  """Reduces a tree of arrays to one scalar.
+
+  Each array first, so that no two that are sharded differently meet.
+  """
+  return reduce(jnp.stack([reduce(x) for x in jax.tree.leaves(tree) if x.size]))
