@@ -22,6 +22,7 @@ STYLE = {
   "axes.titlelocation": "left",
   "figure.facecolor": "white",
 }
+WORST = 3.0  # Losses beyond are written: drawn, they would leave no room for others.
 LIBRARIES = {"none": "#444444", "optax": "#c0392b", "optax_clip": "#1f6fb4"}
 
 
@@ -132,8 +133,10 @@ def _language(rows: list[Row]) -> Any:
       for batches, shift in (("clean", -0.17), ("faulty", 0.17)):
         best = _summary.least_loss(select(mine, method=method, batches=batches))
         value, error = _summary.mean(_summary.losses(best))
-        if _summary.diverged(best) == len(best["loss"]):
-          note = "faulty: all seeds diverge"
+        dead, count = _summary.diverged(best), len(best["loss"])
+        if value > WORST:
+          note = f"{batches}: {value:.2f}"
+          note += f", {dead} of {count} seeds diverge" if dead else ""
           axis.text(
             0.98,
             y + shift,
@@ -142,13 +145,14 @@ def _language(rows: list[Row]) -> Any:
             ha="right",
             va="center",
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
           )
           continue
         color = METHODS.get(method, METHODS["none"]).color
         fill = color if batches == "faulty" else "white"
         _dot(axis, y + shift, value, value - error, value + error, color, fill)
     _rows(axis, methods)
-    axis.set_title(optimizer)
+    axis.set(title=optimizer, xlim=(None, WORST))
     axis.set_xlabel("held-out loss at the best rate (nats/byte), standard error")
   marks = [
     plt.Line2D([], [], marker="o", color="#444444", markerfacecolor=fill, label=label)
@@ -192,6 +196,9 @@ def _low_precision(rows: list[Row]) -> Any:
       label=method,
     )
   axes[3].set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
+  rates = values(many, "rate")
+  axes[3].set_xticks(rates, [f"{rate:g}" for rate in rates])
+  axes[3].set_xticks([], minor=True)
   axes[3].set_title("bfloat16, 2,000 leaves")
   axes[3].legend(frameon=False, fontsize=9)
   return figure

@@ -43,18 +43,22 @@ def language(rows: list[Row]) -> str:
       for kind in kinds:
         best = _summary.least_loss(select(of_one, method=method, batches=kind))
         none = _summary.least_loss(select(of_one, method="none", batches=kind))
-        cells.append(f"{_loss(best)} at {best['rate']:g}")
-        cells.append("" if best is none else _plus_minus(_summary.gain(best, none)))
+        lost = _summary.diverged(best) == len(best["loss"])
+        cells.append(_loss(best) + ("" if lost else f" at {best['rate']:g}"))
+        plain = best is none or lost
+        cells.append("" if plain else _plus_minus(_summary.gain(best, none)))
       body.append(cells)
     head = [x for kind in kinds for x in (f"{kind}, own best rate", "minus none")]
     parts.append(markdown([optimizer, *head], body))
     for kind in kinds:
-      rates = [f"{rate:g}" for rate in values(of_one, "rate")]
-      body = [
-        [m, *(_loss(row) for row in select(of_one, method=m, batches=kind))]
-        for m in methods
-      ]
-      parts.append(markdown([f"{optimizer}, {kind}", *rates], body))
+      rates = sorted(values(of_one, "rate"))
+      body = []
+      for method in methods:
+        mine = select(of_one, method=method, batches=kind)
+        found = {row["rate"]: _loss(row) for row in mine}
+        body.append([method, *(found.get(rate, "") for rate in rates)])
+      head = [f"{optimizer}, {kind}", *(f"{rate:g}" for rate in rates)]
+      parts.append(markdown(head, body))
   return "\n\n".join(parts)
 
 

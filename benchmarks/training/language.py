@@ -40,6 +40,12 @@ OPTIMIZERS = {
   "sgd": (lambda rate: optax.sgd(rate, momentum=0.9), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
   "adamw": (optax.adamw, (0.001, 0.003, 0.01, 0.03)),
 }
+# More rates for the methods that were best on faulty batches at the lowest of those:
+# none must lose for want of a rate that is low enough.
+LOWER = {
+  ("sgd", name): (0.00625, 0.0125, 0.025)
+  for name in ("none", "layer 1", "history", "skip_spikes")
+}
 NAMES = (
   BARE,
   "none",
@@ -121,11 +127,12 @@ def run(
   if quick:
     names, seeds, steps = ("none", "global 1"), 2, 20
   for optimizer in optimizers:
-    build, rates = OPTIMIZERS[optimizer]
-    who = _sweep.members(
-      faults=np.arange(2), rate=np.float32(rates), seed=np.arange(seeds)
-    )
+    build, listed = OPTIMIZERS[optimizer]
     for name in names:
+      rates = LOWER.get((optimizer, name), ()) + listed
+      who = _sweep.members(
+        faults=np.arange(2), rate=np.float32(rates), seed=np.arange(seeds)
+      )
       note(f"language: {optimizer}, {name}")
       scores = _sweep.train(
         task(steps),

@@ -83,7 +83,7 @@ def run(
   note: Callable[[str], None] = lambda text: None,
   *,
   names: tuple[str, ...] = NAMES,
-  rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3),
+  rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
   seeds: int = 5,
   steps: int = 400,
 ) -> Iterator[dict[str, Any]]:
