@@ -1,11 +1,10 @@
 """Runs the benchmarks: `python -m benchmarks --suite overhead --quick`."""
 
 import argparse
-import importlib.util
 import pathlib
 from typing import Any
 
-SUITES = ("overhead", "skip", "leaves", "precision", "scale")
+SUITES = ("overhead", "skip", "leaves", "precision", "scale", "mesh")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     help="the platform to run on (default: the one JAX prefers)",
   )
   parser.add_argument("--json", type=pathlib.Path, help="write results here")
-  parser.add_argument("--png", type=pathlib.Path, help="draw the overhead suite here")
+  parser.add_argument("--png", type=pathlib.Path, help="draw the results here")
   return parser
 
 
@@ -56,7 +55,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
   from benchmarks import _report
   from benchmarks import _timing
+  from benchmarks import _torch
   from benchmarks import leaves
+  from benchmarks import mesh
   from benchmarks import overhead
   from benchmarks import precision
   from benchmarks import scale
@@ -92,9 +93,26 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
           15,
           dtype,
           repeats=5 if quick else 25,
-          optimizers=("adamw",) if one else ("adamw", "sgd"),
+          optimizers=("adamw",) if one else ("adamw", "sgd", "lion"),
+          read_bytes_per_s=limits["read_bytes_per_s"],
           note=note,
         )
+        if _torch.installed():
+          note("overhead: torch")
+          rows += overhead.run_torch(
+            width, 15, dtype, 5 if quick else 25, limits["read_bytes_per_s"]
+          )
+      # Orthogonalizing large matrices takes ten times as long as all the rest.
+      note("overhead: muon")
+      rows += overhead.run(
+        164,
+        15,
+        jnp.float32,
+        repeats=3 if quick else 9,
+        optimizers=("muon",),
+        read_bytes_per_s=limits["read_bytes_per_s"],
+        note=note,
+      )
     if "skip" in suites:
       rows += skip.run(328 if quick else 656, 15, jnp.float32, 5 if quick else 25, note)
     if "leaves" in suites:
@@ -108,9 +126,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         sizes += ((656, 15), (1536, 16))
       if on_gpu and not quick:
         sizes += ((3072, 15), (4096, 24))
-      peer = importlib.util.find_spec("torch") is not None
       types = (jnp.float32, jnp.bfloat16)
-      rows += scale.run(sizes, types, 5 if quick else 25, peer, note)
+      rows += scale.run(sizes, types, 5 if quick else 25, note)
+    if "mesh" in suites:
+      note("mesh")
+      rows += mesh.run(164 if quick else 328, 15, 5 if quick else 15)
   for row in rows:
     if row["suite"] == "scale":
       row["norm_over_read"] = (
@@ -126,8 +146,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   if options.json:
     _report.write(rows, about, options.json)
   if options.png:
-    title = f"{about['device']}, JAX {about['jax']}, {about['date']}"
-    _report.chart(rows, options.png, title)
+    from benchmarks import _charts
+
+    for path in _charts.draw(rows, options.png, about):
+      console.print(f"wrote {path}", soft_wrap=True, highlight=False)
   return rows
 
 

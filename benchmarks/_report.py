@@ -1,28 +1,30 @@
-"""From rows of results to a table, a JSON file and a chart."""
+"""From rows of results to a table and a JSON file."""
 
 import json
 import pathlib
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 # The columns of each suite: key, heading, format.
 COLUMNS: dict[str, list[tuple[str, str, str]]] = {
   "overhead": [
-    ("optimizer", "optimizer", "{}"),
+    ("optimizer", "step of", "{}"),
     ("method", "clipping", "{}"),
     ("step_ms", "step ms", "{:.2f}"),
-    ("step_over_none", "/ none", "{:.2f}"),
-    ("added_over_norm", "added / norm", "{:.2f}"),
-    ("temp_copies", "temp copies", "{:.2f}"),
+    ("step_over_none", "/none", "{:.2f}"),
+    ("added_over_norm", "/norm", "{:.2f}"),
+    ("added_over_reads", "/read", "{:.2f}"),
+    ("temp_copies", "copies", "{:.2f}"),
   ],
   "skip": [
     ("method", "step", "{}"),
     ("step_ms", "step ms", "{:.2f}"),
-    ("step_over_clip", "/ clip alone", "{:.2f}"),
-    ("temp_copies", "temp copies", "{:.2f}"),
-    ("bytes_over_clip", "bytes / clip", "{:.2f}"),
+    ("step_over_clip", "/clip", "{:.2f}"),
+    ("temp_copies", "copies", "{:.2f}"),
+    ("bytes_over_clip", "bytes/clip", "{:.2f}"),
   ],
   "leaves": [
     ("leaves", "leaves", "{}"),
@@ -46,6 +48,14 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     ("clip_ms", "clip ms", "{:.3f}"),
     ("torch_clip_grad_norm_ms", "torch ms", "{:.3f}"),
   ],
+  "mesh": [
+    ("devices", "devices", "{}"),
+    ("method", "clipping", "{}"),
+    ("step_ms", "step ms", "{:.2f}"),
+    ("step_over_none", "/none", "{:.2f}"),
+    ("all-reduce", "reduce", "{}"),
+    ("all-gather", "gather", "{}"),
+  ],
 }
 
 
@@ -56,7 +66,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     if not of_suite:
       continue
     table = Table(
-      title=f"{suite}: {_subject(of_suite[0])}", title_justify="left", pad_edge=False
+      title=f"{suite}: {_subject(of_suite[0])}",
+      title_justify="left",
+      pad_edge=False,
+      box=SIMPLE_HEAD,
+      padding=(0, 1, 0, 0),
     )
     present = [c for c in columns if c[0] in of_suite[0]]
     for key, heading, _ in present:
@@ -69,7 +83,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         min_width=25 if key == "method" else None,
       )
     for row in of_suite:
-      table.add_row(*(_cell(row[key], form) for key, _, form in present))
+      table.add_row(*(_cell(row.get(key, ""), form) for key, _, form in present))
     console.print(table)
 
 
@@ -81,45 +95,11 @@ def write(
   path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
-def chart(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-  """Draws the overhead suite: the step with each clipping, over without."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  bars = [
-    row
-    for row in rows
-    if row["suite"] == "overhead"
-    and row["optimizer"] == "adamw"
-    and row["method"] != "none"
-  ]
-  if not bars:
-    return
-  figure, axes = plt.subplots(figsize=(8, 0.42 * len(bars) + 1.2))
-  names = [row["method"] for row in bars]
-  values = [row["step_over_none"] for row in bars]
-  colors = ["#b0b0b0" if n.startswith("optax.") else "#1f77b4" for n in names]
-  axes.barh(names, values, color=colors)
-  axes.axvline(1, color="black", linewidth=1)
-  for y, value in enumerate(values):
-    axes.text(value + 0.02, y, f"{value:.2f}", va="center", fontsize=9)
-  axes.invert_yaxis()
-  axes.set_xlim(0, max(values) * 1.12)
-  axes.set_xlabel("time of an AdamW step, as a multiple of the step without clipping")
-  axes.set_title(title, fontsize=10, loc="left")
-  axes.spines[["top", "right"]].set_visible(False)
-  figure.tight_layout()
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
-
-
 def _subject(row: dict[str, Any]) -> str:
-  if row["suite"] in ("overhead", "skip"):
+  if row["suite"] in ("overhead", "skip", "mesh"):
     return (
       f"{row['parameters'] / 1e6:.0f}M parameters in {row['leaves']} leaves,"
-      f" {row['dtype']}"
+      f" {row.get('dtype', 'float32')}"
     )
   return {
     "leaves": "the same bytes in more leaves, an sgd step",

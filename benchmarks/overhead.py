@@ -6,16 +6,26 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from benchmarks import _steps
 from benchmarks import _timing
+from benchmarks import _torch
 import optax_clip
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   "adamw": optax.adamw,
   "sgd": optax.sgd,
   "lion": optax.lion,
+  "muon": optax.contrib.muon,
 }
+# Of optimizers other than AdamW, only the clip that all others are measured by,
+# its peer, and a threshold that learns: the step around them differs, they do not.
+FEW = ("none", "optax.clip_by_global_norm", "clip_by_global_norm", "adagc")
+
+# How often a method has to read the gradients, or what is as large: AGC reads the
+# parameters too.
+READS = {"adaptive_grad_clip": 2, "optax.adaptive_grad_clip": 2}
 
 # Limits that do clip: gradients are normal, weights are 0.01.
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -27,6 +37,9 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
   ),
   "clip_by_global_norm, strict": lambda: optax_clip.clip_by_global_norm(
     1.0, strict=True
+  ),
+  "clip_by_global_norm, record=layers": lambda: optax_clip.clip_by_global_norm(
+    1.0, record="layers"
   ),
   "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
   "optax.clip_by_block_rms": lambda: optax.clip_by_block_rms(0.1),
@@ -51,10 +64,20 @@ def run(
   dtype: Any,
   repeats: int,
   optimizers: tuple[str, ...] = ("adamw",),
-  methods: tuple[str, ...] = tuple(METHODS),
+  read_bytes_per_s: float = 0.0,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-  """One row for each optimizer and method."""
+  """One row for each optimizer and method; AdamW has all methods, others a few.
+
+  Args:
+    width: of the model, see `_steps.transformer_shapes`.
+    blocks: of the model.
+    dtype: of gradients, parameters and moments.
+    repeats: interleaved rounds.
+    optimizers: names of `OPTIMIZERS`.
+    read_bytes_per_s: what the device reads in a second, as measured in this run.
+    note: told what is being compiled.
+  """
   shapes = _steps.transformer_shapes(width, blocks)
   grads = _steps.random_tree(shapes, dtype)
   jax.block_until_ready(grads)
@@ -62,6 +85,7 @@ def run(
   norm = jax.jit(optax_clip.global_norm)
   rows = []
   for optimizer in optimizers:
+    methods = tuple(METHODS) if optimizer == "adamw" else FEW
     trainer = _steps.Trainer(OPTIMIZERS[optimizer](1e-3), grads)
     steps = {}
     for method in methods:
@@ -89,6 +113,11 @@ def run(
         "bare_norm_ms": 1e3 * statistics.median(bare),
         "added_over_norm": _timing.difference(times[method], plain)
         / statistics.median(bare),
+        "added_over_reads": _timing.difference(times[method], plain)
+        / (READS.get(method, 1) * size / read_bytes_per_s),
+        "step_over_optax": _timing.ratio(
+          times[method], times["optax.clip_by_global_norm"]
+        ),
         "temp_copies": (step.temp_bytes - steps["none"].temp_bytes) / size,
         "temp_bytes": step.temp_bytes,
         "lower_s": step.lower_s,
@@ -98,3 +127,30 @@ def run(
       for method, step in steps.items()
     ]
   return rows
+
+
+def run_torch(
+  width: int, blocks: int, dtype: Any, repeats: int, read_bytes_per_s: float
+) -> list[dict[str, Any]]:
+  """The same of PyTorch: fused AdamW, and its own clip."""
+  shapes = _steps.transformer_shapes(width, blocks)
+  times = _timing.interleaved(_torch.steps(shapes, dtype), repeats)
+  size = _steps.elements(shapes) * jax.numpy.dtype(dtype).itemsize
+  plain = times["none"]
+  return [
+    {
+      "suite": "overhead",
+      "optimizer": "torch.adamw",
+      "method": method,
+      "parameters": _steps.elements(shapes),
+      "leaves": len(shapes),
+      "dtype": str(jax.numpy.dtype(dtype)),
+      "gradient_bytes": size,
+      "step_ms": 1e3 * statistics.median(taken),
+      "spread": _timing.spread(taken),
+      "step_over_none": _timing.ratio(taken, plain),
+      "added_ms": 1e3 * _timing.difference(taken, plain),
+      "added_over_reads": _timing.difference(taken, plain) / (size / read_bytes_per_s),
+    }
+    for method, taken in times.items()
+  ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks import _steps
 from benchmarks import _timing
+from benchmarks import _torch
 import optax_clip
 
 
@@ -16,7 +17,6 @@ def run(
   widths: tuple[tuple[int, int], ...],
   dtypes: tuple[Any, ...],
   repeats: int,
-  torch_peer: bool,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
   """One row for each size and dtype: clip alone, in an update that donates."""
@@ -40,8 +40,8 @@ def run(
         "norm": lambda norm=norm, carry=carry: norm(carry[0]).block_until_ready(),
         "clip": run_clip,
       }
-      if torch_peer:
-        runs["torch"] = _torch_clip(shapes, dtype)
+      if _torch.installed():
+        runs["torch"] = _torch.clip(shapes, dtype)
       times = _timing.interleaved(runs, repeats)
       row = {
         "suite": "scale",
@@ -53,28 +53,8 @@ def run(
         "norm_bytes_per_s": size / statistics.median(times["norm"]),
         "clip_ms": 1e3 * statistics.median(times["clip"]),
       }
-      if torch_peer:
+      if _torch.installed():
         row["torch_clip_grad_norm_ms"] = 1e3 * statistics.median(times["torch"])
       rows.append(row)
       del grads, carry, runs
   return rows
-
-
-def _torch_clip(shapes: list[tuple[int, ...]], dtype: Any) -> Callable[[], None]:
-  """`torch.nn.utils.clip_grad_norm_` on parameters of the same shapes."""
-  import torch
-
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  kind = getattr(torch, str(jnp.dtype(dtype)))
-  parameters = []
-  for shape in shapes:
-    parameter = torch.nn.Parameter(torch.zeros(shape, dtype=kind, device=device))
-    parameter.grad = torch.randn(shape, device=device).to(kind)
-    parameters.append(parameter)
-
-  def run_torch() -> None:
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-    if device == "cuda":
-      torch.cuda.synchronize()
-
-  return run_torch

@@ -14,19 +14,41 @@ Transformation = optax.GradientTransformation
 
 BASE = "clip alone"
 
-# Each: the guard around clip and optimizer, and whether the step is taken whole.
-METHODS: dict[str, tuple[Callable[[Transformation], Transformation], bool]] = {
-  BASE: (lambda tx: tx, False),
-  "guarded_step, skip_nonfinite": (optax_clip.skip_nonfinite, True),
-  "guarded_step, skip_spikes": (optax_clip.skip_spikes, True),
-  "guarded_step, dynamic_loss_scale": (optax_clip.dynamic_loss_scale, True),
+Guard = Callable[[Transformation], Transformation]
+
+
+def _clipped(guard: Guard) -> Guard:
+  """The guard around the clip that all rows have, and the optimizer."""
+  clip = optax_clip.clip_by_global_norm(1.0)
+  return lambda optimizer: guard(optax.chain(clip, optimizer))
+
+
+def _everything(optimizer: Transformation) -> Transformation:
+  """A learned threshold and a record for each layer, and no step that is not finite."""
+  return optax_clip.skip_nonfinite(
+    optax.chain(optax_clip.adagc(record="layers"), optimizer),
+    measure=optax_clip.measures.layer_norm(),
+    record="layers",
+  )
+
+
+# Each: the whole optimizer, and whether the step is taken whole.
+METHODS: dict[str, tuple[Guard, bool]] = {
+  BASE: (_clipped(lambda tx: tx), False),
+  "guarded_step, skip_nonfinite": (_clipped(optax_clip.skip_nonfinite), True),
+  "guarded_step, skip_spikes": (_clipped(optax_clip.skip_spikes), True),
+  "guarded_step, dynamic_loss_scale": (_clipped(optax_clip.dynamic_loss_scale), True),
   "guarded_step, both": (
-    lambda tx: optax_clip.dynamic_loss_scale(optax_clip.skip_spikes(tx)),
+    _clipped(lambda tx: optax_clip.dynamic_loss_scale(optax_clip.skip_spikes(tx))),
     True,
   ),
-  "update, skip_nonfinite": (optax_clip.skip_nonfinite, False),
-  "update, skip_spikes": (optax_clip.skip_spikes, False),
-  "update, optax.apply_if_finite": (lambda tx: optax.apply_if_finite(tx, 5), False),
+  "guarded_step, everything": (_everything, True),
+  "update, skip_nonfinite": (_clipped(optax_clip.skip_nonfinite), False),
+  "update, skip_spikes": (_clipped(optax_clip.skip_spikes), False),
+  "update, optax.apply_if_finite": (
+    _clipped(lambda tx: optax.apply_if_finite(tx, 5)),
+    False,
+  ),
 }
 
 
@@ -37,7 +59,11 @@ def run(
   repeats: int,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-  """One row for each guard; all around our clip and AdamW, and with metrics."""
+  """One row for each guard around AdamW; all but the base return their metrics.
+
+  "everything" is `adagc`, which learns a threshold for each layer, in `skip_nonfinite`,
+  with a record of each layer.
+  """
   shapes = _steps.transformer_shapes(width, blocks)
   grads = _steps.random_tree(shapes, dtype)
   size = sum(g.nbytes for g in grads)
@@ -45,8 +71,8 @@ def run(
   steps = {}
   for method, (guard, whole) in METHODS.items():
     note(f"skip: {method}")
-    chain = optax.chain(optax_clip.clip_by_global_norm(1.0), trainer.optimizer)
-    steps[method] = trainer.compiled(guard(chain), whole, show=method != BASE)
+    tx = guard(trainer.optimizer)
+    steps[method] = trainer.compiled(tx, whole, show=method != BASE)
   times = _timing.interleaved(
     {method: step.run for method, step in steps.items()}, repeats
   )
