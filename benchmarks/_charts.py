@@ -44,7 +44,7 @@ def _bars(rows: Rows, value: str, label: str) -> Any:
   axes.barh(names, values, color=[_color(name) for name in names])
   axes.axvline(1, color="black", linewidth=1)
   for y, width in enumerate(values):
-    axes.text(width + 0.02, y, f"{width:.2f}", va="center", fontsize=9)
+    axes.text(max(width, 1) + 0.02, y, f"{width:.2f}", va="center", fontsize=9)
   axes.invert_yaxis()
   axes.set_xlim(0, max(values) * 1.12)
   axes.set_xlabel(label)
@@ -148,7 +148,10 @@ def _mesh(rows: Rows) -> Any:
   figure, axes = plt.subplots(figsize=(7, 4.2))
   _lines(axes, rows, "devices", "step_over_none", "AdamW step, over one without")
   counts = sorted({row["devices"] for row in rows})
-  axes.set_xticks(counts, map(str, counts), minor=False)
+  axes.set_xticks(counts, [str(count) for count in counts])
+  axes.set_xticks([], minor=True)
+  axes.set_yscale("linear")
+  axes.set_ylim(bottom=0)
   axes.legend(fontsize=8, frameon=False)
   return figure
 

@@ -96,7 +96,7 @@ def merged(norms: Norm, ord: float = 2.0) -> Norm:
   # be floats, so they are taken in units of their largest.
   peak = jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 1)
   axes = None if scaled.ndim == 1 else (0,)
-  moment = _moments.power_sum(scaled / peak, ord, scaled.dtype, axes=axes)
+  moment = _moments.power_sum(scaled / peak[None], ord, scaled.dtype, axes=axes)
   return Norm(_moments.root(moment.reshape(peak.shape), ord) * peak, unit[0])
 
 

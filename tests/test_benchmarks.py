@@ -1,0 +1,85 @@
+"""The benchmarks run, and the README says what their committed results say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import _charts
+from benchmarks import mesh
+from benchmarks import overhead
+from benchmarks import readme
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+  text = readme.README.read_text()
+  assert readme.updated(text) == text
+
+
+@pytest.mark.foreign  # optax mixes dtypes.
+def test_overhead_of_a_small_model():
+  rows = overhead.run(
+    16, 1, jnp.float32, repeats=2, optimizers=("sgd",), read_bytes_per_s=1e10
+  )
+  assert [row["method"] for row in rows] == list(overhead.FEW)
+  by = {row["method"]: row for row in rows}
+  assert by["none"]["step_over_none"] == 1
+  assert by["optax.clip_by_global_norm"]["step_over_optax"] == 1
+  for row in rows:
+    read = row["gradient_bytes"] / 1e10
+    assert row["added_over_reads"] == pytest.approx(row["added_ms"] / 1e3 / read)
+
+
+@pytest.mark.foreign
+def test_collectives_of_a_mesh():
+  rows = mesh.measured(16, 1, 2)
+  assert {row["devices"] for row in rows} == {1, 2, 4, 8} & {
+    *range(1, jax.device_count() + 1)
+  }
+  for row in rows:
+    ours = row["method"] not in ("none", "optax.clip_by_global_norm")
+    if ours and row["devices"] > 1:
+      assert row["all-reduce"] == 1, row
+    if ours:
+      assert not any(row[k] for k in mesh.COLLECTIVES if k != "all-reduce"), row
+
+
+def test_collectives_in_a_branch_are_not_counted():
+  text = """HloModule m
+%rescue (x: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  ROOT %a = f32[] all-reduce(%x), to_apply=%sum
+}
+
+%keep (x: f32[]) -> f32[] {
+  ROOT %x = f32[] parameter(0)
+}
+
+ENTRY %main (p: pred[], x: f32[]) -> f32[] {
+  %b = f32[] all-reduce-start(%x), to_apply=%sum
+  ROOT %c = f32[] conditional(%p, %b, %b), branch_computations={%keep, %rescue}
+}
+"""
+  assert mesh._count(text, "all-reduce") == 1
+  assert mesh._count(text.replace("conditional", "call"), "all-reduce") == 2
+
+
+def test_results_are_drawn_and_written(tmp_path, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  out, png = tmp_path / "out.json", tmp_path / "out.png"
+  arguments = ["--suite", "precision", "--quick", "--json", str(out), "--png", str(png)]
+  rows = benchmarks.main(arguments)
+  assert json.loads(out.read_text())["rows"] == rows
+  assert png.stat().st_size > 10_000
+  ours = [row for row in rows if row["method"] == "optax_clip.global_norm"]
+  assert max(row["relative_error"] for row in ours) <= 1e-6
+
+
+@pytest.mark.parametrize("suite", ["overhead", "skip", "leaves", "scale", "mesh"])
+def test_committed_results_can_be_drawn(suite, tmp_path):
+  path = readme.RESULTS / f"cpu-{suite}.json"
+  results = json.loads(path.read_text())
+  (figure,) = _charts.draw(results["rows"], tmp_path / "a.png", results["about"])
+  assert figure.stat().st_size > 10_000
