@@ -1,0 +1,166 @@
+"""The training studies run, and docs/evidence.md says what was measured."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+from benchmarks import training
+from benchmarks.training import _page
+from benchmarks.training import _summary
+from benchmarks.training import _sweep
+from benchmarks.training import batch_range
+from benchmarks.training import language
+from benchmarks.training import low_precision
+from benchmarks.training import shifting_scale
+from benchmarks.training import temporal_order
+
+# The studies are measured as users would run them, not under the rules of the tests.
+pytestmark = pytest.mark.foreign
+ONE = ("global 1",)
+
+
+def rows_of(study):
+  if not training.results(study).exists():
+    pytest.skip(f"no results of {study} here")
+  return training.load(study)
+
+
+def test_temporal_order_runs():
+  rows = list(
+    temporal_order.run(
+      names=ONE, lengths=(10,), rates=(0.01, 0.1), seeds=2, steps=4, every=2
+    )
+  )
+  assert [row["rate"] for row in rows] == [0.01, 0.1]
+  for row in rows:
+    assert row["solved_at"] == [None, None]
+    assert row["finite"] == [True, True]
+    assert all(0 < x < 0.99 for x in row["best_accuracy"])
+
+
+def test_the_sequences_hold_two_symbols_that_matter():
+  import jax
+
+  symbols, classes = temporal_order.sequences(jax.random.key(0), 50, 30)
+  rows, places = np.nonzero(np.asarray(symbols) < 2)
+  assert rows.tolist() == sorted([*range(50)] * 2)
+  first, second = places.reshape(50, 2).T
+  assert set(first) == {3, 4, 5}
+  assert set(second) == {12, 13, 14}
+  pairs = np.asarray(symbols)[rows, places].reshape(50, 2)
+  np.testing.assert_array_equal(classes, 2 * pairs[:, 0] + pairs[:, 1])
+
+
+def test_language_runs(monkeypatch):
+  monkeypatch.setattr(language, "LAYERS", 0)  # Faster to compile.
+  rows = list(language.run(names=ONE, optimizers=("sgd",), seeds=1, steps=2))
+  assert {row["batches"] for row in rows} == {"clean", "faulty"}
+  assert all(3 < row["loss"][0] < 7 for row in rows)
+  # The NaN batch is in the middle of the run, and is skipped.
+  assert {(row["batches"], row["idle"][0]) for row in rows} == {
+    ("clean", 0),
+    ("faulty", 1),
+  }
+
+
+def test_shifting_scale_runs():
+  rows = list(shifting_scale.run(names=ONE, rates=(0.1,), seeds=1, steps=3))
+  assert [row["scale"] for row in rows] == list(shifting_scale.SCALES)
+  assert all(0 < row["accuracy"][0] < 100 for row in rows)
+  clipped = {row["scale"]: row["clipped"][0] for row in rows}
+  assert (clipped["0.01"], clipped["100"]) == (0, 3)
+
+
+def test_batch_range_runs():
+  rows = list(batch_range.run(names=ONE, rates=(0.01, 0.1), seeds=1, steps=2))
+  assert [row["clipped"] for row in rows] == [[2], [2]]
+  assert all(0 < row["accuracy"][0] < 100 for row in rows)
+
+
+def test_low_precision_runs():
+  rows = list(
+    low_precision.run(
+      names=("optax", "optax_clip"),
+      batches=(512,),
+      loss_scales=(0.0,),
+      rates=(0.1,),
+      leaves=4,
+      seeds=1,
+      steps=2,
+    )
+  )
+  half = {row["method"]: row["idle"] for row in rows if row["part"] == "float16"}
+  # The norm of a summed loss is above 256, and optax's is inf.
+  assert half == {"optax": [2], "optax_clip": [0]}
+  many = {row["method"]: row["norms"] for row in rows if row["part"] == "bfloat16"}
+  assert 0.99 < many["optax_clip"][0] <= 1.008
+
+
+def test_settled_members_are_left_out():
+  import jax.numpy as jnp
+  import optax
+
+  task = _sweep.Task(
+    init=lambda seed: jnp.float32(seed),
+    gradient=lambda params, member, key, step: jnp.ones(()),
+    score=lambda params: {"value": params},
+  )
+  scores = _sweep.train(
+    task,
+    lambda member: optax.sgd(member["rate"]),
+    _sweep.members(rate=np.float32([1.0]), seed=np.arange(4)),
+    steps=4,
+    every=1,
+    settled=lambda now: now["value"] <= 0,
+  )
+  # Each goes down to 0 and is not trained any further.
+  expected = [[-1] * 4, [0] * 4, [1, 0, 0, 0], [2, 1, 0, 0]]
+  np.testing.assert_array_equal(scores["value"], expected)
+
+
+def test_wilson():
+  # Of Brown, Cai & DasGupta 2001, and the closed form at 0.
+  assert _summary.wilson(0, 10) == pytest.approx((0, 1.96**2 / (10 + 1.96**2)))
+  low, high = _summary.wilson(8, 16)
+  assert low + high == pytest.approx(1)
+  assert (low, high) == pytest.approx((0.28, 0.72), abs=0.01)
+
+
+def test_mean_and_its_error():
+  assert _summary.mean([1.0, 3.0]) == pytest.approx((2.0, 1.0))
+
+
+def test_a_diverged_run_is_worth_a_guess():
+  row = {"loss": [2.0, None, 1e9]}
+  assert _summary.losses(row) == [2.0, math.log(256), math.log(256)]
+  assert _summary.diverged(row) == 2
+
+
+@pytest.mark.parametrize("study", training.STUDIES)
+def test_the_page_has_the_tables_of_the_results(study):
+  rows = rows_of(study)
+  assert _page.between(_page.PAGE.read_text(), study) == _page.tables(study, rows)
+
+
+@pytest.mark.parametrize("study", training.STUDIES)
+def test_the_results_say_what_they_depend_on(study):
+  rows_of(study)
+  about = json.loads(training.results(study).read_text())["about"]
+  assert about["study"] == study
+  assert not about["quick"]
+  assert {"device", "date", "jax", "optax", "optax_clip", "wall_s"} <= set(about)
+
+
+@pytest.mark.parametrize("study", training.STUDIES)
+def test_the_page_has_the_command_and_the_figure(study):
+  page = _page.PAGE.read_text()
+  assert f"python -m benchmarks --suite training --study {study}\n" in page
+  assert re.search(rf"!\[[^]]+\]\(figures/{study}\.png\)", page)
+  assert (_page.FIGURES / f"{study}.png").exists()
