@@ -85,22 +85,20 @@ def test_batch_range_runs():
 
 
 def test_low_precision_runs():
-  rows = list(
-    low_precision.run(
-      names=("optax", "optax_clip"),
-      batches=(512,),
-      loss_scales=(0.0,),
-      rates=(0.1,),
-      leaves=4,
-      seeds=1,
-      steps=2,
-    )
+  half, many = low_precision.run(
+    names=("optax",),
+    batches=(512,),
+    loss_scales=(0.0,),
+    rates=(0.1,),
+    leaves=4,
+    seeds=1,
+    steps=2,
   )
-  half = {row["method"]: row["idle"] for row in rows if row["part"] == "float16"}
   # The norm of a summed loss is above 256, and optax's is inf.
-  assert half == {"optax": [2], "optax_clip": [0]}
-  many = {row["method"]: row["norms"] for row in rows if row["part"] == "bfloat16"}
-  assert 0.99 < many["optax_clip"][0] <= 1.008
+  assert (half["part"], half["idle"], half["finite"]) == ("float16", [2], [True])
+  # In few leaves it is right.
+  assert (many["part"], many["leaves"]) == ("bfloat16", 4)
+  assert many["norms"][0] == pytest.approx(1, abs=0.02)
 
 
 def test_settled_members_are_left_out():

@@ -37,11 +37,13 @@ def main(options: argparse.Namespace) -> list[dict[str, Any]]:
   console = Console()
   if options.study and options.study not in STUDIES:
     raise SystemExit(f"--study {options.study}: choose from {', '.join(STUDIES)}")
+  if options.json and not options.study:
+    raise SystemExit("--json is a file for one study: name it with --study")
   rows = []
   for study in (options.study,) if options.study else STUDIES:
     path = options.json or (None if options.quick else results(study))
     mine = measure(study, options.quick, path, console.log)
-    console.print(_page.tables(study, mine), markup=False)
+    console.print(_page.tables(study, mine), markup=False, soft_wrap=True)
     if not options.quick and not options.json:
       _page.draw(study, mine)
       _page.update(study, mine)
