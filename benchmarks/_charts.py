@@ -119,10 +119,11 @@ def _precision(rows: Rows) -> Any:
 
 
 def _scale(rows: Rows) -> Any:
-  figure, axes = plt.subplots(figsize=(7, 4.2))
+  figure, axes = plt.subplots(figsize=(9, 4.2))
   columns = {
-    "norm_ms": ("clip_tree's norm", "-"),
+    "norm_ms": ("global_norm", "-"),
     "clip_ms": ("clip_tree", "-"),
+    "optax_ms": ("optax.clip_by_global_norm", "--"),
     "torch_clip_grad_norm_ms": ("torch clip_grad_norm_", "--"),
   }
   for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -139,7 +140,7 @@ def _scale(rows: Rows) -> Any:
   axes.set_yscale("log")
   axes.set_xlabel("bytes of gradients")
   axes.set_ylabel("ms for a GB")
-  axes.legend(fontsize=8, frameon=False)
+  axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
   _plain(axes)
   return figure
 

@@ -46,6 +46,7 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     ("norm_ms", "norm ms", "{:.3f}"),
     ("norm_over_read", "norm / read", "{:.2f}"),
     ("clip_ms", "clip ms", "{:.3f}"),
+    ("optax_ms", "optax ms", "{:.3f}"),
     ("torch_clip_grad_norm_ms", "torch ms", "{:.3f}"),
   ],
   "mesh": [

@@ -40,14 +40,14 @@ COLLECTIVES = (
   "all-to-all",
   "collective-permute",
 )
-_VIRTUAL = 8
+COUNTS = (1, 2, 4, 8)
 
 
 def run(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
   """One row for each number of devices and method."""
   if jax.default_backend() != "cpu":
     return measured(width, blocks, repeats)
-  flags = f"--xla_force_host_platform_device_count={_VIRTUAL}"
+  flags = f"--xla_force_host_platform_device_count={max(COUNTS)}"
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
@@ -67,7 +67,7 @@ def measured(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
   """The rows, on the devices of this process."""
   shapes = _steps.transformer_shapes(width, blocks)
   rows = []
-  for count in (1, 2, 4, 8):
+  for count in COUNTS:
     if count > jax.device_count():
       break
     mesh = jax.make_mesh(

@@ -111,7 +111,8 @@ def clip_by_global_norm(
     axis_name: mesh axes to collect the norm over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does, of each leaf, from the same read. With `False` the state
+      `layer_metrics` does, of each leaf, from the same read (for orders below 1
+      from a second). With `False` the state
       is that of optax, and so are checkpoints.
     name: the prefix of the metrics' keys.
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +9,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import _charts
 from benchmarks import mesh
 from benchmarks import overhead
+from benchmarks import precision
 from benchmarks import readme
 
 
@@ -33,11 +33,12 @@ def test_overhead_of_a_small_model():
 
 
 @pytest.mark.foreign
-def test_collectives_of_a_mesh():
+def test_collectives_of_a_mesh(monkeypatch):
+  kept = ("none", "clip_by_global_norm", "adaptive_grad_clip")
+  monkeypatch.setattr(mesh, "METHODS", {name: mesh.METHODS[name] for name in kept})
+  monkeypatch.setattr(mesh, "COUNTS", (1, 4, 1024))
   rows = mesh.measured(16, 1, 2)
-  assert {row["devices"] for row in rows} == {1, 2, 4, 8} & {
-    *range(1, jax.device_count() + 1)
-  }
+  assert [row["devices"] for row in rows] == [1] * 3 + [4] * 3
   for row in rows:
     ours = row["method"] not in ("none", "optax.clip_by_global_norm")
     if ours and row["devices"] > 1:
@@ -68,6 +69,8 @@ ENTRY %main (p: pred[], x: f32[]) -> f32[] {
 
 def test_results_are_drawn_and_written(tmp_path, monkeypatch):
   monkeypatch.setenv("COLUMNS", "80")
+  few = dict(list(precision.CASES.items())[:1] + list(precision.CASES.items())[-2:])
+  monkeypatch.setattr(precision, "CASES", few)
   out, png = tmp_path / "out.json", tmp_path / "out.png"
   arguments = ["--suite", "precision", "--quick", "--json", str(out), "--png", str(png)]
   rows = benchmarks.main(arguments)
