@@ -110,8 +110,9 @@ def layer_metrics(
     opt_state: any optimizer state that holds such a record, however deep: what
       `metrics` takes.
     params: the parameters that the transformation was initialised with, or anything
-      of their structure. Of a transformation in `optax.masked` or
-      `optax.multi_transform`: the part it sees, with `optax.MaskedNode` for the rest.
+      of their structure; in Flax NNX ``nnx.state(model, nnx.Param)``. Of a
+      transformation in `optax.masked` or `optax.multi_transform`: the part it sees,
+      with `optax.MaskedNode` for the rest.
     name: which one, if there are several: the prefix of its metrics' keys.
     factor: F > 1. Layers differ by some powers of ten without harm; the default of
       1000 is beyond that.
@@ -143,7 +144,7 @@ def layer_metrics(
   """
   _validate.above(1, factor=factor)
   values: Any = _record.LayerRecord._make(_host(x) for x in _only(opt_state, name))
-  leaves = dict(zip(_paths.every_path(params), jax.tree.leaves(params), strict=True))
+  leaves = dict(zip(_names(params), jax.tree.leaves(params), strict=True))
   paths = _named(list(leaves), values.stacks)
   rows = zip(
     values.norm,
@@ -204,6 +205,14 @@ def _host(leaf: Any) -> np.ndarray:
       " of jax.jit, on the state that the step returned."
     )
   return np.asarray(value)
+
+
+def _names(params: Any) -> list[str]:
+  """The paths of leaves, without the field of the variables that Flax puts them in."""
+  paths = _paths.every_path(params)
+  if all(path.endswith("/value") for path in paths):
+    return [path.removesuffix("/value") for path in paths]
+  return paths
 
 
 def _named(paths: list[str], stacks: np.ndarray) -> list[str]:

@@ -1,5 +1,6 @@
 """What is recorded of each layer, and how it is named: against float64."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,6 +255,24 @@ def test_through_wrappers(wrapper):
   np.testing.assert_allclose(
     layers["stack"].norm, root(parts(tree(2))["stack"]), rtol=1e-6
   )
+
+
+def test_flax_nnx():
+  model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  clip = optax_clip.clip_by_global_norm(1.0, record="layers")
+  optimizer = nnx.Optimizer(model, optax.chain(clip, optax.sgd(0.1)), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer):
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2)))))(model)
+    optimizer.update(model, grads)
+
+  step(model, optimizer)
+  layers = layer_metrics(optimizer, nnx.state(model, nnx.Param)).layers
+  assert {path: layer.norm for path, layer in layers.items()} == {
+    "bias": pytest.approx(3**0.5),
+    "kernel": pytest.approx(6**0.5),
+  }
 
 
 def test_donation_scan_and_vmap():
