@@ -754,7 +754,8 @@ def placed(tree, mesh):
 class TestSharding:
   """Laws 1 and 10: sharded equals unsharded, and stays sharded as it was."""
 
-  @every_row
+  # `test_meshes.py` has random meshes for all methods.
+  @each_kind
   @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
   def test_on_a_mesh(self, row, kind):
     tx = row.make()

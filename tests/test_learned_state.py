@@ -68,7 +68,17 @@ def test_no_two_fields_share_a_buffer_and_states_can_be_donated(name):
   assert step._cache_size() == 1
 
 
-@methods
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name,
+      # One of each kind of memory; the contract tests have `vmap` for all.
+      marks=() if name in ("autoclip", "zclip", "adagc") else pytest.mark.slow,
+    )
+    for name in learned.METHODS
+  ],
+)
 def test_an_ensemble_is_its_members(name):
   tx = learned.make(name)
   updates = sequence(0, 30, leading=(4,))

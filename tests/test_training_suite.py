@@ -34,9 +34,7 @@ def rows_of(study):
 
 def test_temporal_order_runs():
   rows = list(
-    temporal_order.run(
-      names=ONE, lengths=(10,), rates=(0.01, 0.1), seeds=2, steps=4, every=2
-    )
+    temporal_order.run(lengths={10: ONE}, rates=(0.01, 0.1), seeds=2, steps=4, every=2)
   )
   assert [row["rate"] for row in rows] == [0.01, 0.1]
   for row in rows:

@@ -7,6 +7,7 @@ pairs it was.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ NAMES = (
   "zclip, no cap",
   "adagc",
 )
+# The methods at each length. The longest is costly: none, and three that did well.
+LENGTHS = {30: NAMES, 50: NAMES, 100: ("none", "global 1", "layer 1", "adagc")}
 
 
 def sequences(key: Array, count: int, length: int) -> tuple[Array, Array]:
@@ -101,8 +104,7 @@ def run(
   quick: bool = False,
   note: Callable[[str], None] = lambda text: None,
   *,
-  names: tuple[str, ...] = NAMES,
-  lengths: tuple[int, ...] = (30, 50),
+  lengths: Mapping[int, tuple[str, ...]] = LENGTHS,
   rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3),
   seeds: int = 16,
   steps: int = 3000,
@@ -114,8 +116,8 @@ def run(
   is not trained after that. It is null for those that never were.
   """
   if quick:
-    names, lengths, seeds, steps, every = ("none", "global 1"), (20,), 2, 500, 250
-  for length in lengths:
+    lengths, seeds, steps, every = {20: ("none", "global 1")}, 2, 500, 250
+  for length, names in lengths.items():
     for name in names:
       note(f"temporal_order: length {length}, {name}")
       scores = _sweep.train(
