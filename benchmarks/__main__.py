@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if "skip" in suites:
       rows += skip.run(328 if quick else 656, 15, jnp.float32, 5 if quick else 25, note)
     if "leaves" in suites:
-      counts = (1, 10, 100) if quick else (1, 10, 100, 300, 1000, 2000)
+      counts = (1, 10, 100) if quick else (1, 10, 100, 300, 1000, 2000, 4000)
       rows += leaves.run(counts, 2_000_000, 5 if quick else 25, note)
     if "precision" in suites:
       rows += precision.run(10**6 if quick else 10**9, note)

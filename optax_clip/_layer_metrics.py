@@ -143,7 +143,15 @@ def layer_metrics(
     stem          0         1     0.139    100.0%  VANISHES
   """
   _validate.above(1, factor=factor)
-  values: Any = _record.LayerRecord._make(_host(x) for x in _only(opt_state, name))
+  record = _metrics.the_entry(
+    opt_state,
+    _record.LayerRecord,
+    name,
+    words=("record of layers", "records of layers"),
+    ask='Ask for one, as in optax_clip.clip_by_global_norm(1.0, record="layers")',
+    suffix=_record.LAYERS,
+  )
+  values: Any = _record.LayerRecord._make(map(_host, record))
   leaves = dict(zip(_names(params), jax.tree.leaves(params), strict=True))
   paths = _named(list(leaves), values.stacks)
   rows = zip(
@@ -172,29 +180,6 @@ def layer_metrics(
       if values.steps and getattr(leaves.get(path), "size", 1)
     ],
   )
-
-
-def _only(opt_state: Any, name: str | None) -> _record.LayerRecord:
-  """The record of that name, or the only one."""
-  found = [
-    (key.removesuffix(_record.LAYERS), entry)
-    for key, entry in _metrics.entries(opt_state, (_record.LayerRecord,))
-  ]
-  if not found:
-    raise ValueError(
-      "opt_state holds no record of layers. Ask for one, as in"
-      ' optax_clip.clip_by_global_norm(1.0, record="layers"), and pass the state that'
-      " the last update returned."
-    )
-  fitting = [entry for key, entry in found if name in (None, key)]
-  if len(fitting) != 1:
-    names = ", ".join(repr(key) for key, _ in found)
-    raise ValueError(
-      f"opt_state holds {len(fitting)} records of layers for name={name!r}, of those"
-      f" named {names}. Pass the name of one, and give each transformation a name of"
-      " its own."
-    )
-  return fitting[0]
 
 
 def _host(leaf: Any) -> np.ndarray:

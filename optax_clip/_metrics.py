@@ -108,6 +108,41 @@ def entries(opt_state: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
   return [(path[-1].key, node) for path, node in nodes if isinstance(node, kinds)]
 
 
+def the_entry(
+  opt_state: Any,
+  kind: type,
+  name: str | None,
+  *,
+  words: tuple[str, str],
+  ask: str,
+  suffix: str = "",
+) -> Any:
+  """The only entry of a kind in a state, or the only one of a name.
+
+  Args:
+    opt_state: as for `metrics`.
+    kind: the type of the entry.
+    name: the name that was given to its transformation, or `None`.
+    words: for errors, what one entry is called, and several.
+    ask: for errors, how to have one.
+    suffix: what follows the name in its key.
+  """
+  found = [(key.removesuffix(suffix), x) for key, x in entries(opt_state, (kind,))]
+  if not found:
+    raise ValueError(
+      f"opt_state holds no {words[0]}. {ask}, and pass the state that the last update"
+      " returned."
+    )
+  fitting = [entry for key, entry in found if name in (None, key)]
+  if len(fitting) != 1:
+    names = ", ".join(repr(key) for key, _ in found)
+    raise ValueError(
+      f"opt_state holds {len(fitting)} {words[1]} for name={name!r}, of those named"
+      f" {names}. Pass the name of one, and give each transformation a name of its own."
+    )
+  return fitting[0]
+
+
 def array(leaf: Any) -> Array:
   """A leaf of a state as an array."""
   # Flax NNX wraps each leaf of the state in a variable.

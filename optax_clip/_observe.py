@@ -182,21 +182,14 @@ def norm_history(opt_state: Any, name: str | None = None) -> np.ndarray:
     >>> print(optax_clip.norm_history(state))
     [nan  5.]
   """
-  found = _metrics.entries(opt_state, (NormHistory,))
-  names = ", ".join(repr(key) for key, _ in found)
-  if not found:
-    raise ValueError(
-      "opt_state holds no history of norms. Wrap the optimizer, as in"
-      " optax_clip.observe(optax.adamw(1e-3)), and pass the state that its last"
-      " update returned."
-    )
-  fitting = [history for key, history in found if name in (None, key)]
-  if len(fitting) != 1:
-    raise ValueError(
-      f"opt_state holds {len(fitting)} histories for name={name!r}, of those named"
-      f" {names}. Pass the name of one, and give each observe a name of its own."
-    )
-  ring, steps = (_metrics.array(x) for x in fitting[0])
+  history = _metrics.the_entry(
+    opt_state,
+    NormHistory,
+    name,
+    words=("history of norms", "histories"),
+    ask="Wrap the optimizer, as in optax_clip.observe(optax.adamw(1e-3))",
+  )
+  ring, steps = (_metrics.array(x) for x in history)
   if isinstance(steps, jax.core.Tracer):
     raise TypeError(
       "norm_history was called on a traced state, whose number of steps is not"
