@@ -4,10 +4,11 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks import _marked
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- costs, from benchmarks/results -->\n", "<!-- end of costs -->\n"
 
 # Rows of the table: how they are called there, and the methods they are of.
 ROWS = {
@@ -54,7 +55,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     ]
     copies = _range([row["temp_copies"] for row in own], 0)
     lines.append(f"| {name} | {' | '.join(cells)} | {copies} |")
-  return "\n".join(lines) + "\n"
+  return "\n".join(lines)
 
 
 def _range(values: list[float], digits: int = 2) -> str:
@@ -68,11 +69,7 @@ def _range(values: list[float], digits: int = 2) -> str:
 def updated(text: str) -> str:
   """The README with the table of the committed results."""
   results = json.loads((RESULTS / "cpu-overhead.json").read_text())
-  before, _, rest = text.partition(START)
-  _, _, after = rest.partition(END)
-  if not after:
-    raise SystemExit(f"{README} has no {START.strip()} ... {END.strip()}")
-  return f"{before}{START}{table(results['rows'], results['about'])}{END}{after}"
+  return _marked.replaced(text, "costs", table(results["rows"], results["about"]))
 
 
 if __name__ == "__main__":

@@ -60,3 +60,37 @@ def no_implicit_promotion(request):
     jax.numpy_rank_promotion("raise"),
   ):
     yield
+
+
+@pytest.fixture
+def no_rescue(monkeypatch):
+  """Compiles conditionals as the branch that every ordinary step takes.
+
+  XLA's static count of bytes includes all branches. The rescue branch runs only
+  after an over- or underflow: it is left out, and nothing else is.
+  """
+
+  def common(predicate, rescue, keep, *operands):
+    del predicate, rescue
+    return keep(*operands)
+
+  monkeypatch.setattr(jax.lax, "cond", common)
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@pytest.fixture
+def one_line_error(capsys):
+  """Runs what must end with a bad flag's one line on stderr; returns the line."""
+
+  def run(main, arguments):
+    with pytest.raises(SystemExit) as caught:
+      main(arguments)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert not out
+    assert err.count("\n") == 1
+    return err
+
+  return run

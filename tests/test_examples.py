@@ -175,24 +175,15 @@ def test_a_run_that_diverges_is_reported(tmp_path, capsys):
     ("--optimizer", "adam", "'adam'"),
   ],
 )
-def test_a_bad_flag_is_one_line(capsys, flag, value, part):
-  with pytest.raises(SystemExit) as caught:
-    train_lm.main([f"{flag}={value}"])
-  assert caught.value.code == 2
-  out, err = capsys.readouterr()
-  assert not out
-  assert err.count("\n") == 1
+def test_a_bad_flag_is_one_line(one_line_error, flag, value, part):
+  err = one_line_error(train_lm.main, [f"{flag}={value}"])
   assert f"argument {flag}: " in err
   assert part in err
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, one_line_error):
   (tmp_path / "file").touch()
-  with pytest.raises(SystemExit) as caught:
-    train_lm.main(["--out", str(tmp_path / "file")])
-  err = capsys.readouterr().err
-  assert caught.value.code == 2
-  assert err.count("\n") == 1
+  err = one_line_error(train_lm.main, ["--out", str(tmp_path / "file")])
   assert "--out" in err
   assert str(tmp_path / "file") in err
 

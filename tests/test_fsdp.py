@@ -131,14 +131,8 @@ AT = "--coordinator=localhost:1"
     (["--fsdp", "--checkpoint=x"], "argument --checkpoint: x: checkpoints are of runs"),
   ],
 )
-def test_flags_that_do_not_go_together_are_one_line(flags, words, capsys):
-  with pytest.raises(SystemExit) as caught:
-    train_lm.main(flags)
-  out, err = capsys.readouterr()
-  assert caught.value.code == 2
-  assert not out
-  assert err.count("\n") == 1
-  assert words in err
+def test_flags_that_do_not_go_together_are_one_line(flags, words, one_line_error):
+  assert words in one_line_error(train_lm.main, flags)
 
 
 def test_a_batch_that_cannot_be_divided_is_one_line(monkeypatch, capsys):

@@ -9,7 +9,6 @@ import pytest
 from test_structure import adamw
 from test_structure import bytes_accessed
 from test_structure import compiled_step
-from test_structure import no_rescue  # noqa: F401 (a fixture)
 from test_structure import reductions_by_size
 from test_structure import temporary
 

@@ -168,14 +168,11 @@ def test_a_run_that_is_interrupted_leaves_all_steps(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")]
 )
-def test_a_package_that_is_missing_is_one_line(name, package, monkeypatch, capsys):
+def test_a_package_that_is_missing_is_one_line(
+  name, package, monkeypatch, one_line_error
+):
   monkeypatch.setitem(logging_metrics.PACKAGES, name, f"no_{package}")
-  with pytest.raises(SystemExit) as caught:
-    logging_metrics.main(["--to", f"csv,{name}"])
-  assert caught.value.code == 2
-  out, err = capsys.readouterr()
-  assert not out
-  assert err.count("\n") == 1
+  err = one_line_error(logging_metrics.main, ["--to", f"csv,{name}"])
   assert f"argument --to: {name} needs `pip install no_{package}`" in err
 
 
@@ -196,21 +193,13 @@ def test_packages_are_what_is_imported():
     ("--portion", "0", "'0' is not a whole number of at least 1"),
   ],
 )
-def test_a_bad_flag_is_one_line(flag, value, part, capsys):
-  with pytest.raises(SystemExit) as caught:
-    logging_metrics.main([f"{flag}={value}"])
-  assert caught.value.code == 2
-  err = capsys.readouterr().err
-  assert err.count("\n") == 1
+def test_a_bad_flag_is_one_line(flag, value, part, one_line_error):
+  err = one_line_error(logging_metrics.main, [f"{flag}={value}"])
   assert f"argument {flag}: " in err
   assert part in err
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, one_line_error):
   (tmp_path / "file").touch()
-  with pytest.raises(SystemExit) as caught:
-    logging_metrics.main(["--out", str(tmp_path / "file")])
-  assert caught.value.code == 2
-  err = capsys.readouterr().err
-  assert err.count("\n") == 1
+  err = one_line_error(logging_metrics.main, ["--out", str(tmp_path / "file")])
   assert "--out" in err

@@ -136,24 +136,6 @@ def reductions_by_size(compiled):
   return sizes
 
 
-@pytest.fixture
-def no_rescue(monkeypatch):
-  """Compiles conditionals as the branch that every ordinary step takes.
-
-  XLA's static count of bytes includes all branches. The rescue branch runs only
-  after an over- or underflow: it is left out, and nothing else is.
-  """
-
-  def common(predicate, rescue, keep, *operands):
-    del predicate, rescue
-    return keep(*operands)
-
-  monkeypatch.setattr(jax.lax, "cond", common)
-  jax.clear_caches()
-  yield
-  jax.clear_caches()
-
-
 def bytes_accessed(compiled):
   return compiled.cost_analysis()["bytes accessed"]
 

@@ -60,22 +60,14 @@ def test_a_run_that_is_too_short_says_so(tmp_path, capsys):
     ("--steps", "0", "'0' is not a whole number of at least 1"),
   ],
 )
-def test_a_bad_flag_is_one_line(flag, value, part, capsys):
-  with pytest.raises(SystemExit) as caught:
-    suggest.main([f"{flag}={value}"])
-  assert caught.value.code == 2
-  err = capsys.readouterr().err
-  assert err.count("\n") == 1
+def test_a_bad_flag_is_one_line(flag, value, part, one_line_error):
+  err = one_line_error(suggest.main, [f"{flag}={value}"])
   assert f"argument {flag}: " in err
   assert part in err
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, one_line_error):
   (tmp_path / "file").touch()
-  with pytest.raises(SystemExit) as caught:
-    suggest.main(["--out", str(tmp_path / "file")])
-  assert caught.value.code == 2
-  err = capsys.readouterr().err
-  assert err.count("\n") == 1
+  err = one_line_error(suggest.main, ["--out", str(tmp_path / "file")])
   assert "--out" in err
   assert str(tmp_path / "file") in err

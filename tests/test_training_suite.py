@@ -11,6 +11,7 @@ pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+from benchmarks import _marked
 from benchmarks import training
 from benchmarks.training import _page
 from benchmarks.training import _summary
@@ -142,7 +143,7 @@ def test_a_diverged_run_is_worth_a_guess():
 @pytest.mark.parametrize("study", training.STUDIES)
 def test_the_page_has_the_tables_of_the_results(study):
   rows = rows_of(study)
-  assert _page.between(_page.PAGE.read_text(), study) == _page.tables(study, rows)
+  assert _marked.between(_page.PAGE.read_text(), study) == _page.tables(study, rows)
 
 
 @pytest.mark.parametrize("study", training.STUDIES)

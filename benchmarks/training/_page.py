@@ -2,6 +2,7 @@
 
 import pathlib
 
+from benchmarks import _marked
 from benchmarks.training import _tables
 from benchmarks.training._summary import Row
 
@@ -24,18 +25,4 @@ def draw(study: str, rows: list[Row]) -> None:
 
 def update(study: str, rows: list[Row]) -> None:
   """Writes the tables of a study into the page, between its two marks."""
-  page = PAGE.read_text()
-  start, stop = _span(page, study)
-  PAGE.write_text(page[:start] + tables(study, rows) + page[stop:])
-
-
-def between(page: str, study: str) -> str:
-  """What the page has between the marks of a study."""
-  start, stop = _span(page, study)
-  return page[start:stop]
-
-
-def _span(page: str, study: str) -> tuple[int, int]:
-  first, last = f"<!-- {study} -->\n", f"\n<!-- {study}: end -->"
-  start = page.index(first) + len(first)
-  return start, page.index(last, start)
+  PAGE.write_text(_marked.replaced(PAGE.read_text(), study, tables(study, rows)))
