@@ -21,6 +21,8 @@ _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
   "TPU_SKIP_MDS_QUERY": "1",
+  # Its lock is for devices, and there are none: several processes may compile.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 # As XLA describes one: `gpu_device_info` of tensorflow's and XLA's repositories.
