@@ -16,16 +16,15 @@ whether arrays may be spread, before it lays small ones side by side.
 
 import argparse
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Iterator
 import datetime
+import functools
 import json
 import math
 import pathlib
 import re
 import subprocess
 import sys
-import time
 from typing import Any
 from typing import NamedTuple
 
@@ -135,6 +134,7 @@ _SHARDED = (
 )
 
 
+@functools.cache
 def methods() -> dict[str, Method]:
   """All methods by name, those of optax before those that stand in their place."""
   import jax
@@ -200,98 +200,15 @@ def cells() -> list[Cell]:
   return found + [Cell(name, devices=8) for name in _SHARDED]
 
 
-class Compiled(NamedTuple):
-  """A compiled step.
+def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
+  """Compiles a cell; returns its figures."""
+  from benchmarks import _compiling
+  from benchmarks import overhead
 
-  Attributes:
-    program: as `jax.stages.Compiled`.
-    gradient_bytes: of all gradients, on one device.
-    lower_s: seconds to trace and lower it.
-    compile_s: seconds to compile it.
-  """
-
-  program: Any
-  gradient_bytes: float
-  lower_s: float
-  compile_s: float
-
-  def row(self) -> dict[str, Any]:
-    """Its figures, as they stand in results."""
-    from benchmarks import _programs
-
-    row = _programs.Program(self.program.as_text(), self.gradient_bytes).row()
-    held = self.program.memory_analysis().temp_size_in_bytes
-    return row | {
-      "temp_copies": held / self.gradient_bytes,
-      "lower_s": self.lower_s,
-      "compile_s": self.compile_s,
-    }
-
-
-def step(
-  tx: Any,
-  shapes: Iterable[tuple[int, ...]],
-  dtype: Any,
-  devices: list[Any],
-  whole: bool = False,
-) -> Compiled:
-  """Compiles a step from parameters, state and gradients to parameters and state.
-
-  Args:
-    tx: all of the optimizer.
-    shapes: of the parameters.
-    dtype: of the parameters and gradients.
-    devices: to compile for. Over several, matrices are sharded along their first
-      axis, and so is what the state holds for them.
-    whole: whether it is taken by `optax_clip.guarded_step`.
-  """
-  import jax
-  import jax.numpy as jnp
-  from jax.sharding import NamedSharding
-  from jax.sharding import PartitionSpec
-  import numpy as np
-  import optax
-
-  import optax_clip
-
-  tx = optax.with_extra_args_support(tx)
-  mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-
-  def placed(x: Any, spec: Any = None) -> Any:
-    sharding = (
-      NamedSharding(mesh, spec or PartitionSpec())
-      if len(devices) > 1
-      else jax.sharding.SingleDeviceSharding(devices[0])
-    )
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  specs = [PartitionSpec("data" if len(shape) > 1 else None) for shape in shapes]
-  params = [
-    placed(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), spec)
-    for shape, spec in zip(shapes, specs, strict=True)
-  ]
-  state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
-  if len(devices) > 1:
-    state = optax.tree.map_params(tx, placed, state, specs)
-
-  def stepped(params: Any, state: Any, grads: Any) -> Any:
-    if whole:
-      return optax_clip.guarded_step(tx, grads, state, params)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  like = jax.tree.map(lambda x: x.sharding, (params, state))
-  begin = time.perf_counter()
-  # Donated in the order in which they are returned: XLA pairs them by it.
-  lowered = jax.jit(stepped, donate_argnums=(0, 1), out_shardings=like).lower(
-    params, state, params
-  )
-  between = time.perf_counter()
-  program = lowered.compile()
-  size = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in params
-  )
-  return Compiled(program, size, between - begin, time.perf_counter() - between)
+  method = methods()[cell.method]
+  tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
+  shapes = MODELS[cell.model][quick]
+  return _compiling.step(tx, shapes, cell.dtype, devices, method.whole).row()
 
 
 def run(
@@ -311,28 +228,23 @@ def run(
     note: told what is being compiled.
   """
   from benchmarks import _sources
-  from benchmarks import overhead
 
-  known = methods()
   compile_for = _targets.devices(target, devices)
   sources = _sources.digest()
   peers: dict[Cell, dict[str, Any]] = {}
 
-  def figures(cell: Cell) -> dict[str, Any]:
+  def found(cell: Cell) -> dict[str, Any]:
     note(f"{target}: {cell.text()}")
-    method = known[cell.method]
-    tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
-    shapes = MODELS[cell.model][quick]
-    return step(tx, shapes, cell.dtype, compile_for, method.whole).row()
+    return figures(cell, compile_for, quick)
 
   for cell in selected(quick, only):
     if cell.devices != devices:
       continue
-    name = known[cell.method].peer
+    name = methods()[cell.method].peer
     peer = cell._replace(method=name) if name else None
     if peer and (peer not in peers or peers[peer]["compile_s"] < LONG):
-      peers[peer] = figures(peer)
-    found = peers[cell] = figures(cell)
+      peers[peer] = found(peer)
+    own = peers[cell] = found(cell)
     shapes = MODELS[cell.model][quick]
     yield {
       "suite": "compiled",
@@ -340,10 +252,10 @@ def run(
       **cell._asdict(),
       "parameters": sum(map(math.prod, shapes)),
       "leaves": len(shapes),
-      **found,
+      **own,
       "peer": name,
       **{
-        f"{key.removesuffix('_s')}_over_optax": found[key] / peers[peer][key]
+        f"{key.removesuffix('_s')}_over_optax": own[key] / peers[peer][key]
         if peer
         else None
         for key in ("kernels", "bytes", "lower_s", "compile_s")
