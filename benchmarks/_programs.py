@@ -58,7 +58,7 @@ _FREE = {
 }
 _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "Sharding", "SPMDFullToShardShape")
 # Copies that the hardware makes beside kernels.
-_TRANSFERS = {"copy-start", "slice-start"}
+_TRANSFERS = {"copy-start", "slice-start", "dynamic-slice-start"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 _SHAPE = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](\{[^}]*\})?")
@@ -196,18 +196,24 @@ class Program:
       # As a fusion of this instruction alone.
       fused = {name: body[name]._replace(opcode="parameter") for name in x.operands}
       fused[x.name] = x._replace(root=True)
-      inputs = {operand.name: operand.name for operand in operands}
+      inputs = {operand.name: [operand.name] for operand in operands}
     else:
       numbers = {
         int(p.attributes.split(")")[0]): p.name
         for p in fused.values()
         if p.opcode == "parameter"
       }
-      inputs = {name: numbers[i] for i, name in enumerate(x.operands)}
+      inputs = {
+        operand.name: [
+          numbers[i] for i, n in enumerate(x.operands) if n == operand.name
+        ]
+        for operand in operands
+      }
     moved = size = 0.0
     for operand in operands:
-      used = _read(inputs[operand.name], fused, _size(operand.shape))
-      share = used / max(_size(operand.shape), 1)
+      whole = _size(operand.shape)
+      used = max(_read(name, fused, whole) for name in inputs[operand.name])
+      share = used / max(whole, 1)
       moved += share * _size(operand.shape, main=True)
       size += used
     for shape, written in _results(x, fused):
@@ -266,7 +272,9 @@ def _leaves(shape: str) -> Iterable[tuple[float, bool, str]]:
     for dim in filter(None, dims.split(",")):
       elements *= int(dim.lstrip("<="))
     width = {"pred": 8, "token": 0, "opaque": 0}.get(kind, int(bits or 8))
-    yield elements * width / 8, "S(" not in (layout or ""), found[0]
+    # Of a TPU's memories, which its tiled arrays are in; those of a GPU are one.
+    on_chip = "T(" in (layout or "") and "S(" in (layout or "")
+    yield elements * width / 8, not on_chip, found[0]
 
 
 def _size(shape: str, main: bool = False) -> float:
@@ -276,9 +284,9 @@ def _size(shape: str, main: bool = False) -> float:
 def _transferred(x: Instruction) -> float:
   """The bytes in main memory of a copy between memories.
 
-  Its shape holds source, target and a flag. Of a source only a slice may be taken.
+  Its shape holds source, target and flags. Of a source only a slice may be taken.
   """
-  leaves = [leaf for leaf in _leaves(x.shape) if leaf[0] > 4 or leaf[1]]
+  leaves = [leaf for leaf in _leaves(x.shape) if leaf[0] > 4]
   least = min((size for size, _, _ in leaves), default=0.0)
   return least * sum(main for _, main, _ in leaves)
 
@@ -305,6 +313,9 @@ def _results(
 ) -> Iterable[tuple[str, float]]:
   """Each result of a kernel, and how many bytes of it are written."""
   shapes = [(text, size) for size, _, text in _leaves(x.shape)]
+  if x.opcode.endswith("-start") and x.opcode != "all-reduce-start":
+    # What a collective is given comes first.
+    shapes = shapes[len(x.operands) :]
   root = next(y for y in fused.values() if y.root)
   made = [fused[n] for n in root.operands] if root.opcode == "tuple" else [root]
   if len(made) != len(shapes):
