@@ -66,14 +66,14 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
   ],
   "compiled": [
     ("method", "clipping", "{}"),
-    ("kernels", "kernels", "{}"),
-    ("kernels_over_optax", "/optax", "{:.2f}"),
+    ("kernels", "kern.", "{}"),
+    ("kernels_over_optax", "/opt.", "{:.2f}"),
     ("tiny", "tiny", "{}"),
     ("bytes", "bytes", "{:.2f}"),
-    ("temp_copies", "copies", "{:.2f}"),
+    ("temp_copies", "temp", "{:.2f}"),
     ("conditionals", "cond", "{}"),
     ("compile_s", "secs", "{:.1f}"),
-    ("compile_over_optax", "/optax", "{:.2f}"),
+    ("compile_over_optax", "/opt.", "{:.2f}"),
   ],
 }
 

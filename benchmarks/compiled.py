@@ -350,7 +350,10 @@ def main(options: argparse.Namespace) -> Rows:
           _report.write(merged(rows, old), notes, path)
     every += rows
     _report.show(rows, console)
-    console.print(f"{notes['device']}; seconds are of this machine")
+    console.print(
+      f"{notes['device']}. Bytes and temporaries are in units of the gradients,"
+      " seconds to compile are of this machine, /opt. is over optax's equivalent."
+    )
     if options.png:
       from benchmarks import _charts
 
