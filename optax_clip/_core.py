@@ -99,7 +99,8 @@ class Action(NamedTuple):
   """What happens to an update, given its norm and its limit.
 
   Attributes:
-    weigh: ``weigh(norm, limit)``: the coefficient, an `Extended`; elementwise.
+    weigh: ``weigh(norm, limit)``: the coefficient, an `Extended`; elementwise. A
+      value of 1, which has the unit 1, leaves the update as it is, bit for bit.
     apply: ``apply(leaf, coefficient, limit)``: the new leaf, of equal dtype.
   """
 

@@ -114,7 +114,7 @@ def segment(
   index: Sequence[int],
   count: int,
 ) -> Array:
-  """Merges the values of each group: blocked reductions, no scatter."""
+  """Merges the values of each group along axis 0: blocked reductions, no scatter."""
   if list(index) == list(range(count)):
     return values
   if count == 1:
@@ -124,7 +124,7 @@ def segment(
     members[group].append(position)
   return jnp.stack(
     [
-      reduce(values[jnp.asarray(m)]) if m else jnp.zeros((), values.dtype)
+      reduce(values[jnp.asarray(m)]) if m else jnp.zeros_like(values[0])
       for m in members
     ]
   )

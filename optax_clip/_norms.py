@@ -169,12 +169,12 @@ def _measured_jvp(
       for x, p in zip(terms, layout.places, strict=True)
     ]
 
-    def local(part: _sums.Part, unit: Any) -> list[Array]:
+    def local(part: _sums.Part, unit: Any) -> Array:
       del unit
-      return [_moments.over_axes(jnp.sum, x, part.dims) for x in part.arrays]
+      return _moments.over_axes(jnp.sum, part.arrays[0], part.dims)
 
-    (blocks,) = _run(layout, members, local, lax.psum, jnp.sum, None)
-    return blocks
+    merge = functools.partial(jnp.sum, axis=0)
+    return _run(layout, members, local, lax.psum, merge, None)
 
   slopes = summed(lambda x, dot, norm: _along(_slope(x, norm, ord), dot))
   if ord == math.inf:
@@ -269,38 +269,24 @@ def _run(
   collective: Callable[..., Array],
   merge: Callable[..., Array],
   units: Sequence[Array] | None,
-) -> list[list[Array]]:
-  """Reduces each part, with one collective for each set of mesh axes.
-
-  Returns:
-    For each array that `local` returns, the blocks of them.
-  """
+) -> list[Array]:
+  """Reduces each part, with one collective for each set of mesh axes, to blocks."""
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
     by_place = dict(zip(layout.places, layout.spread(units), strict=True))
     own = [by_place[m.place] for m in members]
-  results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
-  count = len(results[0])
-  flat = [
-    _mesh.placed(x, m.place.cut)
-    for m, result in zip(members, results, strict=True)
-    for x in result
+  values = [
+    _mesh.placed(local(m.part, unit), m.place.cut)
+    for m, unit in zip(members, own, strict=True)
   ]
-  axes = [m.place.cut.axes for m in members for _ in range(count)]
-  flat = _mesh.collect_each(flat, axes, collective)
-  found = []
-  for column in range(count):
-    values = flat[column::count]
-    blocks = []
-    for number, block in enumerate(layout.blocks):
-      ours = [
-        (x, m.place.entry)
-        for x, m in zip(values, members, strict=True)
-        if m.place.block == number
-      ]
-      blocks.append(_joined(ours, block.shape, merge))
-    found.append(blocks)
-  return found
+  axes = [m.place.cut.axes for m in members]
+  found: list[list[tuple[Array, int | None]]] = [[] for _ in layout.blocks]
+  for x, m in zip(_mesh.collect_each(values, axes, collective), members, strict=True):
+    found[m.place.block].append((x, m.place.entry))
+  return [
+    _joined(x, block.shape, merge)
+    for x, block in zip(found, layout.blocks, strict=True)
+  ]
 
 
 def _joined(

@@ -100,14 +100,15 @@ def noted(
     return last._replace(steps=optax.safe_increment(last.steps))
   above = [(n > x).astype(jnp.float32) for n, x in zip(sizes, limits, strict=True)]
   number_above = _fold(jnp.sum, above)
+  happened = [jnp.asarray(True), finite & (number_above > 0), ~finite]
+  # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
+  counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
   return Record(
-    norm=single(_fold(jnp.max, sizes)),
-    limit=single(_fold(jnp.min, limits)),
-    coefficient=_fold(jnp.min, factors).astype(jnp.float32),
-    clipped_fraction=number_above / count,
-    steps=optax.safe_increment(last.steps),
-    steps_clipped=counted(finite & (number_above > 0), last.steps_clipped),
-    steps_nonfinite=counted(~finite, last.steps_nonfinite),
+    single(_fold(jnp.max, sizes)),
+    single(_fold(jnp.min, limits)),
+    single(_fold(jnp.min, factors)),
+    number_above / count,
+    *counts,
   )
 
 
@@ -178,13 +179,17 @@ _LAST = ("norm", "limit", "coefficient", "clipped_fraction", "size")
 
 def single(x: Array) -> Array:
   """As float32; a finite number, however large, does not become inf."""
+  if x.dtype == jnp.float32:
+    return x
   largest = jnp.finfo(jnp.float32).max
-  return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
+  limited = jnp.clip(x, -largest, largest)
+  return jnp.where(jnp.isfinite(x), limited, x).astype(jnp.float32)
 
 
 def counted(happened: Array, counter: Array) -> Array:
   """The counter, one higher if it happened."""
-  return jnp.where(happened, optax.safe_increment(counter), counter)
+  grows = happened & (counter < jnp.iinfo(jnp.int32).max)
+  return counter + grows.astype(counter.dtype)
 
 
 def all_finite(sizes: Sequence[Array]) -> Array:

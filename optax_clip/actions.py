@@ -251,9 +251,10 @@ def _scaled(leaf: Array, coefficient: Extended, *, toward_zero: bool) -> Array:
   if toward_zero and _shares_range(leaf.dtype, wide):
     # Not selected: subnormals become zero even within the limit.
     return _cast(product, leaf.dtype, toward_zero=True)
-  # Selected, not multiplied by 1: CPUs flush subnormal products to zero.
-  unchanged = (value == 1) & (unit == 1)
-  return jnp.where(unchanged, leaf, _cast(product, leaf.dtype, toward_zero=toward_zero))
+  # Selected, not multiplied by 1: CPUs flush subnormal products to zero. The unit of
+  # a value of 1 is 1; a second comparison would be a kernel for each leaf on a TPU.
+  new = _cast(product, leaf.dtype, toward_zero=toward_zero)
+  return jnp.where(value == 1, leaf, new)
 
 
 def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
