@@ -169,12 +169,13 @@ def _measured_jvp(
       for x, p in zip(terms, layout.places, strict=True)
     ]
 
-    def local(part: _sums.Part, unit: Any) -> Array:
+    def local(part: _sums.Part, unit: Any) -> list[Array]:
       del unit
-      return _moments.over_axes(jnp.sum, part.arrays[0], part.dims)
+      return [_moments.over_axes(jnp.sum, part.arrays[0], part.dims)]
 
     merge = functools.partial(jnp.sum, axis=0)
-    return _run(layout, members, local, lax.psum, merge, None)
+    (blocks,) = _run(layout, members, local, lax.psum, merge, None)
+    return blocks
 
   slopes = summed(lambda x, dot, norm: _along(_slope(x, norm, ord), dot))
   if ord == math.inf:
@@ -269,24 +270,32 @@ def _run(
   collective: Callable[..., Array],
   merge: Callable[..., Array],
   units: Sequence[Array] | None,
-) -> list[Array]:
-  """Reduces each part, with one collective for each set of mesh axes, to blocks."""
+) -> list[list[Array]]:
+  """Reduces each part, with one collective for each set of mesh axes.
+
+  Returns:
+    For each array that `local` returns, the blocks of them.
+  """
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
     by_place = dict(zip(layout.places, layout.spread(units), strict=True))
     own = [by_place[m.place] for m in members]
-  values = [
-    _mesh.placed(local(m.part, unit), m.place.cut)
-    for m, unit in zip(members, own, strict=True)
+  results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
+  places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
+  flat = [
+    _mesh.placed(x, place.cut)
+    for x, place in zip([x for result in results for x in result], places, strict=True)
   ]
-  axes = [m.place.cut.axes for m in members]
-  found: list[list[tuple[Array, int | None]]] = [[] for _ in layout.blocks]
-  for x, m in zip(_mesh.collect_each(values, axes, collective), members, strict=True):
-    found[m.place.block].append((x, m.place.entry))
-  return [
-    _joined(x, block.shape, merge)
-    for x, block in zip(found, layout.blocks, strict=True)
-  ]
+  flat = _mesh.collect_each(flat, [place.cut.axes for place in places], collective)
+  count = len(results[0])
+  columns = []
+  for column in range(count):
+    found: list[list[tuple[Array, int | None]]] = [[] for _ in layout.blocks]
+    for x, m in zip(flat[column::count], members, strict=True):
+      found[m.place.block].append((x, m.place.entry))
+    pairs = zip(found, layout.blocks, strict=True)
+    columns.append([_joined(x, block.shape, merge) for x, block in pairs])
+  return columns
 
 
 def _joined(

@@ -6,6 +6,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -98,14 +99,16 @@ def noted(
   count = sum(x.size for x in sizes)
   if not count:
     return last._replace(steps=optax.safe_increment(last.steps))
-  above = [(n > x).astype(jnp.float32) for n, x in zip(sizes, limits, strict=True)]
+  whole = [jnp.broadcast_to(x, n.shape) for n, x in zip(sizes, limits, strict=True)]
+  sizes, whole, factors = (_side_by_side(x) for x in (sizes, whole, factors))
+  above = [(n > x).astype(jnp.float32) for n, x in zip(sizes, whole, strict=True)]
   number_above = _fold(jnp.sum, above)
   happened = [jnp.asarray(True), finite & (number_above > 0), ~finite]
   # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
   counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
   return Record(
     single(_fold(jnp.max, sizes)),
-    single(_fold(jnp.min, limits)),
+    single(_fold(jnp.min, whole)),
     single(_fold(jnp.min, factors)),
     number_above / count,
     *counts,
@@ -196,18 +199,26 @@ def all_finite(sizes: Sequence[Array]) -> Array:
   """Whether all norms are finite; true if there are none."""
   if not any(x.size for x in sizes):
     return jnp.asarray(True)
-  return _fold(jnp.all, [jnp.isfinite(x) for x in sizes])
+  return _fold(jnp.all, [jnp.isfinite(x) for x in _side_by_side(sizes)])
+
+
+def _side_by_side(arrays: Sequence[Array]) -> list[Array]:
+  """Arrays as one, where that moves no data between devices: it is few kernels."""
+  arrays = [x for x in arrays if x.size]
+  if len({x.dtype for x in arrays}) > 1:
+    arrays = [x.astype(jnp.float64) for x in arrays]
+  if len(arrays) == 1 or not _mesh.on_one_device(arrays):
+    return arrays
+  # Without the barrier XLA reduces each on its own again.
+  joined = jnp.concatenate([x.ravel() for x in arrays])
+  return [lax.optimization_barrier(joined)]
 
 
 def _fold(reduce: Callable[[Array], Array], arrays: Sequence[Array]) -> Array:
-  """Reduces arrays to one scalar."""
-  arrays = [x for x in arrays if x.size]
+  """Reduces arrays to one scalar.
+
+  Each array first, so that no two that are sharded differently meet.
+  """
   if len(arrays) == 1:
     return reduce(arrays[0])
-  if len({x.dtype for x in arrays}) > 1:
-    arrays = [x.astype(jnp.float64) for x in arrays]
-  if _mesh.on_one_device(arrays):
-    # Side by side, which is few kernels for many arrays.
-    return reduce(jnp.concatenate([x.ravel() for x in arrays]))
-  # Each array first, so that no two that are sharded differently meet.
   return reduce(jnp.stack([reduce(x) for x in arrays]))

@@ -60,24 +60,24 @@ class Part(NamedTuple):
   dims: tuple[int, ...] | None
 
 
-# From a part, and its unit or `None`, to one array; it may have a last axis more.
-Local = Callable[[Part, Array | None], Array]
+# From a part, and its unit or `None`, to one array or several of one shape.
+Local = Callable[[Part, Array | None], Sequence[Array]]
 
 
 class Reduction(NamedTuple):
   """How parts of arrays become blocks of norms; `_norms` makes it.
 
   Attributes:
-    run: ``run(local, collective, merge, units)``: the blocks of what ``local``
-      returns of each part, merged over parts and collected over the mesh. ``units``
-      is `None`, or a block of units for each block.
+    run: ``run(local, collective, merge, units)``: for each array that ``local``
+      returns the blocks of them, merged over parts and collected over the mesh.
+      ``units`` is `None`, or a block of units for each block.
     sizes: for each block of how many elements an entry is.
     dtypes: those of the arrays.
     dtype: float32 or float64: that of the norms.
     is_whole: whether every part is reduced to a scalar.
   """
 
-  run: Callable[..., list[Array]]
+  run: Callable[..., list[list[Array]]]
   sizes: Sequence[Any]
   dtypes: Sequence[Any]
   dtype: Any
@@ -156,12 +156,12 @@ def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
   del products
   with jax.enable_x64(True):
 
-    def local(part: Part, unit: Any) -> Array:
+    def local(part: Part, unit: Any) -> list[Array]:
       del unit
       powers = [_moments.power(x, ord, jnp.float64) for x in part.arrays]
-      return functools.reduce(jnp.add, [_total(x, part.dims) for x in powers])
+      return [functools.reduce(jnp.add, [_total(x, part.dims) for x in powers])]
 
-    moments = reduction.run(local, lax.psum, _sum, None)
+    (moments,) = reduction.run(local, lax.psum, _sum, None)
     roots = [_moments.root(x, ord) for x in moments]
     return [_extended.from_float(x, reduction.dtype) for x in roots]
 
@@ -174,32 +174,30 @@ def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
   # in all three units, and where one sum is unsafe, its neighbour is not.
   down, up = 2.0 ** -(info.maxexp * 45 // 64), 2.0 ** (info.maxexp * 35 // 64)
 
-  def local(part: Part, unit: Any) -> Array:
+  def local(part: Part, unit: Any) -> list[Array]:
     del unit
     sums = [_three_sums(x, dtype, part.dims, (1.0, down, up)) for x in part.arrays]
-    return functools.reduce(jnp.add, sums)
+    return [functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)]
 
-  found = reduction.run(local, lax.psum, _sum, None)
-  return [
-    _chosen(x, size, down, up) for x, size in zip(found, reduction.sizes, strict=True)
-  ]
+  def merge(parts: Array) -> Array:
+    # Without the barrier XLA adds scalar to scalar, on a TPU a kernel for each.
+    return _sum(lax.optimization_barrier(parts))
 
-
-def _chosen(sums: Array, size: Any, down: float, up: float) -> Extended:
-  """Of three sums, along the last axis, the root of the one that is safe."""
-  dtype = sums.dtype
-  ordinary, small, large = (sums[..., i] for i in range(3))
-  too_large = ~(ordinary <= float(jnp.finfo(dtype).max) / 2)
-  too_small = ordinary < _least(dtype, size)
-  moment = jnp.where(too_large, small, jnp.where(too_small, large, ordinary))
-  unit = jnp.where(too_large, 1 / down, jnp.where(too_small, 1 / up, 1))
-  return _root(moment, unit.astype(dtype), 2)
+  columns = reduction.run(local, lax.psum, merge, None)
+  found = []
+  for x, small, large, size in zip(*columns, reduction.sizes, strict=True):
+    too_large = ~(x <= float(info.max) / 2)
+    too_small = x < _least(dtype, size)
+    moment = jnp.where(too_large, small, jnp.where(too_small, large, x))
+    unit = jnp.where(too_large, 1 / down, jnp.where(too_small, 1 / up, 1))
+    found.append(_root(moment, unit.astype(dtype), 2))
+  return found
 
 
 def _three_sums(
   x: Array, dtype: Any, dims: tuple[int, ...] | None, scales: Sequence[float]
-) -> Array:
-  """The sums of squares of ``|x| * scale`` for three scales, along a last axis."""
+) -> list[Array]:
+  """The sums of squares of ``|x| * scale`` for three scales, in one reduction."""
   over = tuple(range(x.ndim)) if dims is None else dims
   parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
   operands = [
@@ -210,24 +208,22 @@ def _three_sums(
   sums = lax.reduce(
     operands, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], over
   )
-  if dims is not None:
-    sums = [jnp.expand_dims(s, dims) for s in sums]
-  # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
-  return jnp.stack(sums, axis=-1)
+  return [s if dims is None else jnp.expand_dims(s, dims) for s in sums]
 
 
 def _power_sums(
   reduction: Reduction, ord: float, products: bool, units: Any = None
 ) -> list[Array]:
-  def local(part: Part, unit: Array | None) -> Array:
+  def local(part: Part, unit: Array | None) -> list[Array]:
     def total(x: Array) -> Array:
       if products and part.dims is None:
         return _moments.power_sum(x, ord, reduction.dtype, unit)
       return _total(_moments.power(x, ord, reduction.dtype, unit), part.dims)
 
-    return functools.reduce(jnp.add, map(total, part.arrays))
+    return [functools.reduce(jnp.add, map(total, part.arrays))]
 
-  return reduction.run(local, lax.psum, _sum, units)
+  (moments,) = reduction.run(local, lax.psum, _sum, units)
+  return moments
 
 
 def _in_units(
@@ -240,15 +236,17 @@ def _in_units(
 
 
 def _largest(reduction: Reduction) -> list[Array]:
-  def local(part: Part, unit: Any) -> Array:
+  def local(part: Part, unit: Any) -> list[Array]:
     del unit
     peaks = [
       _moments.over_axes(jnp.max, _moments.modulus(x, reduction.dtype), part.dims)
       for x in part.arrays
     ]
-    return functools.reduce(jnp.maximum, peaks)
+    return [functools.reduce(jnp.maximum, peaks)]
 
-  return reduction.run(local, lax.pmax, functools.partial(jnp.max, axis=0), None)
+  merge = functools.partial(jnp.max, axis=0)
+  (peaks,) = reduction.run(local, lax.pmax, merge, None)
+  return peaks
 
 
 def _total(power: Array, dims: tuple[int, ...] | None) -> Array:

@@ -305,7 +305,7 @@ class _Ratio:
 
   def _ratio(self, update: Extended, param: Extended) -> Extended:
     floor = jnp.maximum(_extended.as_float(param), self.eps)
-    return _extended.quotient(update, floor.astype(update.value.dtype))
+    return _extended.divided(update, floor.astype(update.value.dtype))
 
 
 def _table(measure: Measure, norms: Sequence[Extended], updates: Any) -> Extended:
