@@ -164,6 +164,7 @@ def _compiled(rows: Rows) -> Any:
     if (row["model"], row["optimizer"], row["dtype"], row["devices"])
     == ("transformer", "adamw", "float32", 1)
   ] or rows
+  shown = [row for row in shown if "error" not in row]
   names = [row["method"] for row in shown]
   colors = [_color(name) for name in names]
   figure, panels = plt.subplots(1, 2, sharey=True, figsize=(11, 0.3 * len(names) + 1.3))

@@ -110,9 +110,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
       box=SIMPLE_HEAD,
       padding=(0, 1, 0, 0),
     )
-    present = [c for c in columns if c[0] in of_suite[0]]
+    present = [c for c in columns if any(c[0] in row for row in of_suite)]
     for key, heading, _ in present:
-      text = isinstance(of_suite[0][key], str)
+      text = isinstance(of_suite[0].get(key), str)
       table.add_column(
         heading,
         justify="left" if text else "right",

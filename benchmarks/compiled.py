@@ -202,14 +202,22 @@ def cells() -> list[Cell]:
 
 
 def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
-  """Compiles a cell; returns its figures."""
+  """Compiles a cell; returns its figures.
+
+  Where the compiler gives up there are none, and `error` is what it says.
+  """
+  import jax
+
   from benchmarks import _compiling
   from benchmarks import overhead
 
   method = methods()[cell.method]
   tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
   shapes = MODELS[cell.model][quick]
-  return _compiling.step(tx, shapes, cell.dtype, devices, method.whole).row()
+  try:
+    return _compiling.step(tx, shapes, cell.dtype, devices, method.whole).row()
+  except jax.errors.JaxRuntimeError as error:
+    return {"error": str(error)}
 
 
 def run(
@@ -243,7 +251,7 @@ def run(
       continue
     name = methods()[cell.method].peer
     peer = cell._replace(method=name) if name else None
-    if peer and (peer not in peers or peers[peer]["compile_s"] < LONG):
+    if peer and (peer not in peers or peers[peer].get("compile_s", LONG) < LONG):
       peers[peer] = found(peer)
     own = peers[cell] = found(cell)
     shapes = MODELS[cell.model][quick]
@@ -257,7 +265,7 @@ def run(
       "peer": name,
       **{
         f"{key.removesuffix('_s')}_over_optax": own[key] / peers[peer][key]
-        if peer
+        if peer and key in own and key in peers[peer]
         else None
         for key in ("kernels", "bytes", "lower_s", "compile_s")
       },
@@ -350,6 +358,10 @@ def main(options: argparse.Namespace) -> Rows:
           _report.write(merged(rows, old), notes, path)
     every += rows
     _report.show(rows, console)
+    for row in rows:
+      if "error" in row:
+        text = Cell(*(row[key] for key in Cell._fields)).text()
+        console.print(f"{text}: {row['error']}", markup=False, highlight=False)
     console.print(
       f"{notes['device']}. Bytes and temporaries are in units of the gradients,"
       " seconds to compile are of this machine, /opt. is over optax's equivalent."

@@ -154,6 +154,17 @@ class TestSuite:
     assert len(named) > 15
     assert {name for name in named if name not in names} == set()
 
+  def test_what_does_not_compile_says_so(self, monkeypatch):
+    def fails(*arguments):
+      raise jax.errors.JaxRuntimeError("too much shared data")
+
+    monkeypatch.setattr(_compiling, "step", fails)
+    monkeypatch.setattr(_targets, "devices", lambda *_: jax.devices()[:1])
+    rows = list(compiled.run("h100", True, "1,000 leaves.*layer_norm"))
+    assert [row["error"] for row in rows] == ["too much shared data"]
+    assert rows[0]["peer"] == "optax.clip_by_block_rms"
+    assert rows[0]["kernels_over_optax"] is None
+
   def test_only_selects_by_a_regular_expression(self):
     found = compiled.selected(quick=True, only="8 devices: .*norm$")
     assert [cell.devices for cell in found] == [8] * len(found)

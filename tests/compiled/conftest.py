@@ -47,8 +47,11 @@ def figures(tmp_path_factory):
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-      pytest.fail(f"{cell.text()} does not compile: {log.read_text()[-2000:]}")
-    return json.loads(line)
+      pytest.fail(f"{cell.text()}: {log.read_text()[-2000:]}")
+    row = json.loads(line)
+    if "error" in row:
+      pytest.fail(f"{cell.text()} does not compile: {row['error']}")
+    return row
 
   yield figures
   for _, process in workers.values():
