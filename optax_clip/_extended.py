@@ -6,6 +6,8 @@ that brings it to a small limit may be below the smallest. So both are two float
 operations that actions need stand here, so that an action reads as its formula.
 """
 
+from collections.abc import Callable
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -72,14 +74,15 @@ def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Exte
   the mantissas, so that it squares nothing that is large or small.
   """
   numerator, denominator = of(numerator), of(denominator)
-  above, below = _split(numerator.value), _split(denominator.value)
-  exponent = above[1] - below[1]
-  exponent += _exponent(numerator.unit) - _exponent(denominator.unit)
   info = jnp.finfo(numerator.value.dtype)
+  (top, high), (bottom, low) = _pairwise(_split, numerator.value, denominator.value)
+  more, less = _pairwise(_exponent, numerator.unit, denominator.unit)
+  exponent = high - low + more - less
   near = jnp.clip(exponent, info.minexp + 24, info.maxexp - 24)
-  ratio = above[0] / below[0]
   rest = jnp.clip(exponent - near, info.minexp, info.maxexp - 2)
-  return Extended(ratio * _power(near, ratio.dtype), _power(rest, ratio.dtype))
+  power = functools.partial(_power, dtype=top.dtype)
+  factor, unit = _pairwise(power, near, rest)
+  return Extended(top / bottom * factor, unit)
 
 
 def divided(x: Extended, y: Array) -> Extended:
@@ -120,6 +123,14 @@ def power_of_two(x: Array) -> Array:
   exponent = jnp.where(jnp.isfinite(x) & (x > 0), _exponent(x), 0)
   info = jnp.finfo(x.dtype)
   return _power(jnp.clip(exponent, info.minexp, info.maxexp - 2), x.dtype)
+
+
+def _pairwise(f: Callable[[Array], Any], x: Array, y: Array) -> tuple[Any, Any]:
+  """``f(x), f(y)``, of scalars at once: on a TPU each operation on one is a kernel."""
+  if x.ndim or y.ndim:
+    return f(x), f(y)
+  both = f(jnp.stack([x, y]))
+  return jax.tree.map(lambda z: z[0], both), jax.tree.map(lambda z: z[1], both)
 
 
 def _split(x: Array) -> tuple[Array, Array]:

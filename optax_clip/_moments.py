@@ -69,11 +69,11 @@ def modulus(x: Array, dtype: Any) -> Array:
 
 
 def power(x: Array, ord: float, dtype: Any, unit: Array | None = None) -> Array:
-  """(|x| / unit)^ord, elementwise, differentiable at zero."""
+  """(|x| / unit)^ord, elementwise."""
   if ord != 2:
     x = modulus(x, dtype)
   elif jnp.iscomplexobj(x):
-    # |z|^2 without the square root and its derivative.
+    # |z|^2 without the square root.
     re, im = (power(part, ord, dtype, unit) for part in (x.real, x.imag))
     return re + im
   x = x.astype(dtype)
@@ -81,20 +81,14 @@ def power(x: Array, ord: float, dtype: Any, unit: Array | None = None) -> Array:
     x = x / unit
   if ord == 1:
     return x
-  if ord == 2:
-    return x * x
-  zero = x == 0
-  return jnp.where(zero, 0, jnp.where(zero, 1, x) ** ord)
+  return x * x if ord == 2 else x**ord
 
 
 def root(moment: Array, ord: float) -> Array:
-  """moment^(1/ord), with derivative 0 (not inf) at 0."""
+  """moment^(1/ord)."""
   if ord == 1:
     return moment
-  zero = moment == 0
-  safe = jnp.where(zero, 1, moment)
-  root = jnp.sqrt(safe) if ord == 2 else safe ** (1 / ord)
-  return jnp.where(zero, 0, root)
+  return jnp.sqrt(moment) if ord == 2 else moment ** (1 / ord)
 
 
 def root_and_unit(moment: Array, unit: Array, ord: float) -> tuple[Array, Array]:

@@ -99,16 +99,23 @@ def noted(
   count = sum(x.size for x in sizes)
   if not count:
     return last._replace(steps=optax.safe_increment(last.steps))
-  whole = [jnp.broadcast_to(x, n.shape) for n, x in zip(sizes, limits, strict=True)]
-  sizes, whole, factors = (_side_by_side(x) for x in (sizes, whole, factors))
-  above = [(n > x).astype(jnp.float32) for n, x in zip(sizes, whole, strict=True)]
+  if any(x.ndim for x in limits):
+    pairs = zip(sizes, limits, strict=True)
+    limits = _side_by_side([jnp.broadcast_to(x, n.shape) for n, x in pairs])
+  sizes, factors = _side_by_side(sizes), _side_by_side(factors)
+  # A limit that is the same for all norms is one scalar.
+  each = limits if len(limits) == len(sizes) else limits[:1] * len(sizes)
+  above = [
+    (n > x.astype(n.dtype)).astype(jnp.float32)
+    for n, x in zip(sizes, each, strict=True)
+  ]
   number_above = _fold(jnp.sum, above)
   happened = [jnp.asarray(True), finite & (number_above > 0), ~finite]
   # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
   counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
   return Record(
     single(_fold(jnp.max, sizes)),
-    single(_fold(jnp.min, whole)),
+    single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits])),
     single(_fold(jnp.min, factors)),
     number_above / count,
     *counts,

@@ -313,4 +313,7 @@ def _clipped_norms(
   moments = [moment(x, column) for x, column in zip(leaves, found, strict=True)]
   axes = [_mesh.collected_axes(x, axis_name) for x in leaves]
   total = jnp.stack(_mesh.collect_each(moments, axes, jax.lax.psum))
-  return Extended(_moments.root(total, 2), unit)
+  # With a finite derivative at 0.
+  present = total > 0
+  root = jnp.where(present, jnp.sqrt(jnp.where(present, total, 1)), 0)
+  return Extended(root, unit)
