@@ -36,6 +36,7 @@ from optax_clip import _backend
 from optax_clip import _extended
 from optax_clip import _mesh
 from optax_clip import _moments
+from optax_clip import _scalars
 from optax_clip import _sums
 from optax_clip._extended import Extended
 from optax_clip._layout import Block
@@ -278,8 +279,7 @@ def _run(
   """
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
-    by_place = dict(zip(layout.places, layout.spread(units), strict=True))
-    own = [by_place[m.place] for m in members]
+    own = _own_units(members, units)
   results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
   places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
   flat = [
@@ -296,6 +296,26 @@ def _run(
     pairs = zip(found, layout.blocks, strict=True)
     columns.append([_joined(x, block.shape, merge) for x, block in pairs])
   return columns
+
+
+def _own_units(members: Sequence[_Member], units: Sequence[Array]) -> list[Array]:
+  """For each part the unit of what it becomes."""
+  own: list[Any] = [
+    None if m.part.dims is None else _mesh.local(units[m.place.block], m.place.cut)
+    for m in members
+  ]
+  for number, unit in enumerate(units):
+    ours = [i for i, m in enumerate(members) if m.place.block == number]
+    if not ours or members[ours[0]].part.dims is not None:
+      continue
+    # A scalar for each part, though several share one: XLA's CPU backend would write
+    # down what all leaves of one shape divide by.
+    index = np.asarray([members[i].place.entry or 0 for i in ours], np.int32)
+    for i, (scalar,) in zip(
+      ours, _scalars.columns([jnp.ravel(unit)[index]]), strict=True
+    ):
+      own[i] = scalar
+  return own
 
 
 def _joined(

@@ -104,7 +104,7 @@ def noted(
     limits = _side_by_side([jnp.broadcast_to(x, n.shape) for n, x in pairs])
   sizes, factors = _side_by_side(sizes), _side_by_side(factors)
   # A limit that is the same for all norms is one scalar.
-  each = limits if len(limits) == len(sizes) else limits[:1] * len(sizes)
+  each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [
     (n > x.astype(n.dtype)).astype(jnp.float32)
     for n, x in zip(sizes, each, strict=True)

@@ -314,6 +314,6 @@ def _clipped_norms(
   axes = [_mesh.collected_axes(x, axis_name) for x in leaves]
   total = jnp.stack(_mesh.collect_each(moments, axes, jax.lax.psum))
   # With a finite derivative at 0.
-  present = total > 0
-  root = jnp.where(present, jnp.sqrt(jnp.where(present, total, 1)), 0)
+  zero = total == 0
+  root = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
   return Extended(root, unit)
