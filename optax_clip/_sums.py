@@ -14,7 +14,7 @@ every step. What costs nothing instead depends on the compiler:
   rate on data-centre cards, far above what their memory delivers. Other cards have
   1/64 of it, and there the sum of whole arrays is `tripled`: an estimate stands in
   ``benchmarks/NOTES.md``.
-* TPU, `tripled`: three sums with constant units in one reduction, of which one is
+* TPU, `tripled`: three sums with constant units, from one read, of which one is
   chosen. A TPU has no float64. It compiles to fewer kernels than a plain sum, since
   scalars that leave a reduction with several results stay vectors.
 
@@ -197,18 +197,16 @@ def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
 def _three_sums(
   x: Array, dtype: Any, dims: tuple[int, ...] | None, scales: Sequence[float]
 ) -> list[Array]:
-  """The sums of squares of ``|x| * scale`` for three scales, in one reduction."""
-  over = tuple(range(x.ndim)) if dims is None else dims
+  """The sums of squares of ``|x| * scale`` for three scales; XLA reads x once."""
+  # Not as one reduction with three results: where it is sharded along what is reduced,
+  # XLA would gather it.
   parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-  operands = [
-    functools.reduce(jnp.add, [jnp.square(y.astype(dtype) * scale) for y in parts])
-    for scale in scales
-  ]
-  zeros = [jnp.zeros((), dtype)] * 3
-  sums = lax.reduce(
-    operands, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], over
-  )
-  return [s if dims is None else jnp.expand_dims(s, dims) for s in sums]
+
+  def total(scale: float) -> Array:
+    squares = [jnp.square(y.astype(dtype) * scale) for y in parts]
+    return _total(functools.reduce(jnp.add, squares), dims)
+
+  return [total(scale) for scale in scales]
 
 
 def _power_sums(
