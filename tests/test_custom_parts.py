@@ -34,10 +34,6 @@ def of_number(number):
 NUMBERS = {
   "unitwise_norm": (lambda tree: jnp.max(optax_clip.unitwise_norm(tree["w"])), 5.0),
   "global_norm": (lambda tree: optax_clip.global_norm(tree["w"]), np.sqrt(29)),
-  "clip_tree": (
-    lambda tree: optax_clip.global_norm(optax_clip.clip_tree(tree, 2.0)[0]),
-    2.0,
-  ),
 }
 CLIPS = (
   optax_clip.clip_by_global_norm(1.0),

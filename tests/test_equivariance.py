@@ -18,7 +18,6 @@ METHODS = {
   "clip_by_layer_percentile": lambda: optax_clip.clip_by_layer_percentile(window=16),
   "clip_by_history": lambda: optax_clip.clip_by_history(window=16),
   "zclip": lambda: optax_clip.zclip(warmup=10),
-  "zclip, mean": lambda: optax_clip.zclip(warmup=10, mode="mean"),
   "zclip, percentile": lambda: optax_clip.zclip(warmup=10, mode="percentile"),
   "adagc": lambda: optax_clip.adagc(warmup=10),
   "adaclip": lambda: optax_clip.adaclip(0.9),

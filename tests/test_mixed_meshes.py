@@ -118,7 +118,7 @@ def _assert_same_type(old, shaped):
   [
     ("skip_nonfinite", update, "auto, explicit"),
     ("both", update, "explicit, auto"),
-    ("both", whole, "explicit, auto"),
+    ("skip_nonfinite", whole, "explicit, auto"),
     ("observe", update, "explicit"),
   ],
   ids=lambda x: x if isinstance(x, str) else x.__name__,
