@@ -16,9 +16,9 @@ def arguments() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--suite",
-    choices=(*SUITES, "training", "all"),
+    choices=(*SUITES, "compiled", "training", "all"),
     default="all",
-    help="which figures to measure (default: all but training)",
+    help="which figures to measure (default: all but compiled and training)",
   )
   parser.add_argument("--study", help="of the suite training (default: all of them)")
   parser.add_argument(
@@ -29,6 +29,17 @@ def arguments() -> argparse.ArgumentParser:
     choices=("cpu", "gpu", "tpu"),
     help="the platform to run on (default: the one JAX prefers)",
   )
+  parser.add_argument(
+    "--target",
+    default="h100,tpu-v5e,tpu-v6e",
+    help="of the suite compiled: what to compile for (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--only",
+    default="",
+    metavar="REGEX",
+    help="of the suite compiled: which programs (default: all of them)",
+  )
   parser.add_argument("--json", type=pathlib.Path, help="write results here")
   parser.add_argument("--png", type=pathlib.Path, help="draw the results here")
   return parser
@@ -37,6 +48,13 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """Measures, shows and writes; returns the rows."""
   options = arguments().parse_args(argv)
+  if options.suite == "compiled":
+    from benchmarks import _targets
+
+    _targets.prepare()
+    from benchmarks import compiled
+
+    return compiled.main(options)
   import jax
 
   if options.device:
@@ -48,10 +66,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return training.main(options)
   import jax.numpy as jnp
   from rich.console import Console
-  from rich.progress import Progress
-  from rich.progress import SpinnerColumn
-  from rich.progress import TextColumn
-  from rich.progress import TimeElapsedColumn
 
   from benchmarks import _report
   from benchmarks import _timing
@@ -68,18 +82,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   suites = SUITES if options.suite == "all" else (options.suite,)
   console = Console()
   rows: list[dict[str, Any]] = []
-  with Progress(
-    SpinnerColumn(),
-    TextColumn("{task.description}"),
-    TimeElapsedColumn(),
-    console=console,
-    transient=True,
-  ) as progress:
-    task = progress.add_task("bandwidth")
-
-    def note(text: str) -> None:
-      progress.update(task, description=text)
-
+  with _report.progress(console) as note:
+    note("bandwidth")
     limits = _timing.bandwidth(2**26 if quick else 2**28, 11)
     if "overhead" in suites:
       # 55M parameters in 61 leaves; on accelerators also 1.2 billion.

@@ -157,6 +157,32 @@ def _mesh(rows: Rows) -> Any:
   return figure
 
 
+def _compiled(rows: Rows) -> Any:
+  shown = [
+    row
+    for row in rows
+    if (row["model"], row["optimizer"], row["dtype"], row["devices"])
+    == ("transformer", "adamw", "float32", 1)
+  ] or rows
+  names = [row["method"] for row in shown]
+  colors = [_color(name) for name in names]
+  figure, panels = plt.subplots(1, 2, sharey=True, figsize=(11, 0.3 * len(names) + 1.3))
+  for axes, key, label, form in (
+    (panels[0], "kernels", "kernels of an AdamW step", "{}"),
+    (panels[1], "bytes", "bytes, in units of the gradients", "{:.2f}"),
+  ):
+    values = [row[key] for row in shown]
+    axes.barh(range(len(names)), values, color=colors)
+    for y, value in enumerate(values):
+      axes.text(value, y, " " + form.format(value), va="center", fontsize=8)
+    axes.set_xlim(0, max(values) * 1.15)
+    axes.set_xlabel(label)
+    _plain(axes)
+  panels[0].set_yticks(range(len(names)), names)
+  panels[0].invert_yaxis()
+  return figure
+
+
 _CHARTS: dict[str, Callable[[Rows], Any]] = {
   "overhead": _overhead,
   "skip": _skip,
@@ -164,4 +190,5 @@ _CHARTS: dict[str, Callable[[Rows], Any]] = {
   "precision": _precision,
   "scale": _scale,
   "mesh": _mesh,
+  "compiled": _compiled,
 }

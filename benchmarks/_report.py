@@ -1,11 +1,18 @@
 """From rows of results to a table and a JSON file."""
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import json
 import pathlib
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
+from rich.progress import SpinnerColumn
+from rich.progress import TextColumn
+from rich.progress import TimeElapsedColumn
 from rich.table import Table
 
 # The columns of each suite: key, heading, format.
@@ -57,15 +64,45 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     ("all-reduce", "reduce", "{}"),
     ("all-gather", "gather", "{}"),
   ],
+  "compiled": [
+    ("method", "clipping", "{}"),
+    ("kernels", "kern.", "{}"),
+    ("kernels_over_optax", "/opt.", "{:.2f}"),
+    ("tiny", "tiny", "{}"),
+    ("bytes", "bytes", "{:.2f}"),
+    ("temp_copies", "temp", "{:.2f}"),
+    ("conditionals", "cond", "{}"),
+    ("compile_s", "secs", "{:.1f}"),
+    ("compile_over_optax", "/opt.", "{:.2f}"),
+  ],
 }
 
 
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[Callable[[str], None]]:
+  """Shows what is being done, and for how long; gives a function that is told."""
+  with Progress(
+    SpinnerColumn(),
+    TextColumn("{task.description}"),
+    TimeElapsedColumn(),
+    console=console,
+    transient=True,
+  ) as shown:
+    task = shown.add_task("")
+    yield lambda text: shown.update(task, description=text)
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-  """Prints one table for each suite."""
-  for suite, columns in COLUMNS.items():
-    of_suite = [row for row in rows if row["suite"] == suite]
-    if not of_suite:
-      continue
+  """Prints one table for each suite, of the suite compiled one for each subject."""
+  tables: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    suite = row["suite"]
+    key = _subject(row) if suite == "compiled" else suite
+    tables.setdefault(key, []).append(row)
+  for of_suite in sorted(
+    tables.values(), key=lambda own: list(COLUMNS).index(own[0]["suite"])
+  ):
+    suite, columns = of_suite[0]["suite"], COLUMNS[of_suite[0]["suite"]]
     table = Table(
       title=f"{suite}: {_subject(of_suite[0])}",
       title_justify="left",
@@ -102,6 +139,13 @@ def _subject(row: dict[str, Any]) -> str:
       f"{row['parameters'] / 1e6:.0f}M parameters in {row['leaves']} leaves,"
       f" {row.get('dtype', 'float32')}"
     )
+  if row["suite"] == "compiled":
+    where = f", over {row['devices']} devices" if row["devices"] > 1 else ""
+    return (
+      f"{row['target']}, a step of {row['optimizer']} on"
+      f" {row['parameters'] / 1e6:.0f}M {row['dtype']} parameters in {row['leaves']}"
+      f" leaves{where}"
+    )
   return {
     "leaves": "the same bytes in more leaves, an sgd step",
     "precision": "the global norm against float64",
@@ -110,8 +154,8 @@ def _subject(row: dict[str, Any]) -> str:
 
 
 def _cell(value: Any, form: str) -> str:
-  if isinstance(value, str):  # "inf" among numbers.
-    return value
+  if value is None or isinstance(value, str):  # "inf" among numbers.
+    return value or ""
   if form == "{}" and isinstance(value, float):
     return f"{value:.1e}"
   return form.format(value)

@@ -1,16 +1,17 @@
-"""Brings the README's table of costs up to date: `python -m benchmarks.readme`."""
+"""Brings the README's tables of costs up to date: `python -m benchmarks.readme`."""
 
 import json
 import pathlib
 from typing import Any
 
 from benchmarks import _marked
+from benchmarks import _targets
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Rows of the table: how they are called there, and the methods they are of.
+# Rows of the tables: how they are called there, and the methods they are of.
 ROWS = {
   "`optax.clip_by_global_norm`": ("optax.clip_by_global_norm",),
   "`clip_by_global_norm`": ("clip_by_global_norm",),
@@ -32,6 +33,26 @@ ROWS = {
   "`adaptive_grad_clip`": ("adaptive_grad_clip",),
   "`stable_spam`": ("stable_spam",),
 }
+
+
+# And of the second.
+COMPILED = {
+  "none": ("none",),
+  **ROWS,
+  "`optax.apply_if_finite`": ("update, optax.apply_if_finite",),
+  "`skip_nonfinite`, `skip_spikes`, `dynamic_loss_scale`": (
+    "update, skip_nonfinite",
+    "update, skip_spikes",
+    "update, dynamic_loss_scale",
+  ),
+  "... by `guarded_step`": (
+    "guarded_step, skip_nonfinite",
+    "guarded_step, skip_spikes",
+    "guarded_step, dynamic_loss_scale",
+  ),
+}
+# The targets of the second table: two compilers, of which one knows several devices.
+ACCELERATORS = ("h100", "tpu-v5e")
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
@@ -58,6 +79,46 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def accelerators(results: dict[str, dict[str, Any]]) -> str:
+  """The second table, of what was compiled for each target."""
+  if not results:
+    return "Not counted yet: `python -m benchmarks --suite compiled`."
+  found = {
+    target: {row["method"]: row for row in result["rows"] if _is_shown(row)}
+    for target, result in results.items()
+  }
+  some = next(iter(results))
+  first, about = found[some]["none"], results[some]["about"]
+  titles = [_targets.TARGETS[target].title for target in results]
+  head = "".join(f" {title}: kernels | bytes | copies |" for title in titles)
+  lines = [
+    f"An AdamW step on {first['parameters'] / 1e6:.0f}M float32 parameters in"
+    f" {first['leaves']} leaves,",
+    f"compiled for {' and '.join('an ' * ('NVIDIA' in t) + t for t in titles)} with JAX"
+    f" {about['jax']} on {about['date']}; counted, not run:",
+    "",
+    f"| clipping |{head}",
+    "|---" + "|---" * 3 * len(found) + "|",
+  ]
+  for name, methods in COMPILED.items():
+    cells = []
+    for rows in found.values():
+      own = [rows[method] for method in methods]
+      cells += [
+        _range([row["kernels"] for row in own], 0),
+        _range([row["bytes"] for row in own]),
+        _range([row["temp_copies"] for row in own], 2).replace("0.00", "0"),
+      ]
+    lines.append(f"| {name} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def _is_shown(row: dict[str, Any]) -> bool:
+  """Whether it is of the step that the table is of."""
+  cell = tuple(row[key] for key in ("model", "optimizer", "dtype", "devices"))
+  return cell == ("transformer", "adamw", "float32", 1)
+
+
 def _range(values: list[float], digits: int = 2) -> str:
   low, high = (
     f"{abs(x) if round(x, digits) == 0 else x:.{digits}f}"
@@ -67,9 +128,12 @@ def _range(values: list[float], digits: int = 2) -> str:
 
 
 def updated(text: str) -> str:
-  """The README with the table of the committed results."""
+  """The README with the tables of the committed results."""
   results = json.loads((RESULTS / "cpu-overhead.json").read_text())
-  return _marked.replaced(text, "costs", table(results["rows"], results["about"]))
+  text = _marked.replaced(text, "costs", table(results["rows"], results["about"]))
+  paths = {target: RESULTS / f"compiled-{target}.json" for target in ACCELERATORS}
+  counted = {k: json.loads(p.read_text()) for k, p in paths.items() if p.exists()}
+  return _marked.replaced(text, "costs on accelerators", accelerators(counted))
 
 
 if __name__ == "__main__":

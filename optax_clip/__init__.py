@@ -12,13 +12,15 @@ from optax_clip._adaptive_windows import (
 )
 from optax_clip._core import Action as Action
 from optax_clip._core import ClipState as ClipState
-from optax_clip._core import Coefficient as Coefficient
-from optax_clip._core import Layers as Layers
+from optax_clip._core import Given as Given
 from optax_clip._core import Measure as Measure
+from optax_clip._core import Parts as Parts
 from optax_clip._core import Threshold as Threshold
 from optax_clip._core import clip_with as clip_with
+from optax_clip._core import given as given
 from optax_clip._elementwise import clip_element_spikes as clip_element_spikes
 from optax_clip._elementwise import clippy as clippy
+from optax_clip._extended import Extended as Extended
 from optax_clip._functions import clip_tree as clip_tree
 from optax_clip._functions import global_norm as global_norm
 from optax_clip._functions import unitwise_clip as unitwise_clip
@@ -38,7 +40,6 @@ from optax_clip._loss_scale import LossScale as LossScale
 from optax_clip._loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optax_clip._metrics import loss_scale as loss_scale
 from optax_clip._metrics import metrics as metrics
-from optax_clip._norms import Norm as Norm
 from optax_clip._observe import NormHistory as NormHistory
 from optax_clip._observe import ObserveState as ObserveState
 from optax_clip._observe import norm_history as norm_history

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _extended
 from optax_clip import _groups
 from optax_clip import _memory
 from optax_clip import _moments
-from optax_clip import _norms
+from optax_clip import _record
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
@@ -19,7 +20,9 @@ from optax_clip import thresholds
 from optax_clip._core import Action
 from optax_clip._core import Measure
 from optax_clip._core import clip_with
+from optax_clip._core import given
 from optax_clip._core import keep_weak_type
+from optax_clip._extended import Extended
 
 Array = jax.Array
 
@@ -135,7 +138,7 @@ def _share_of_bound(
 
   def measure(
     updates: Any, params: Any = None, *, accumulator: Any = None, **extra: Any
-  ) -> Any:
+  ) -> list[Extended]:
     del extra
     _groups.same_structure(updates, params)
     leaves = _groups.floating_leaves(updates)
@@ -160,19 +163,20 @@ def _share_of_bound(
       most = jnp.finfo(wide).max
       return jnp.where(jnp.isfinite(size), jnp.minimum(share, most), size)
 
-    def largest(unit: float) -> Any:
+    def largest(unit: float) -> list[Extended]:
       shares = [ratio(*x, unit) for x in zip(leaves, weights, sums, strict=True)]
-      return peak.measure(jax.tree.unflatten(jax.tree.structure(updates), shares))
+      tree = jax.tree.unflatten(jax.tree.structure(updates), shares)
+      return list(peak.measure(tree))
 
-    def chosen(near: _norms.Norm, far: _norms.Norm) -> _norms.Norm:
+    def chosen(near: Extended, far: Extended) -> Extended:
       use = jnp.isfinite(near.value) & (near.value > big)
-      return _norms.Norm(
+      return Extended(
         jnp.where(use, far.value, near.value), jnp.where(use, big, near.unit)
       )
 
-    return jax.tree.map(chosen, largest(1.0), largest(big), is_leaf=_norms.is_norm)
+    return list(map(chosen, largest(1.0), largest(big)))
 
-  return peak._replace(measure=measure)
+  return peak._replace(measure=measure, ord=None)
 
 
 class ElementSpikesState(NamedTuple):
@@ -275,23 +279,22 @@ def clip_element_spikes(
   root = jnp.sqrt(jnp.asarray(theta, jnp.float32))
   peak = measures.layer_norm(ord=math.inf, axis_name=axis_name)
 
-  def recorded(norms: Any) -> optax.GradientTransformationExtraArgs:
-    """Writes down norms that are known, and leaves the updates alone."""
-    return clip_with(
-      peak._replace(measure=lambda *args, **extra_args: norms),
-      thresholds.constant(1.0),
-      Action(actions.rescale().weigh, lambda leaf, coefficient, limit: leaf),
-      nonfinite=nonfinite,
-      record=record,
-      name=name,
-    )
+  # Writes norms down, and leaves the updates alone.
+  recorded = clip_with(
+    peak,
+    thresholds.constant(1.0),
+    Action(actions.rescale().weigh, lambda leaf, coefficient, limit: leaf),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
+  )
 
   def init(params: Any) -> ElementSpikesState:
     _groups.floating_leaves(params)
     rms = None
     if decay is not None:
       rms = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    clip = recorded(None).init(params)
+    clip = recorded.init(params)
     return ElementSpikesState(jnp.zeros((), jnp.int32), rms, clip)
 
   def clipped(g: Array, rms: Array, ready: Any) -> tuple[Array, Array, Array]:
@@ -349,10 +352,9 @@ def clip_element_spikes(
       else ((), (), ())
     )
 
-    norms = peak.measure(list(shares))
-    exact = _memory.flat(jax.tree.map(_norms.magnitude, norms, is_leaf=_norms.is_norm))
-    finite = jnp.all(jnp.isfinite(exact))
     treedef = jax.tree.structure(updates)
+    norms = peak.measure(jax.tree.unflatten(treedef, list(shares)))
+    finite = _record.all_finite([_extended.as_float(x) for x in norms])
     rms = state.rms
     if decay is not None:
       rms = jax.tree.unflatten(
@@ -364,9 +366,9 @@ def clip_element_spikes(
       )
     seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
     kept = [keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
-    result, clip = recorded(norms).update(
-      jax.tree.unflatten(treedef, kept), state.clip, params
-    )
+    clipped_tree = jax.tree.unflatten(treedef, kept)
+    known = given(clipped_tree, norms, peak)
+    result, clip = recorded.update(clipped_tree, state.clip, params, norms=known)
     return result, ElementSpikesState(seen, rms, clip)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _extended
 from optax_clip import _groups
 from optax_clip import _moments
 from optax_clip import _norms
@@ -14,6 +15,7 @@ from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
 from optax_clip._core import clip_with
+from optax_clip._core import given
 
 Array = jax.Array
 
@@ -51,7 +53,8 @@ def global_norm(
     600.0
   """
   measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
-  return _norms.magnitude(measure.measure(tree))
+  (norm,) = measure.measure(tree)
+  return _extended.as_float(norm)
 
 
 def clip_tree(
@@ -100,17 +103,21 @@ def clip_tree(
   """
   _validate.nonnegative(max_norm=max_norm)
   measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
-  measured = measure.measure(tree) if norm is None else _norms.plain(jnp.asarray(norm))
+  if norm is None:
+    (known,) = measure.measure(tree)
+  else:
+    _groups.floating_leaves(tree)
+    known = _extended.of(jnp.asarray(norm, measure.layout(tree).blocks[0].dtype))
   tx = clip_with(
-    measure._replace(measure=lambda *args, **extra_args: measured),
+    measure,
     thresholds.constant(max_norm),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
     record=False,
   )
-  _groups.floating_leaves(tree)
-  clipped, _ = tx.update(tree, optax.EmptyState())
-  return clipped, _norms.magnitude(measured)
+  handed = given(tree, known, measure)
+  clipped, _ = tx.update(tree, optax.EmptyState(), norms=handed)
+  return clipped, _extended.as_float(known)
 
 
 def unitwise_norm(x: Array, axis: Any = None) -> Array:
@@ -136,8 +143,8 @@ def unitwise_norm(x: Array, axis: Any = None) -> Array:
      [5. 1.]]
   """
   (x,) = _groups.floating_leaves(x)
-  (norm,) = _norms.leaf_norms([x], [_groups.unit_axes(x.shape, axis)], 2.0)
-  value = _norms.magnitude(norm)
+  (norm,) = _norms.over_dims([x], [_groups.unit_axes(x.shape, axis)])
+  value = _extended.as_float(norm)
   # Not `broadcast_to`, which an explicitly sharded `x` does not allow.
   return value + jnp.zeros_like(x, value.dtype)
 
@@ -181,5 +188,5 @@ def unitwise_clip(
   norm, limit = (jnp.asarray(x, wide) for x in (g_norm, max_norm))
   divisor = jnp.maximum(norm, jnp.asarray(div_eps, wide))
   action = actions.rescale()
-  clipped = action.apply(grad, action.weigh(_norms.plain(divisor), limit), limit)
+  clipped = action.apply(grad, action.weigh(_extended.of(divisor), limit), limit)
   return jnp.where(norm < limit, grad, clipped)

@@ -1,42 +1,41 @@
 """Guards: whether a step is taken at all, decided before it is.
 
-A guard is a transformation around another one. Its *judge* measures the updates
-and decides; the transformation inside runs in one branch of a `lax.cond`, and in
-the other nothing changes: no update, no moment, no counter, no memory of a
-threshold. Nothing is ever multiplied with zero to be forgotten, which would keep
-NaN, and nothing is selected elementwise, which would keep two copies::
+A guard is a transformation around another one. Its *judges* measure the updates and
+decide; if one of them says no, nothing changes: no update, no moment, no counter, no
+memory of a threshold::
 
     updates, params, loss
-          |  judge          sees what the clip sees, and reads it once (`_once`)
+          |  judges         see what the clip sees, and hand on what they measured
           v
-       verdict              take it or not, and why
-          |  lax.cond
+       verdicts             take the step or not, and why
+          |  _branch        by the means of the backend
           v
     inner.update, and with `guarded_step` also the addition to the parameters
 
-Updates that leave a branch are a buffer of their own, as large as the gradients.
-Parameters and state that leave it are written in place of the old ones. Hence
-the two ways to take a guarded step: as any optax transformation, or whole.
+Guards directly inside one another become one guard with several judges, the outermost
+first: a judge does not learn of steps that one before it refused.
+
+On CPU, updates that leave the branch are a buffer of their own, as large as the
+gradients. Parameters and state that leave it are written in place of the old ones.
+Hence the two ways to take a guarded step: as any optax transformation, or whole.
 """
 
 from collections.abc import Callable
 import dataclasses
 import enum
-import functools
 from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
-from optax_clip import _norms
-from optax_clip import _once
+from optax_clip import _branch
 from optax_clip import _record
 from optax_clip import _validate
+from optax_clip._core import Given
 from optax_clip._core import LayerNorms
-from optax_clip._core import Layers
+from optax_clip._extended import Extended
 from optax_clip._record import counted
 
 Array = jax.Array
@@ -100,8 +99,8 @@ class Verdict(NamedTuple):
     memory: of the judge, after the step.
     known: what was measured of the updates.
     layers: what of each layer, if that is recorded.
-    scale: `None`, or f32[]: what the transformation inside is given is the updates
-      divided by it.
+    scale: `None`, or f32[]: what comes after this judge is given the updates divided
+      by it.
   """
 
   take: Array
@@ -109,7 +108,7 @@ class Verdict(NamedTuple):
   norm: Array
   limit: Array
   memory: Any
-  known: list[_once.Known]
+  known: Given
   layers: LayerNorms | None = None
   scale: Array | None = None
 
@@ -118,99 +117,122 @@ class Judge(NamedTuple):
   """What decides whether a step is taken.
 
   Attributes:
+    name: the prefix of its metrics' keys.
     init: ``init(params)``: the memory before the first step.
-    layers: the layers that are recorded, or `None`.
-    judge: ``judge(updates, params, memory, record, extra_args)``: a `Verdict`.
+    judge: ``judge(updates, params, memory, record, known, extra_args)``: a `Verdict`.
+    stacks: from parameters to the layers that are recorded; `None`: none are.
   """
 
+  name: str
   init: Callable[[Any], Any]
-  judge: Callable[[Any, Any, Any, SkipRecord, dict[str, Any]], Verdict]
-  layers: Layers | None = None
+  judge: Callable[[Any, Any, Any, SkipRecord, Given, dict[str, Any]], Verdict]
+  stacks: Callable[[Any], list[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-  """The `update` of a guarded transformation, which can also take a whole step."""
+  """The `update` of a guarded transformation, which can also take a whole step.
 
-  inner: Any
-  judge: Judge
-  name: str
+  Attributes:
+    inner: what all judges stand around.
+    judges: the outermost first.
+  """
+
+  inner: optax.GradientTransformation
+  judges: tuple[Judge, ...]
 
   def init(self, params: Any) -> GuardState:
-    record: dict[str, Any] = {self.name: _blank()}
-    if self.judge.layers is not None:
-      stacks = self.judge.layers.stacks(params)
-      record[self.name + _record.LAYERS] = _record.blank_layers(stacks)
-    return GuardState(self.inner.init(params), self.judge.init(params), record)
+    state = self.inner.init(params)
+    for judge in reversed(self.judges):
+      record: dict[str, Any] = {judge.name: _blank()}
+      if judge.stacks is not None:
+        layers = _record.blank_layers(judge.stacks(params))
+        record[judge.name + _record.LAYERS] = layers
+      state = GuardState(state, judge.init(params), record)
+    return state
 
   def __call__(
     self, updates: Any, state: GuardState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, GuardState]:
-    return self.step(
-      _unchanged, _zeros, updates, state, params, extra_args, _unprepared
-    )
+    return self.step(lambda updates: updates, None, updates, state, params, extra_args)
 
   def step(
     self,
     finish: Callable[[Any], Any],
-    otherwise: Callable[[Callable[[], Any]], Any],
+    kept: Any,
     updates: Any,
     state: GuardState,
     params: Any,
     extra_args: dict[str, Any],
-    prepare: Callable[[Any], tuple[Any, list[_once.Known]]],
   ) -> tuple[Any, GuardState]:
     """One step.
 
     Args:
-      finish: from updates to the result, in the branch that the updates come from.
-      otherwise: the result of a step not taken; given a function that returns the
-        shapes of the other result.
+      finish: from updates to the result.
+      kept: the result of a step that is not taken; `None`: zeros.
       updates: as for `__call__`, and so on.
       state: of this guard.
       params: or `None`.
-      extra_args: for the transformation inside, and ``loss`` for the judge.
-      prepare: from updates to what this guard is given, by the guards around it,
-        and what they know of that.
+      extra_args: for the transformation inside, and ``loss`` for the judges.
     """
-    record = next(x for x in state.record.values() if isinstance(x, SkipRecord))
-    seen, known = prepare(updates)
-    with _once.reusing(known):
-      verdict = self.judge.judge(seen, params, state.memory, record, extra_args)
+    states, inner_state = self._apart(state)
+    extra_args = dict(extra_args)
+    known = extra_args.pop("norms", None) or Given()
+    seen, take = updates, jnp.asarray(True)
+    reached, verdicts, scales = [], [], []
+    for judge, own in zip(self.judges, states, strict=True):
+      verdict = judge.judge(seen, params, own.memory, _own(own), known, extra_args)
+      reached.append(take)
+      verdicts.append(verdict)
+      take = take & verdict.take
+      scales.append(verdict.scale)
+      known, seen = _unscaled(verdict.known, seen, params, verdict.scale)
+    inner = optax.with_extra_args_support(self.inner)
 
-    def ready(updates: Any) -> tuple[Any, list[_once.Known]]:
-      # Anew within the branch: XLA would hold what goes into it in a buffer.
-      new = _divided(prepare(updates)[0], verdict.scale)
-      change = functools.partial(_divided_norms, scale=verdict.scale)
-      return new, _once.moved([*verdict.known, *known], seen, new, change)
+    def step(updates: Any) -> tuple[Any, Any]:
+      # Divided anew: XLA would hold what goes into a branch in a buffer.
+      for scale in scales:
+        updates = _divided(updates, scale)
+      norms = known.moved(seen, updates, params)
+      new, later = inner.update(updates, inner_state, params, norms=norms, **extra_args)
+      return finish(new), later
 
-    def take() -> tuple[Any, Any]:
-      inside = self.inner.update
-      if isinstance(inside, Guard):
-        return inside.step(
-          finish, otherwise, updates, state.inner, params, extra_args, ready
+    result, later = _branch.taken_or_kept(take, step, updates, kept, inner_state)
+    steps = list(zip(states, verdicts, reached, strict=True))
+    for own, verdict, before in reversed(steps):
+      noted = {key: _noted(entry, verdict) for key, entry in own.record.items()}
+      after = (verdict.memory, noted)
+      if own is not states[0]:
+        # Unless a judge further out had refused the step.
+        after = jax.tree.map(
+          lambda new, old, before=before: jnp.where(before, new, old),
+          after,
+          (own.memory, own.record),
         )
-      new, known = ready(updates)
-      inner = optax.with_extra_args_support(self.inner)
-      with _once.reusing(known):
-        new, inner_state = inner.update(new, state.inner, params, **extra_args)
-      return finish(new), inner_state
+      later = GuardState(later, *after)
+    return result, later
 
-    def skip() -> tuple[Any, Any]:
-      return otherwise(lambda: jax.eval_shape(take)[0]), state.inner
+  def _apart(self, state: Any) -> tuple[list[GuardState], Any]:
+    """The state of each judge, and that of what they stand around."""
+    states = []
+    for judge in self.judges:
+      if not isinstance(state, GuardState) or not isinstance(state.record, dict):
+        raise TypeError(
+          f"The state of the guard {judge.name!r} must be the GuardState that its init"
+          f" returned, got a {type(state).__name__}. Pass tx.init(params) of this same"
+          " tx; a checkpoint of another chain does not fit it."
+        )
+      states.append(state)
+      state = state.inner
+    return states, state
 
-    result, inner_state = lax.cond(verdict.take, take, skip)
-    noted = {key: _noted(entry, verdict) for key, entry in state.record.items()}
-    return result, GuardState(inner_state, verdict.memory, noted)
 
-
-def guarded(inner: Any, judge: Judge, name: str) -> Any:
+def guarded(inner: Any, judge: Judge) -> optax.GradientTransformationExtraArgs:
   """The transformation that does what `inner` does when `judge` lets it.
 
   Args:
     inner: any transformation; a guard too.
     judge: what decides.
-    name: the prefix of the metrics' keys.
 
   Returns:
     A `optax.GradientTransformationExtraArgs` that `guarded_step` accepts.
@@ -218,7 +240,10 @@ def guarded(inner: Any, judge: Judge, name: str) -> Any:
   _validate.instance(
     optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
   )
-  guard = Guard(inner, judge, name)
+  judges = (judge,)
+  if isinstance(inner.update, Guard):
+    inner, judges = inner.update.inner, (judge, *inner.update.judges)
+  guard = Guard(inner, judges)
   return optax.GradientTransformationExtraArgs(guard.init, guard)
 
 
@@ -283,17 +308,11 @@ def guarded_step(
   def finish(updates: Any) -> Any:
     return optax.apply_updates(params, updates)
 
-  return guard.step(
-    finish, lambda _: params, grads, state, params, extra_args, _unprepared
-  )
+  return guard.step(finish, params, grads, state, params, extra_args)
 
 
-def _unchanged(updates: Any) -> Any:
-  return updates
-
-
-def _unprepared(updates: Any) -> tuple[Any, list[_once.Known]]:
-  return updates, []
+def _own(state: GuardState) -> SkipRecord:
+  return next(x for x in state.record.values() if isinstance(x, SkipRecord))
 
 
 def _divided(updates: Any, scale: Array | None) -> Any:
@@ -308,19 +327,21 @@ def _divided(updates: Any, scale: Array | None) -> Any:
   return jax.tree.map(divided, updates)
 
 
-def _divided_norms(norms: Any, scale: Array | None) -> Any:
+def _unscaled(
+  known: Given, updates: Any, params: Any, scale: Array | None
+) -> tuple[Given, Any]:
+  """The updates divided by a scale, and what is known of them then."""
   if scale is None:
-    return norms
-  return jax.tree.map(
-    lambda norm: norm._replace(value=norm.value / scale.astype(norm.value.dtype)),
-    norms,
-    is_leaf=_norms.is_norm,
-  )
+    return known, updates
+  new = _divided(updates, scale)
+  if any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(updates)):
+    # Rounded to few digits after they were measured: measured again where needed.
+    return Given(), new
 
+  def change(blocks: list[Extended]) -> list[Extended]:
+    return [x._replace(value=x.value / scale.astype(x.value.dtype)) for x in blocks]
 
-def _zeros(shapes: Callable[[], Any]) -> Any:
-  # Of the same mesh axes too, which shapes know.
-  return jax.tree.map(jnp.zeros_like, shapes())
+  return known.moved(updates, new, params, change), new
 
 
 def _blank() -> SkipRecord:
@@ -351,8 +372,8 @@ def _noted(last: Any, verdict: Verdict) -> Any:
 def _skip_noted(last: SkipRecord, verdict: Verdict) -> SkipRecord:
   skipped = (~verdict.take).astype(jnp.int32)
   return SkipRecord(
-    norm=verdict.norm.astype(jnp.float32),
-    limit=verdict.limit.astype(jnp.float32),
+    norm=_record.single(verdict.norm),
+    limit=_record.single(verdict.limit),
     skipped=skipped,
     reason=jnp.where(verdict.take, last.reason, verdict.reason),
     consecutive=jnp.where(verdict.take, 0, optax.safe_increment(last.consecutive)),

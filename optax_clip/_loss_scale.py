@@ -10,9 +10,13 @@ import optax
 from optax_clip import _guard
 from optax_clip import _skip
 from optax_clip import _validate
+from optax_clip._core import Given
 from optax_clip._core import Measure
 
 Array = jax.Array
+
+# Beyond it the inverse of a scale is no normal float, and unscaled updates are 0.
+_LARGEST = 2.0**126
 
 
 class LossScale(NamedTuple):
@@ -117,8 +121,7 @@ def dynamic_loss_scale(
   _validate.within(1, float("inf"), growth_factor=growth_factor)
   _validate.positive(backoff_factor=backoff_factor)
   _validate.within(0, 1, backoff_factor=backoff_factor)
-  measure = _skip.checked_measure(measure)
-  layers = _skip.recorded_layers(measure, record)
+  measuring = _skip.Measuring.of(measure, record)
 
   def init(params: Any) -> dict[str, LossScale]:
     del params
@@ -130,33 +133,31 @@ def dynamic_loss_scale(
     params: Any,
     memory: dict[str, LossScale],
     record: _guard.SkipRecord,
+    known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
     del record
     ((key, (scale, finite_steps)),) = memory.items()
-    sizes, known, by_layer = _skip.measured(
-      measure, layers, updates, params, extra_args
-    )
-    if by_layer is not None:
-      by_layer = by_layer.divided(scale)
-    finite = jnp.all(jnp.isfinite(sizes))
+    seen = measuring.measured(updates, params, known, extra_args)
+    layers = None if seen.layers is None else seen.layers.divided(scale)
+    finite = jnp.all(jnp.isfinite(seen.sizes))
 
     steps = jnp.where(finite, optax.safe_increment(finite_steps), 0)
     grow = steps >= growth_interval
-    larger = jnp.minimum(scale * growth_factor, max_scale)
-    smaller = jnp.maximum(scale * backoff_factor, min_scale)
+    larger = jnp.minimum(scale * growth_factor, jnp.minimum(max_scale, _LARGEST))
+    smaller = jnp.maximum(scale * backoff_factor, jnp.maximum(min_scale, 1 / _LARGEST))
     new_scale = jnp.where(finite, jnp.where(grow, larger, scale), smaller)
     return _guard.Verdict(
       take=finite,
       reason=jnp.where(
         finite, _guard.SkipReason.NONE, _guard.SkipReason.NONFINITE_NORM
       ),
-      norm=jnp.max(sizes, initial=0) / scale.astype(sizes.dtype),
+      norm=jnp.max(seen.sizes, initial=0) / scale.astype(seen.sizes.dtype),
       limit=jnp.full((), jnp.inf),
       memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
-      known=known,
-      layers=by_layer,
+      known=seen.known,
+      layers=layers,
       scale=scale,
     )
 
-  return _guard.guarded(inner, _guard.Judge(init, judge, layers), name)
+  return _guard.guarded(inner, _guard.Judge(name, init, judge, measuring.stacks))

@@ -39,8 +39,6 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from optax_clip import _mesh
-from optax_clip import _moments
 from optax_clip._core import Threshold
 
 Array = jax.Array
@@ -83,15 +81,15 @@ def remembering(
       dtypes, NaN or inf. Where a norm is 0 its memory is thrown away.
   """
 
-  def init(norms: Any) -> MemoryState:
-    like = jnp.zeros_like(flat(norms), jnp.float32)
+  def init(norms: Array) -> MemoryState:
+    like = jnp.zeros_like(norms.ravel(), jnp.float32)
     return MemoryState(jnp.zeros_like(like, jnp.int32), start(like))
 
   def update(
-    norms: Any, state: MemoryState, **extra_args: Any
-  ) -> tuple[Any, MemoryState]:
+    norms: Array, state: MemoryState, **extra_args: Any
+  ) -> tuple[Array, MemoryState]:
     del extra_args
-    exact = flat(norms)
+    exact = norms.ravel()
     _same_size(exact.size, state)
     finite = jnp.isfinite(exact)
     n = jnp.where(finite, jnp.minimum(exact, LARGEST), 0).astype(jnp.float32)
@@ -106,7 +104,7 @@ def remembering(
     limits = limits.astype(exact.dtype)
     near = exact <= limits * (1 + NOISE)
     limits = jnp.where(near, jnp.maximum(limits, exact), limits)
-    return unflat(limits, norms), MemoryState(
+    return limits.reshape(norms.shape), MemoryState(
       kept(optax.safe_increment(state.seen), state.seen),
       jax.tree.map(kept, memory, state.memory),
     )
@@ -117,32 +115,6 @@ def remembering(
 def learnt(exact: Array) -> Array:
   """Which of the norms of a step are learnt from: bool[norms]."""
   return jnp.all(jnp.isfinite(exact)) & (exact > 0)
-
-
-def flat(norms: Any) -> Array:
-  """All norms of a measure as one vector."""
-  leaves = jax.tree.leaves(norms)
-  if not leaves:
-    return jnp.zeros(0, jnp.float32)
-  dtype = _moments.accumulator(*(x.dtype for x in leaves))
-  if all(x.ndim == 0 for x in leaves):
-    return jnp.stack(lax.optimization_barrier([x.astype(dtype) for x in leaves]))
-  return jnp.concatenate([_mesh.replicated(x).ravel().astype(dtype) for x in leaves])
-
-
-def unflat(vector: Array, norms: Any) -> Any:
-  """A vector as `flat` returns it, in the structure of `norms`."""
-  leaves, treedef = jax.tree.flatten(norms)
-  ends = [0]
-  for x in leaves:
-    ends.append(ends[-1] + x.size)
-  parts = [
-    _mesh.sharded_like(vector[a:b].reshape(x.shape).astype(x.dtype), x)
-    for x, a, b in zip(leaves, ends[:-1], ends[1:], strict=True)
-  ]
-  # Without the barrier XLA reads each leaf's limit out of the vector within the
-  # kernel that scales the leaf, and compiles one such kernel for each leaf.
-  return jax.tree.unflatten(treedef, lax.optimization_barrier(parts))
 
 
 def debiasing(decay: float | Array, count: Array) -> Array:

@@ -5,6 +5,7 @@ The only file that depends on how a JAX version spells these things.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ def varying_axes(x: Any) -> tuple[str, ...]:
 
   Empty outside of `shard_map`, and inside of it where types are not checked.
   """
-  aval = jax.typeof(x)
+  # Optimizers are initialised with shapes and dtypes, too.
+  aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
   manual = getattr(aval, "mat", None)
   varying = manual.varying if manual is not None else getattr(aval, "vma", ())
   return tuple(sorted(varying))
@@ -202,31 +204,12 @@ def _index(names: tuple[str, ...]) -> Array:
   return index
 
 
-def collect(
-  values: Sequence[Array],
-  axes: Sequence[tuple[str, ...]],
-  collective: Callable[..., Array],
-) -> Array:
-  """Stacks scalars, after one collective for each distinct set of axes."""
-  distinct = sorted(set(axes))
-  stacks = []
-  for names in distinct:
-    stack = jnp.stack([v for v, a in zip(values, axes, strict=True) if a == names])
-    stacks.append(collective(stack, names) if names else stack)
-  if len(stacks) == 1:
-    return stacks[0]
-  # Back into the order in which they came.
-  order = sorted(range(len(axes)), key=lambda i: (axes[i], i))
-  place = sorted(range(len(order)), key=order.__getitem__)
-  return jnp.concatenate(stacks)[jnp.asarray(place)]
-
-
 def collect_each(
   values: Sequence[Array],
   axes: Sequence[tuple[str, ...]],
   collective: Callable[..., Array],
 ) -> list[Array]:
-  """As `collect`, for arrays that stay apart."""
+  """The arrays, after one collective for each distinct set of axes."""
   result = list(values)
   kinds = [
     (names, varying_axes(x), x.dtype) for x, names in zip(values, axes, strict=True)
@@ -287,5 +270,8 @@ def on_one_device(arrays: Sequence[Any]) -> bool:
 
 
 def devices(names: tuple[str, ...]) -> int:
-  """How many devices' parts a collective over these axes covers."""
-  return jax.lax.psum(1, names) if names else 1
+  """How many devices' parts a collective over these axes covers.
+
+  1 where they are not bound: states are made outside of `shard_map` and `pmap`.
+  """
+  return math.prod(jax.lax.psum(1, name) for name in names if _is_bound(name))

@@ -1,27 +1,23 @@
 """Norms: how large, exactly, in every dtype and over the whole range of floats.
 
-A norm here is a monoid. Each array is reduced on its own, the partial results
-are merged over arrays and collected over devices, and one root finishes it::
+A norm here is a monoid. Each array is reduced on its own, the partial results are
+merged over arrays and collected over devices, and one root finishes it::
 
-    array --local--> moment --merge, collect--> moment --root--> Norm
+    arrays --local--> moments --merge, collect--> blocks --root--> norms
 
-What makes it right in every dtype lives here and in `_moments`, nowhere else:
+What makes it right in every dtype lives here, in `_moments` and in `_sums`:
 
-* *Accumulation.* Moments are float32 or better (float64 for float64 arrays),
-  within an array and across arrays. A bfloat16 or float16 sum never exists.
-* *Range.* A plain sum of squares over- or underflows for values beyond about
-  1e19 and below about 1e-19. Measuring the largest element first would cost a
-  second read every step. Instead the plain sum is taken, and *only if it left
-  the safe range* a second measurement, in units of a power of two near the
-  largest element, replaces it (`lax.cond`: the branch not taken costs nothing).
-  Orders above 2, whose powers leave the range (and whose derivatives leave it
-  sooner) for values that are not rare, always take the second way: two reads.
-* *Wide results.* The 2-norm of finite float32 values may itself exceed the
-  largest float32. A `Norm` is therefore ``value * unit``.
+* *Accumulation.* Moments are float32 or better (float64 for float64 arrays), within
+  an array and across arrays. A bfloat16 or float16 sum never exists.
+* *Range.* Squares of float32 values over- and underflow. What each backend does about
+  it, for one read, stands in `_sums`.
+* *Wide results.* The 2-norm of finite float32 values may itself exceed the largest
+  float32: a norm is an `Extended`.
+* *Derivatives.* They are those of the norm, whatever way it was computed: x / n, and
+  0 where the norm is 0 or not finite.
 
-Precision of the plain sum relies on XLA's reductions being blocked, which
-keeps the relative error of 1e8 float32 squares below 1e-7 (measured; a test
-and a benchmark watch it).
+Precision relies on XLA's reductions being blocked, which keeps the relative error of
+1e8 float32 squares below 1e-7 (measured; a test and a benchmark watch it).
 """
 
 from collections.abc import Callable
@@ -34,338 +30,299 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_clip import _backend
+from optax_clip import _extended
 from optax_clip import _mesh
 from optax_clip import _moments
-from optax_clip import _once
-from optax_clip import _scalars
+from optax_clip import _sums
+from optax_clip._extended import Extended
+from optax_clip._layout import Block
+from optax_clip._layout import Layout
+from optax_clip._layout import Place
 
 Array = jax.Array
 
+# Arrays of at most so many elements are laid side by side before they are reduced.
+_SMALL = 1 << 14
+# Elements of one concatenation: bounds the temporary it may need (256 KiB).
+_BUCKET = 1 << 16
 
-class Norm(NamedTuple):
-  """A non-negative number, or a vector of them: ``value * unit``.
 
-  Attributes:
-    value: f32 (f64 where an input is float64). NaN or inf when the input has a
-      NaN or an inf, and only then.
-    unit: of the same shape and dtype; a power of two. It is 1 unless the plain
-      measurement left the safe range of its dtype.
+class _Static(NamedTuple):
+  """What decides the program; hashable."""
+
+  layout: Layout
+  ord: float
+  concatenate: bool
+  forced: str | None
+
+
+class _Member(NamedTuple):
+  """A part and where its result stands."""
+
+  part: _sums.Part
+  place: Place
+
+
+def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Extended]:
+  """The norms of leaves: for each block of the layout an `Extended` of its shape.
+
+  Args:
+    leaves: floating or complex arrays.
+    layout: where their norms stand; an entry of no leaf is 0.
+    ord: 1, 2, ..., `math.inf`; any positive real.
   """
-
-  value: Array
-  unit: Array
-
-
-def is_norm(node: Any) -> bool:
-  """Whether a node of a tree of norms is one `Norm`."""
-  return isinstance(node, Norm)
+  if not leaves:
+    return [_extended.of(jnp.zeros(*block)) for block in layout.blocks]
+  # Concrete arrays can be asked for their devices outside of `jit` only.
+  concatenate = _mesh.on_one_device(leaves)
+  static = _Static(layout, ord, concatenate, _backend.forced())
+  return _compiled(tuple(leaves), static=static)
 
 
-def magnitude(norm: Norm) -> Array:
-  """The norm as one float; a finite norm stays finite (it saturates)."""
-  largest = jnp.finfo(norm.value.dtype).max
-  return jnp.where(
-    jnp.isfinite(norm.value),
-    jnp.minimum(norm.value * norm.unit, largest),
-    norm.value,
-  )
+def over_dims(
+  leaves: Sequence[Array], dims: Sequence[tuple[int, ...]], ord: float = 2.0
+) -> list[Extended]:
+  """The norms of each leaf over some dimensions, which stay with size 1."""
+  places, blocks = [], []
+  for i, (x, over) in enumerate(zip(leaves, dims, strict=True)):
+    places.append(Place(i, None, over, _mesh.Cut(), 0))
+    kept = tuple(1 if d in over else n for d, n in enumerate(x.shape))
+    blocks.append(Block(kept, _moments.accumulator(x.dtype)))
+  return of_layout(leaves, Layout(tuple(places), tuple(blocks)), ord)
 
 
-def magnitudes(norms: Any) -> Any:
-  """`magnitude` of each norm of a tree."""
-  return jax.tree.map(magnitude, norms, is_leaf=is_norm)
-
-
-def plain(value: Array) -> Norm:
-  """The norm whose float value is already known."""
-  value = value.astype(_moments.accumulator(value.dtype))
-  return Norm(value, jnp.ones_like(value))
-
-
-def merged(norms: Norm, ord: float = 2.0) -> Norm:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def merged(norms: Extended, ord: float) -> Extended:
   """The norm over axis 0 of norms that are themselves norms of parts; ord >= 1."""
   unit = jnp.max(jnp.where(norms.value > 0, norms.unit, 0), axis=0, keepdims=True)
   unit = jnp.where(unit > 0, unit, 1)
   scaled = norms.value * (norms.unit / unit)
-  largest = jnp.max(scaled, axis=0)
+  largest = jnp.max(scaled, axis=0, initial=0)
   if ord == math.inf:
-    return Norm(largest, unit[0])
-  peak = lax.stop_gradient(largest)
-  # The values of plain norms go up to 1e19 and down to 1e-19: squares may not
-  # be floats, so they are taken in units of their largest.
-  peak = jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 1)
-  axes = None if scaled.ndim == 1 else (0,)
-  moment = _moments.power_sum(scaled / peak[None], ord, scaled.dtype, axes=axes)
-  return Norm(_moments.root(moment.reshape(peak.shape), ord) * peak, unit[0])
+    return Extended(largest, unit[0])
+  # The values of plain norms go up to 1e38 and down to 1e-37: squares may not be
+  # floats, so they are taken in units of their largest.
+  peak = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+  power = _moments.power(scaled / peak[None], ord, scaled.dtype)
+  moment = jnp.sum(power, axis=0)
+  return Extended(_moments.root(moment, ord) * peak, unit[0])
 
 
-def joined(norms: Any) -> Any:
-  """Norms as thresholds see them: a list of scalars becomes one vector."""
-  if not _are_scalars(norms):
-    return norms
-  dtype = _moments.accumulator(*(norm.value.dtype for norm in norms))
-  columns = zip(*norms, strict=True)
-  return Norm(*(jnp.stack([x.astype(dtype) for x in c]) for c in columns))
+@merged.defjvp
+def _merged_jvp(
+  ord: float, primals: tuple[Extended], tangents: tuple[Extended]
+) -> tuple[Extended, Extended]:
+  (norms,), (dots,) = primals, tangents
+  total = merged(norms, ord)
+  # In units of the total, so that all are floats.
+  relative = norms.unit / total.unit[None]
+  value = jnp.broadcast_to(total.value[None], norms.value.shape)
+  share = _slope(norms.value * relative, _extended.of(value), ord)
+  slope = jnp.sum(share * dots.value * relative, axis=0)
+  return total, Extended(slope, jnp.zeros_like(total.unit))
 
 
-def apart(limits: Any, norms: Any) -> Any:
-  """The inverse of `joined`, for what is shaped like its result."""
-  if not _are_scalars(norms):
-    return limits
-  return [limits[i].astype(norm.value.dtype) for i, norm in enumerate(norms)]
+# `jit` so that eager callers compile it once, not at every call. Inside another `jit`
+# it is inlined and leaves no trace.
+@functools.partial(jax.jit, static_argnames=("static",), inline=True)
+def _compiled(arrays: tuple[Array, ...], *, static: _Static) -> list[Extended]:
+  return _measured(static, arrays)
 
 
-def _are_scalars(norms: Any) -> bool:
-  return (
-    isinstance(norms, list)
-    and len(norms) > 0
-    and all(norm.value.ndim == 0 for norm in norms)
-  )
-
-
-@_once.measured_once
-def group_norms(
-  leaves: Sequence[Array],
-  groups: Sequence[int],
-  count: int,
-  ord: float,
-  mesh_axes: Sequence[tuple[str, ...]],
-) -> Norm:
-  """One norm for each group of arrays.
-
-  Args:
-    leaves: floating or complex arrays.
-    groups: for each leaf, the index of its group.
-    count: how many groups there are; a group without elements has norm 0.
-    ord: 1, 2, ..., `math.inf`; any positive real.
-    mesh_axes: for each leaf the mesh axes to collect over.
-
-  Returns:
-    A `Norm` of shape ``[count]``.
-  """
-  dtype = _moments.accumulator(*(x.dtype for x in leaves))
-  known = _from_parts(leaves, groups, count, ord, mesh_axes)
-  if known is not None:
-    return known
-  # Arrays are grouped into parts outside of `jit`, where concrete arrays can
-  # still be asked for their devices.
-  kept = [e for e in zip(leaves, groups, mesh_axes, strict=True) if e[0].size]
-  if not kept:
-    return plain(jnp.zeros(count, dtype))
-  arrays, group_of, names = zip(*kept, strict=True)
-  return _group_norms(
-    arrays,
-    groups=group_of,
-    count=count,
-    ord=ord,
-    dtype=dtype,
-    axes=names,
-    concatenate=_mesh.on_one_device(arrays),
-  )
-
-
-def _from_parts(
-  leaves: Sequence[Array],
-  groups: Sequence[int],
-  count: int,
-  ord: float,
-  mesh_axes: Sequence[tuple[str, ...]],
-) -> Norm | None:
-  """The same norms, if those of all leaves or of parts of them are known."""
-  if ord < 1 or not leaves:
-    # Below 1 the norm of many parts need not be a float where theirs are.
-    return None
-  for known in _once.known(leaf_norms):
-    _, _, known_ord, cuts = known.kind
-    place = {id(x): i for i, x in enumerate(known.leaves)}
-    if known_ord != ord or not all(id(x) in place for x in leaves):
-      continue
-    found = [place[id(x)] for x in leaves]
-    if [set(cuts[i].axes) for i in found] != [set(names) for names in mesh_axes]:
-      continue
-    if is_norm(known.norms):
-      value, unit = (x[jnp.asarray(found)] for x in known.norms)
-      index = list(groups)
-    else:
-      members = [known.norms[i] for i in found]
-      value, unit = (_side_by_side(x) for x in zip(*members, strict=True))
-      index = [
-        group
-        for norm, group in zip(members, groups, strict=True)
-        for _ in range(norm.value.size)
-      ]
-    rows = [
-      jnp.asarray([i for i, g in enumerate(index) if g == k]) for k in range(count)
-    ]
-    blank = plain(jnp.zeros((), value.dtype))
-    each = [merged(Norm(value[r], unit[r]), ord) if r.size else blank for r in rows]
-    return Norm(*(jnp.stack(x) for x in zip(*each, strict=True)))
-  return None
-
-
-def _side_by_side(arrays: Sequence[Array]) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measured(static: _Static, arrays: tuple[Array, ...]) -> list[Extended]:
+  layout, ord, concatenate, _ = static
   dtype = _moments.accumulator(*(x.dtype for x in arrays))
-  return jnp.concatenate([_mesh.replicated(x).ravel().astype(dtype) for x in arrays])
+  members = _members(arrays, layout.places, dtype, concatenate)
+  reduction = _sums.Reduction(
+    run=functools.partial(_run, layout, members),
+    sizes=_sizes(arrays, layout),
+    dtypes=[x.dtype for x in arrays],
+    dtype=dtype,
+    is_whole=all(p.dims is None for p in layout.places),
+  )
+  found = _sums.norms(reduction, ord)
+  return [
+    Extended(*(x.astype(block.dtype) for x in norm))
+    for norm, block in zip(found, layout.blocks, strict=True)
+  ]
 
 
-# `jit` so that eager callers compile the `cond` once, not at every call. Inside
-# another `jit` it is inlined and leaves no trace.
-@functools.partial(
-  jax.jit,
-  static_argnames=("groups", "count", "ord", "dtype", "axes", "concatenate"),
-  inline=True,
-)
-def _group_norms(
-  arrays: tuple[Array, ...],
-  *,
-  groups: tuple[int, ...],
-  count: int,
-  ord: float,
-  dtype: Any,
-  axes: tuple[tuple[str, ...], ...],
-  concatenate: bool,
-) -> Norm:
-  parts = _moments.parts(arrays, groups, axes, dtype, concatenate)
-  index = [part.group for part in parts]
+@_measured.defjvp
+def _measured_jvp(
+  static: _Static, primals: tuple[Any], tangents: tuple[Any]
+) -> tuple[list[Extended], list[Extended]]:
+  (arrays,), (dots,) = primals, tangents
+  layout, ord, *_ = static
+  norms = _measured(static, arrays)
 
-  def per_part(local: Callable[..., Array], collect: Any, *units: Any) -> Array:
-    """Reduces each part, with one collective for each set of mesh axes."""
-    columns = _scalars.columns(units) if units else [[]] * len(parts)
-    values = [
-      local(part.arrays, *column) for part, column in zip(parts, columns, strict=True)
+  def summed(term: Callable[[Array, Array, Extended], Array]) -> list[Array]:
+    terms = [
+      term(x, dot, norm)
+      for x, dot, norm in zip(arrays, dots, layout.spread(norms), strict=True)
     ]
-    return _mesh.collect(values, [part.axes for part in parts], collect)
+    members = [
+      _Member(_sums.Part([x], p.dims), p)
+      for x, p in zip(terms, layout.places, strict=True)
+    ]
 
-  def largest() -> Array:
-    return per_part(functools.partial(_moments.largest, dtype), lax.pmax)
+    def local(part: _sums.Part, unit: Any) -> list[Array]:
+      del unit
+      return [_moments.over_axes(jnp.sum, part.arrays[0], part.dims)]
 
-  def moment(*units: Array) -> Array:
-    local = functools.partial(_moments.moment, ord, dtype)
-    return per_part(local, lax.psum, *units)
+    merge = functools.partial(jnp.sum, axis=0)
+    (blocks,) = _run(layout, members, local, lax.psum, merge, None)
+    return blocks
 
+  slopes = summed(lambda x, dot, norm: _along(_slope(x, norm, ord), dot))
   if ord == math.inf:
-    return plain(_moments.segment(jnp.max, largest(), index, count))
-
-  def keep() -> tuple[Array, Array]:
-    return moments, jnp.ones_like(moments)
-
-  def rescale() -> tuple[Array, Array]:
-    units = _moments.power_of_two(largest())
-    unit = _moments.segment(jnp.max, units, index, count)
-    share = (units / unit[jnp.asarray(index)]) ** ord
-    return _moments.segment(jnp.sum, moment(units) * share, index, count), unit
-
-  if ord > 2:
-    return _finished(ord, *rescale())
-  moments = _moments.segment(jnp.sum, moment(), index, count)
-  if not _moments.can_leave_range(ord, arrays):
-    return _finished(ord, *keep())
-  size = [0] * count
-  for part in parts:
-    elements = sum(x.size for x in part.arrays)
-    size[part.group] += elements * _mesh.devices(part.axes)
-  unsafe = _moments.out_of_range([moments], [jnp.asarray(size, dtype)])
-  return _finished(ord, *lax.cond(unsafe, rescale, keep))
+    # Of several that are largest each counts with its share.
+    counts = summed(lambda x, dot, norm: _is_largest(x, norm).astype(norm.value.dtype))
+    slopes = [
+      s / jnp.maximum(count, 1) for s, count in zip(slopes, counts, strict=True)
+    ]
+  return norms, [
+    Extended(slope.astype(norm.value.dtype) / norm.unit, jnp.zeros_like(norm.unit))
+    for slope, norm in zip(slopes, norms, strict=True)
+  ]
 
 
-def _finished(ord: float, moment: Array, unit: Array) -> Norm:
-  return Norm(*_moments.root_and_unit(moment, unit, ord))
+def _slope(x: Array, norm: Extended, ord: float) -> Array:
+  """The derivative of a norm by an element: ``sign(x) (|x| / n) ** (ord - 1)``."""
+  usable = jnp.isfinite(norm.value) & (norm.value > 0)
+  wide = _wide(x, norm.value.dtype)
+  safe = jnp.where(usable, wide, jnp.zeros_like(wide))
+  unit, value = (jnp.where(usable, y, 1).astype(wide.dtype) for y in reversed(norm))
+  share = safe / unit / value
+  if ord == 2:
+    return share
+  size = jnp.abs(share)
+  present = size > 0
+  sign = share / jnp.where(present, size, 1).astype(share.dtype)
+  if ord == math.inf:
+    weight = (_is_largest(x, norm) & present).astype(size.dtype)
+  else:
+    weight = jnp.where(present, jnp.where(present, size, 1) ** (ord - 1), 0)
+  return sign * weight.astype(share.dtype)
 
 
-@_once.measured_once
-def leaf_norms(
-  leaves: Sequence[Array],
-  axes: Sequence[tuple[int, ...] | None],
-  ord: float,
-  cuts: Sequence[_mesh.Cut] | None = None,
-) -> Any:
-  """One norm, or an array of them, for each leaf.
+def _is_largest(x: Array, norm: Extended) -> Array:
+  return _moments.modulus(x, norm.value.dtype) == norm.value
 
-  Args:
-    leaves: floating or complex arrays.
-    axes: for each leaf the axes of one unit, which stay with size 1; or `None`
-      for one norm of the whole leaf, of shape ``[]``.
-    ord: 1, 2, ..., `math.inf`; any positive real.
-    cuts: how the norms of each leaf lie on a mesh; on none if `None`.
+
+def _along(slope: Array, dot: Array) -> Array:
+  if jnp.iscomplexobj(slope):
+    # JAX's tangents of complex numbers are complex, and this derivative is real.
+    return slope.real * dot.real.astype(slope.real.dtype) + slope.imag * (
+      dot.imag.astype(slope.imag.dtype)
+    )
+  return slope * dot.astype(slope.dtype)
+
+
+def _wide(x: Array, dtype: Any) -> Array:
+  """An array in the precision of a dtype; a complex one stays complex."""
+  if not jnp.iscomplexobj(x):
+    return x.astype(dtype)
+  return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+
+
+def _members(
+  arrays: Sequence[Array], places: Sequence[Place], dtype: Any, concatenate: bool
+) -> list[_Member]:
+  """Each large array is a part of its own, small ones of one norm share some.
+
+  XLA compiles a norm over 2,000 small arrays in 20 seconds, worse than linear in
+  their number; over a few concatenations of them it takes two. Where the arrays may
+  be sharded (`concatenate=False`) they are kept apart, since laying them side by
+  side could move them between devices.
+  """
+  found: list[_Member] = []
+  buckets: dict[Any, list[tuple[Array, Place]]] = {}
+
+  def close(key: Any) -> None:
+    small, ((_, place), *_) = [x for x, _ in buckets[key]], buckets[key]
+    del buckets[key]
+    if concatenate and len(small) > 1:
+      small = [jnp.concatenate([_wide(x, dtype).ravel() for x in small])]
+    found.append(_Member(_sums.Part(small, None), place))
+
+  for x, place in zip(arrays, places, strict=True):
+    if x.size > _SMALL or place.dims is not None:
+      found.append(_Member(_sums.Part([x], place.dims), place))
+      continue
+    key = (place.block, place.entry, place.cut, jnp.iscomplexobj(x))
+    if sum(y.size for y, _ in buckets.get(key, ())) + x.size > _BUCKET:
+      close(key)
+    buckets.setdefault(key, []).append((x, place))
+  for key in list(buckets):
+    close(key)
+  # Where each entry is one part, `segment` has nothing to do.
+  return sorted(found, key=lambda m: (m.place.block, m.place.entry or 0))
+
+
+def _run(
+  layout: Layout,
+  members: Sequence[_Member],
+  local: _sums.Local,
+  collective: Callable[..., Array],
+  merge: Callable[..., Array],
+  units: Sequence[Array] | None,
+) -> list[list[Array]]:
+  """Reduces each part, with one collective for each set of mesh axes.
 
   Returns:
-    A list of `Norm`, one for each leaf; or one `Norm` of shape ``[leaves]`` if
-    all are of whole leaves and of one type. XLA compiles arithmetic on a vector
-    in no time, and on 300 scalars in seconds.
+    For each array that `local` returns, the blocks of them.
   """
-  cuts = [_mesh.Cut()] * len(leaves) if cuts is None else cuts
-  mesh_axes = [cut.axes for cut in cuts]
-  if leaves and all(a is None for a in axes) and _of_one_type(leaves, mesh_axes):
-    return group_norms(leaves, range(len(leaves)), len(leaves), ord, mesh_axes)
-  return _leaf_norms(tuple(leaves), axes=tuple(axes), ord=ord, cuts=tuple(cuts))
-
-
-def _of_one_type(leaves: Sequence[Array], mesh_axes: Sequence[tuple[str, ...]]) -> bool:
-  """Whether the norms of whole leaves have one dtype, and vary over the same axes.
-
-  A vector of others would round a margin in float32 to that of float64, and make
-  the norm of a replicated leaf vary over the mesh.
-  """
-  types = {
-    (_moments.accumulator(x.dtype), frozenset(_mesh.varying_axes(x)) - set(names))
-    for x, names in zip(leaves, mesh_axes, strict=True)
-  }
-  return len(types) == 1
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "ord", "cuts"), inline=True)
-def _leaf_norms(
-  leaves: tuple[Array, ...],
-  *,
-  axes: tuple[tuple[int, ...] | None, ...],
-  ord: float,
-  cuts: tuple[_mesh.Cut, ...],
-) -> list[Norm]:
-  over = [
-    (x, a, _moments.accumulator(x.dtype)) for x, a in zip(leaves, axes, strict=True)
+  own: Sequence[Array | None] = [None] * len(members)
+  if units is not None:
+    by_place = dict(zip(layout.places, layout.spread(units), strict=True))
+    own = [by_place[m.place] for m in members]
+  results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
+  places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
+  flat = [
+    _mesh.placed(x, place.cut)
+    for x, place in zip([x for result in results for x in result], places, strict=True)
   ]
+  flat = _mesh.collect_each(flat, [place.cut.axes for place in places], collective)
+  count = len(results[0])
+  columns = []
+  for column in range(count):
+    found: list[list[tuple[Array, int | None]]] = [[] for _ in layout.blocks]
+    for x, m in zip(flat[column::count], members, strict=True):
+      found[m.place.block].append((x, m.place.entry))
+    pairs = zip(found, layout.blocks, strict=True)
+    columns.append([_joined(x, block.shape, merge) for x, block in pairs])
+  return columns
 
-  def collected(values: list[Array], collective: Callable[..., Array]) -> list[Array]:
-    values = [_mesh.placed(x, cut) for x, cut in zip(values, cuts, strict=True)]
-    return _mesh.collect_each(values, [cut.axes for cut in cuts], collective)
 
-  def largest() -> list[Array]:
-    peaks = [
-      _moments.over_axes(jnp.max, _moments.modulus(x, dtype), a) for x, a, dtype in over
-    ]
-    return collected(peaks, lax.pmax)
+def _joined(
+  values: Sequence[tuple[Array, int | None]],
+  shape: tuple[int, ...],
+  merge: Callable[..., Array],
+) -> Array:
+  """The results of the parts of one block as that block."""
+  arrays = [x for x, _ in values]
+  if any(index is not None for _, index in values):
+    index = [i or 0 for _, i in values]
+    return _moments.segment(merge, jnp.stack(arrays), index, shape[0])
+  return arrays[0] if len(arrays) == 1 else merge(jnp.stack(arrays))
 
-  def moment(units: Sequence[Array | None]) -> list[Array]:
-    sums = [
-      _moments.power_sum(
-        x, ord, dtype, unit if unit is None else _mesh.local(unit, cut), a
-      )
-      for (x, a, dtype), unit, cut in zip(over, units, cuts, strict=True)
-    ]
-    return collected(sums, lax.psum)
 
-  if ord == math.inf:
-    return [plain(m) for m in largest()]
-
-  def rescale() -> tuple[list[Array], list[Array]]:
-    units = [_moments.power_of_two(m) for m in largest()]
-    return moment(units), units
-
-  def finished(moments: list[Array], units: list[Array]) -> list[Norm]:
-    pairs = zip(moments, units, strict=True)
-    return [_finished(ord, m, unit) for m, unit in pairs]
-
-  if ord > 2:
-    return finished(*rescale())
-  moments = moment([None] * len(leaves))
-  units = [jnp.ones_like(m) for m in moments]
-  if not _moments.can_leave_range(ord, leaves) or not any(x.size for x in leaves):
-    return finished(moments, units)
-  # How many elements each norm is of.
-  sizes = [
-    x.size // max(m.size, 1) * _mesh.devices(cut.axes)
-    for x, m, cut in zip(leaves, moments, cuts, strict=True)
+def _sizes(arrays: Sequence[Array], layout: Layout) -> list[Any]:
+  """For each block of how many elements an entry is, on all devices."""
+  sizes: list[Any] = [
+    [0] * block.shape[0] if len(block.shape) == 1 else 0 for block in layout.blocks
   ]
-  unsafe = _moments.out_of_range(moments, sizes)
-  return finished(*lax.cond(unsafe, rescale, lambda: (moments, units)))
+  for x, p in zip(arrays, layout.places, strict=True):
+    kept = [n for i, n in enumerate(x.shape) if p.dims is None or i in p.dims]
+    size = math.prod(kept) * _mesh.devices(p.cut.within)
+    if p.entry is None:
+      previous = sizes[p.block] if not layout.blocks[p.block].shape else 0
+      sizes[p.block] = previous + size
+    else:
+      sizes[p.block][p.entry] += size
+  # Not as integers: there may be more elements than an int32 counts.
+  return [np.asarray(x, np.float64) for x in sizes]

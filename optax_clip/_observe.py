@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_clip import _extended
 from optax_clip import _guard
-from optax_clip import _memory
 from optax_clip import _metrics
-from optax_clip import _norms
-from optax_clip import _once
 from optax_clip import _record
 from optax_clip import _skip
 from optax_clip import _validate
 from optax_clip._core import Action
 from optax_clip._core import ClipState
-from optax_clip._core import Coefficient
+from optax_clip._core import Given
 from optax_clip._core import Measure
 from optax_clip._core import Threshold
 from optax_clip._core import clip_with
+from optax_clip._extended import Extended
 
 Array = jax.Array
 
@@ -126,8 +125,9 @@ def observe(
     optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
   )
   inside = optax.with_extra_args_support(inner)
+  measuring = _skip.Measuring.of(measure, record)
   watch = clip_with(
-    _skip.checked_measure(measure),
+    measuring.measure,
     _ring(_validate.size(window=window), name),
     Action(_weigh, _untouched),
     record=record,
@@ -138,15 +138,22 @@ def observe(
     return ObserveState(watch.init(params), inside.init(params))
 
   def update(
-    updates: Any, state: ObserveState, params: Any = None, **extra_args: Any
+    updates: Any,
+    state: ObserveState,
+    params: Any = None,
+    *,
+    norms: Given | None = None,
+    **extra_args: Any,
   ) -> tuple[Any, ObserveState]:
-    with _once.noting() as known:
-      passed, seen = watch.update(updates, state.seen, params, **extra_args)
+    known = measuring.measured(updates, params, norms or Given(), extra_args).known
+    passed, seen = watch.update(updates, state.seen, params, norms=known, **extra_args)
     if isinstance(inner.update, _guard.Guard):
       # Into the branch of a guard goes a buffer: what came in is one already.
       passed = updates
-    with _once.reusing(_once.moved(known, updates, passed)):
-      result, later = inside.update(passed, state.inner, params, **extra_args)
+    handed = known.moved(updates, passed, params)
+    result, later = inside.update(
+      passed, state.inner, params, norms=handed, **extra_args
+    )
     return result, ObserveState(seen, later)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -201,32 +208,25 @@ def norm_history(opt_state: Any, name: str | None = None) -> np.ndarray:
 def _ring(window: int, name: str) -> Threshold:
   """Remembers norms as they are, and allows all."""
 
-  def init(norms: Any) -> dict[str, NormHistory]:
-    row = _row(norms)
+  def init(norms: Array) -> dict[str, NormHistory]:
     # The name is a key, as in the record: `metrics` says why.
-    ring = jnp.zeros((window, *row.shape), jnp.float32)
+    ring = jnp.zeros((window, *norms.shape), jnp.float32)
     return {name: NormHistory(ring, jnp.zeros((), jnp.int32))}
 
   def update(
-    norms: Any, state: dict[str, NormHistory], **extra_args: Any
-  ) -> tuple[Any, dict[str, NormHistory]]:
+    norms: Array, state: dict[str, NormHistory], **extra_args: Any
+  ) -> tuple[Array, dict[str, NormHistory]]:
     del extra_args
     ((key, (ring, steps)),) = state.items()
-    row = _row(norms)
-    _same_shape(ring, (window, *row.shape))
+    _same_shape(ring, (window, *norms.shape))
+    # inf says that an element was not finite: a large norm must not become it.
+    row = _record.single(norms)
     # A ring of one row at a time: in place where the state is donated.
     ring = lax.dynamic_update_index_in_dim(ring, row, steps % window, 0)
-    limits = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), norms)
-    return limits, {key: NormHistory(ring, optax.safe_increment(steps))}
+    later = {key: NormHistory(ring, optax.safe_increment(steps))}
+    return jnp.full_like(norms, jnp.inf), later
 
   return Threshold(init, update)
-
-
-def _row(norms: Any) -> Array:
-  """The norms of one step in float32: one number, or a vector."""
-  exact = norms if isinstance(norms, jax.Array) else _memory.flat(norms)
-  # inf says that an element was not finite: a large norm must not become it.
-  return _record.single(exact)
 
 
 def _same_shape(ring: Array, wanted: tuple[int, ...]) -> None:
@@ -239,21 +239,20 @@ def _same_shape(ring: Array, wanted: tuple[int, ...]) -> None:
     )
 
 
-def _weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
+def _weigh(norm: Extended, limit: Array) -> Extended:
   """Always 1, which XLA must not know: see `_untouched`."""
   del limit
-  ones = jnp.ones_like(norm.value)
-  return Coefficient(jnp.where(norm.value == -1, 0, ones), ones)
+  return _extended.where(norm.value != -1, _extended.of(jnp.ones_like(norm.value)), 0)
 
 
-def _untouched(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+def _untouched(leaf: Array, coefficient: Extended, limit: Array) -> Array:
   """The leaf, behind a choice that waits for the norm.
 
   Were it the leaf itself, XLA would merge the squares of the norm with those of
   Adam, and write them down for both: a copy of all gradients.
   """
   del limit
-  return jnp.where(coefficient.factor == 1, leaf, jnp.zeros_like(leaf))
+  return jnp.where(coefficient.value == 1, leaf, jnp.zeros_like(leaf))
 
 
 def _in_order(ring: np.ndarray, steps: np.ndarray) -> np.ndarray:

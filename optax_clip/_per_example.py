@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_clip import _extended
 from optax_clip import _groups
 from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip import actions
+from optax_clip._extended import Extended
 
 Array = jax.Array
 
@@ -130,16 +132,16 @@ def _clipped_sum(leaves: list[Array], limit: Any) -> tuple[list[Array], Array]:
     clipped = action.apply(x.astype(wide), per_example, bound)
     return jnp.sum(clipped, axis=0).astype(x.dtype)
 
-  count = jnp.sum(_norms.magnitude(norm) > bound, dtype=jnp.int32)
+  count = jnp.sum(_extended.as_float(norm) > bound, dtype=jnp.int32)
   return [total(x) for x in leaves], count
 
 
-def _example_norms(leaves: list[Array]) -> _norms.Norm:
+def _example_norms(leaves: list[Array]) -> Extended:
   """The norm of each example over all leaves, f32[batch]."""
-  per_leaf = _norms.leaf_norms(leaves, [tuple(range(1, x.ndim)) for x in leaves], 2.0)
+  per_leaf = _norms.over_dims(leaves, [tuple(range(1, x.ndim)) for x in leaves])
   dtype = _moments.accumulator(*(norm.value.dtype for norm in per_leaf))
-  value, unit = (
+  columns = [
     jnp.stack([x.ravel().astype(dtype) for x in column])
     for column in zip(*per_leaf, strict=True)
-  )
-  return _norms.merged(_norms.Norm(value, unit))
+  ]
+  return _norms.merged(Extended(*columns), 2.0)

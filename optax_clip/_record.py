@@ -1,12 +1,16 @@
 """What clipping did: written at every step, with the arithmetic it did anyway."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
+
+from optax_clip import _mesh
 
 Array = jax.Array
 
@@ -76,28 +80,38 @@ def blank() -> Record:
   return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
 
 
-def noted(last: Record, sizes: Any, limits: Any, factors: Any, finite: Array) -> Record:
+def noted(
+  last: Record,
+  sizes: Sequence[Array],
+  limits: Sequence[Array],
+  factors: Sequence[Array],
+  finite: Array,
+) -> Record:
   """The record after one more step.
 
   Args:
     last: the record before it.
-    sizes: a tree of the norms as floats.
-    limits: of the same shape.
-    factors: of the same shape, what the norms' updates were multiplied with.
+    sizes: the norms as floats, in arrays.
+    limits: for each of these arrays its limits, which broadcast to it.
+    factors: of the same shapes, what the norms' updates were multiplied with.
     finite: bool[], whether all norms are finite.
   """
-  if not _size(sizes):
+  count = sum(x.size for x in sizes)
+  if not count:
     return last._replace(steps=optax.safe_increment(last.steps))
-  above = jax.tree.map(lambda n, limit: (n > limit).astype(jnp.float32), sizes, limits)
+  whole = [jnp.broadcast_to(x, n.shape) for n, x in zip(sizes, limits, strict=True)]
+  sizes, whole, factors = (_side_by_side(x) for x in (sizes, whole, factors))
+  above = [(n > x).astype(jnp.float32) for n, x in zip(sizes, whole, strict=True)]
   number_above = _fold(jnp.sum, above)
+  happened = [jnp.asarray(True), finite & (number_above > 0), ~finite]
+  # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
+  counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
   return Record(
-    norm=_fold(jnp.max, sizes).astype(jnp.float32),
-    limit=_fold(jnp.min, limits).astype(jnp.float32),
-    coefficient=_fold(jnp.min, factors).astype(jnp.float32),
-    clipped_fraction=number_above / _size(sizes),
-    steps=optax.safe_increment(last.steps),
-    steps_clipped=counted(finite & (number_above > 0), last.steps_clipped),
-    steps_nonfinite=counted(~finite, last.steps_nonfinite),
+    single(_fold(jnp.max, sizes)),
+    single(_fold(jnp.min, whole)),
+    single(_fold(jnp.min, factors)),
+    number_above / count,
+    *counts,
   )
 
 
@@ -145,31 +159,66 @@ def noted_layers(
   )
 
 
+def of_last_step(state: Any) -> list[bool]:
+  """For each leaf of a state whether it shows the last step, taken or not.
+
+  Those are the norms and what was done to them. Counters count steps taken.
+  """
+
+  def marks(node: Any) -> list[bool]:
+    if isinstance(node, (Record, LayerRecord)):
+      return [field in _LAST for field in node._fields]
+    return [False]
+
+  def is_record(node: Any) -> bool:
+    return isinstance(node, (Record, LayerRecord))
+
+  nodes = jax.tree.leaves(state, is_leaf=is_record)
+  return [mark for node in nodes for mark in marks(node)]
+
+
+_LAST = ("norm", "limit", "coefficient", "clipped_fraction", "size")
+
+
 def single(x: Array) -> Array:
   """As float32; a finite number, however large, does not become inf."""
+  if x.dtype == jnp.float32:
+    return x
   largest = jnp.finfo(jnp.float32).max
-  return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
+  limited = jnp.clip(x, -largest, largest)
+  return jnp.where(jnp.isfinite(x), limited, x).astype(jnp.float32)
 
 
 def counted(happened: Array, counter: Array) -> Array:
   """The counter, one higher if it happened."""
-  return jnp.where(happened, optax.safe_increment(counter), counter)
+  grows = happened & (counter < jnp.iinfo(jnp.int32).max)
+  return counter + grows.astype(counter.dtype)
 
 
-def all_finite(sizes: Any) -> Array:
+def all_finite(sizes: Sequence[Array]) -> Array:
   """Whether all norms are finite; true if there are none."""
-  if not _size(sizes):
+  if not any(x.size for x in sizes):
     return jnp.asarray(True)
-  return _fold(jnp.all, jax.tree.map(jnp.isfinite, sizes))
+  return _fold(jnp.all, [jnp.isfinite(x) for x in _side_by_side(sizes)])
 
 
-def _size(tree: Any) -> int:
-  return sum(x.size for x in jax.tree.leaves(tree))
+def _side_by_side(arrays: Sequence[Array]) -> list[Array]:
+  """Arrays as one, where that moves no data between devices: it is few kernels."""
+  arrays = [x for x in arrays if x.size]
+  if len({x.dtype for x in arrays}) > 1:
+    arrays = [x.astype(jnp.float64) for x in arrays]
+  if len(arrays) == 1 or not _mesh.on_one_device(arrays):
+    return arrays
+  # Without the barrier XLA reduces each on its own again.
+  joined = jnp.concatenate([x.ravel() for x in arrays])
+  return [lax.optimization_barrier(joined)]
 
 
-def _fold(reduce: Callable[[Array], Array], tree: Any) -> Array:
-  """Reduces a tree of arrays to one scalar.
+def _fold(reduce: Callable[[Array], Array], arrays: Sequence[Array]) -> Array:
+  """Reduces arrays to one scalar.
 
   Each array first, so that no two that are sharded differently meet.
   """
-  return reduce(jnp.stack([reduce(x) for x in jax.tree.leaves(tree) if x.size]))
+  if len(arrays) == 1:
+    return reduce(arrays[0])
+  return reduce(jnp.stack([reduce(x) for x in arrays]))

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_clip import _backend
 from optax_clip import _mesh
 
 Array = jax.Array
@@ -34,7 +35,16 @@ def columns(vectors: Sequence[Array]) -> list[list[Array]]:
   if count <= 1 or not alike or any(map(_mesh.varying_axes, vectors)):
     return [list(row) for row in zip(*map(_entries, vectors), strict=True)]
   table = jnp.stack(vectors, axis=1)
+  return _backend.by_backend(table, cpu=_by_rows, gpu=_by_rows, tpu=_by_entries)
+
+
+def _by_rows(table: Array) -> list[list[Array]]:
   return [_entries(row) for row in _rows(table)]
+
+
+def _by_entries(table: Array) -> list[list[Array]]:
+  # Each leaf's kernel on a TPU reads its own scalars: no kernel of theirs.
+  return [_entries(row) for row in _entries(table)]
 
 
 @jax.custom_jvp

@@ -12,13 +12,12 @@ from optax_clip import _core
 from optax_clip import _guard
 from optax_clip import _memory
 from optax_clip import _mesh
-from optax_clip import _norms
-from optax_clip import _once
+from optax_clip import _record
 from optax_clip import _validate
 from optax_clip import measures
 from optax_clip import thresholds
+from optax_clip._core import Given
 from optax_clip._core import LayerNorms
-from optax_clip._core import Layers
 from optax_clip._core import Measure
 from optax_clip._core import Threshold
 from optax_clip._guard import SkipReason
@@ -31,7 +30,8 @@ class SpikeMemory(NamedTuple):
   """What `skip_spikes` remembers.
 
   Attributes:
-    threshold: the memory of the threshold; changes with steps taken.
+    threshold: the memory of the threshold, or a `LossMemory` if the loss is a signal;
+      changes with steps taken.
     learnt: i32[], steps taken since the start, or since it started afresh.
     spikes: i32[], how many spikes were skipped since the last step taken.
     calm: i32[], for how many more steps nothing counts as a spike.
@@ -41,6 +41,23 @@ class SpikeMemory(NamedTuple):
   learnt: Array
   spikes: Array
   calm: Array
+
+
+class LossMemory(NamedTuple):
+  """What `skip_spikes` remembers if the loss is a signal.
+
+  Attributes:
+    threshold: the memory of the threshold; for the loss it learns distances from the
+      level.
+    level: f32[], the bias-corrected running mean of the losses of steps taken.
+  """
+
+  threshold: Any
+  level: Array
+
+
+# The level of the loss is its mean over about the last 100 steps taken.
+_LEVEL_DECAY = 0.99
 
 
 def skip_nonfinite(
@@ -103,17 +120,17 @@ def skip_nonfinite(
   """
   if max_consecutive is not None:
     _validate.nonnegative(max_consecutive=max_consecutive)
-  measure = checked_measure(measure)
-  layers = recorded_layers(measure, record)
+  measuring = Measuring.of(measure, record)
 
   def judge(
     updates: Any,
     params: Any,
     memory: Any,
     record: _guard.SkipRecord,
+    known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
-    seen = measured(measure, layers, updates, params, extra_args)
+    seen = measuring.measured(updates, params, known, extra_args)
     finite = jnp.all(jnp.isfinite(seen.sizes))
     take = finite
     if max_consecutive is not None:
@@ -128,7 +145,9 @@ def skip_nonfinite(
       layers=seen.layers,
     )
 
-  return _guard.guarded(inner, _guard.Judge(lambda params: (), judge, layers), name)
+  return _guard.guarded(
+    inner, _guard.Judge(name, lambda params: (), judge, measuring.stacks)
+  )
 
 
 def skip_spikes(
@@ -220,39 +239,56 @@ def skip_spikes(
     _validate.nonnegative(max_consecutive=max_consecutive)
   threshold = thresholds.history(sigmas=6.0) if threshold is None else threshold
   _validate.instance(Threshold, "optax_clip.thresholds", threshold=threshold)
-  measure = checked_measure(measure)
-  layers = recorded_layers(measure, record)
+  measuring = Measuring.of(measure, record)
+  by_norm, by_loss = "norm" in signals, "loss" in signals
 
   def init(params: Any) -> SpikeMemory:
-    parts = []
-    if "norm" in signals:
-      parts.append(_memory.flat(measure.like(params)))
-    if "loss" in signals:
-      parts.append(jnp.zeros(1))
+    values = measuring.measure.layout(params).blank().ravel()
+    values = values if by_norm else values[:0]
+    if by_loss:
+      values = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
     counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    return SpikeMemory(threshold.init(_joined(parts)), *counts)
+    start = threshold.init(values)
+    if by_loss:
+      start = LossMemory(start, jnp.zeros((), jnp.float32))
+    return SpikeMemory(start, *counts)
 
   def judge(
     updates: Any,
     params: Any,
     memory: SpikeMemory,
     record: _guard.SkipRecord,
+    known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
     del record
-    sizes, known, by_layer = measured(measure, layers, updates, params, extra_args)
-    norms = sizes if "norm" in signals else sizes[:0]
-    losses = _loss(extra_args) if "loss" in signals else sizes[:0]
-    values = _joined([norms, losses])
-    finite_norm = jnp.all(jnp.isfinite(sizes))
-    finite = finite_norm & jnp.all(jnp.isfinite(losses))
+    seen = measuring.measured(updates, params, known, extra_args)
+    finite_norm = jnp.all(jnp.isfinite(seen.sizes))
+    finite, values = finite_norm, seen.sizes if by_norm else seen.sizes[:0]
+    count = values.size
+    old, level, new_level = memory.threshold, jnp.zeros(()), jnp.zeros(())
+    signs = jnp.ones_like(values)
+    if by_loss:
+      old, level = memory.threshold
+      loss = _loss(extra_args)
+      finite &= jnp.isfinite(loss)
+      loss = _record.single(loss)
+      # Any sign, any offset: what is judged is the distance from the level.
+      distance = jnp.where(memory.learnt > 0, loss - level, 0)
+      weight = _memory.debiasing(_LEVEL_DECAY, memory.learnt)
+      new_level = level + weight * (loss - level)
+      values = jnp.concatenate([values, jnp.abs(distance)[None].astype(values.dtype)])
+      signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
 
-    limits, later = threshold.update(values, memory.threshold)
+    # By what was learnt before this step. Nothing is learnt from a 0, so that it is
+    # the memory alone that answers.
+    limits, _ = threshold.update(jnp.zeros_like(values), old)
+    limits = jnp.broadcast_to(limits, values.shape)
     limits = limits * jnp.asarray(factor, limits.dtype)
-    above = values > limits
+    above = (values > limits * (1 + _memory.NOISE)) & (signs > 0)
     judged = finite & (memory.learnt >= warmup) & (memory.calm == 0)
-    norm_spike = judged & jnp.any(above[: norms.size])
-    loss_spike = judged & jnp.any(above[norms.size :])
+    norm_spike = judged & jnp.any(above[:count])
+    loss_spike = judged & jnp.any(above[count:])
     spike = norm_spike | loss_spike
     shift = jnp.asarray(False)
     if max_consecutive is not None:
@@ -260,33 +296,40 @@ def skip_spikes(
     skipped = spike & ~shift
     take = finite & ~skipped
 
-    def afresh() -> Any:
-      return threshold.update(values, threshold.init(jnp.zeros_like(values)))[1]
-
-    def onwards() -> Any:
-      return jax.tree.map(
-        lambda new, old: jnp.where(take, new, old), later, memory.threshold
-      )
-
+    _, later = threshold.update(values, old)
+    # After a lasting shift: no memory but of this step.
+    blank = jnp.zeros_like(values)
+    _, afresh = threshold.update(values, threshold.init(blank))
+    learnt = jax.tree.map(
+      lambda new, now, old: jnp.where(shift, new, jnp.where(take, now, old)),
+      afresh,
+      later,
+      old,
+    )
+    if by_loss:
+      now = jnp.where(shift, loss, jnp.where(take, new_level, level))
+      learnt = LossMemory(learnt, now)
+    reasons = (
+      (~finite_norm, SkipReason.NONFINITE_NORM),
+      (~finite, SkipReason.NONFINITE_LOSS),
+      (norm_spike, SkipReason.NORM_SPIKE),
+      (loss_spike, SkipReason.LOSS_SPIKE),
+    )
+    if count:
+      norm, limit = jnp.max(values[:count]), jnp.min(limits[:count])
+    else:
+      norm, limit = level + distance, level + limits[0]
     return _guard.Verdict(
       take=take,
       reason=jnp.select(
-        [~finite_norm, ~finite, norm_spike, loss_spike],
-        [
-          jnp.asarray(reason, jnp.int32)
-          for reason in (
-            SkipReason.NONFINITE_NORM,
-            SkipReason.NONFINITE_LOSS,
-            SkipReason.NORM_SPIKE,
-            SkipReason.LOSS_SPIKE,
-          )
-        ],
+        [condition for condition, _ in reasons],
+        [jnp.asarray(reason, jnp.int32) for _, reason in reasons],
         jnp.asarray(SkipReason.NONE, jnp.int32),
       ),
-      norm=jnp.max(values if not norms.size else norms, initial=0),
-      limit=jnp.min(limits[: norms.size or None], initial=jnp.inf),
+      norm=norm,
+      limit=limit,
       memory=SpikeMemory(
-        threshold=jax.lax.cond(shift, afresh, onwards),
+        threshold=learnt,
         learnt=jnp.where(shift, 1, counted(take, memory.learnt)),
         spikes=jnp.where(take, 0, counted(skipped, memory.spikes)),
         calm=jnp.where(
@@ -295,25 +338,11 @@ def skip_spikes(
           jnp.maximum(memory.calm - finite.astype(jnp.int32), 0),
         ),
       ),
-      known=known,
-      layers=by_layer,
+      known=seen.known,
+      layers=seen.layers,
     )
 
-  return _guard.guarded(inner, _guard.Judge(init, judge, layers), name)
-
-
-def checked_measure(measure: Any) -> Measure:
-  """A measure; the global norm if it is `None`."""
-  if measure is None:
-    return measures.global_norm()
-  _validate.instance(Measure, "optax_clip.measures", measure=measure)
-  return cast(Measure, measure)
-
-
-def recorded_layers(measure: Measure, record: Any) -> Layers | None:
-  """The layers that a guard records; its own record it always needs."""
-  _validate.choice((True, "layers"), record=record)
-  return _core.layers_of(measure, record)
+  return _guard.guarded(inner, _guard.Judge(name, init, judge, measuring.stacks))
 
 
 class Seen(NamedTuple):
@@ -326,22 +355,55 @@ class Seen(NamedTuple):
   """
 
   sizes: Array
-  known: list[_once.Known]
+  known: Given
   layers: LayerNorms | None
 
 
-def measured(
-  measure: Measure,
-  layers: Layers | None,
-  updates: Any,
-  params: Any,
-  extra_args: dict[str, Any],
-) -> Seen:
-  """Measures the updates, once for the guard and for what stands in it."""
-  with _once.noting() as known:
-    norms, by_layer = _core.measured(measure, layers, updates, params, extra_args)
-  sizes = _norms.magnitudes(_norms.joined(norms))
-  return Seen(_memory.flat(sizes), known, by_layer)
+class Measuring(NamedTuple):
+  """What a guard measures; its own record it always needs.
+
+  Attributes:
+    measure: of what its judge sees.
+    by_layer: whether it records layers.
+  """
+
+  measure: Measure
+  by_layer: bool
+
+  @classmethod
+  def of(cls, measure: Any, record: Any) -> "Measuring":
+    """From the arguments of a guard."""
+    _validate.choice((True, "layers"), record=record)
+    return cls(checked_measure(measure), record == "layers")
+
+  @property
+  def stacks(self) -> Any:
+    """From parameters to the layers that are recorded; `None` if none are."""
+    if not self.by_layer:
+      return None
+    return lambda params: _core.of_layers(self.measure, params).layout(params).stacks()
+
+  def measured(
+    self, updates: Any, params: Any, known: Given, extra_args: dict[str, Any]
+  ) -> Seen:
+    """Measures the updates, once for the guard and for what stands in it."""
+    norms, layers = _core.measured(
+      self.measure, self.by_layer, updates, params, known, extra_args
+    )
+    handed = _core.known_of(self.measure, updates, params, norms, layers)
+    return Seen(
+      sizes=norms.layout.table(norms.sizes()).ravel(),
+      known=handed,
+      layers=None if layers is None else _core.layer_norms(self.measure, layers),
+    )
+
+
+def checked_measure(measure: Any) -> Measure:
+  """A measure; the global norm if it is `None`."""
+  if measure is None:
+    return measures.global_norm()
+  _validate.instance(Measure, "optax_clip.measures", measure=measure)
+  return cast(Measure, measure)
 
 
 def _loss(extra_args: dict[str, Any]) -> Array:
@@ -351,13 +413,10 @@ def _loss(extra_args: dict[str, Any]) -> Array:
       "The loss is one of the signals: pass it, as in tx.update(grads, state,"
       " params, loss=loss)."
     )
-  loss = jnp.asarray(loss).astype(jnp.float32)
+  loss = jnp.asarray(loss)
   if loss.ndim:
     raise ValueError(f"loss must be a scalar, got shape {loss.shape}: average it.")
+  if not jnp.issubdtype(loss.dtype, jnp.floating):
+    loss = loss.astype(jnp.float32)
   axes = _mesh.varying_axes(loss)
-  return jax.lax.pmean(loss, axes)[None] if axes else loss[None]
-
-
-def _joined(parts: list[Array]) -> Array:
-  dtype = jnp.result_type(*parts) if parts else jnp.float32
-  return jnp.concatenate([x.astype(dtype) for x in parts])
+  return jax.lax.pmean(loss, axes) if axes else loss

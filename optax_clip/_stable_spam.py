@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _extended
 from optax_clip import _groups
 from optax_clip import _mesh
 from optax_clip import _moments
-from optax_clip import _norms
 from optax_clip import _scalars
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
+from optax_clip._core import Given
 from optax_clip._core import clip_with
+from optax_clip._core import given
+from optax_clip._extended import Extended
 
 Array = jax.Array
 
@@ -243,48 +246,43 @@ def stable_spam(
     "record": record,
   }
   first = adaclip(decay_max, name=f"{name}_adaclip", **common)
-  chained = optax.chain(
-    first, adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common)
-  )
-  peak = measures.layer_norm(
-    ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
-  )
+  second = adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common)
+  where: dict[str, Any] = {"axis_name": axis_name, "specs": specs, "stacked": stacked}
+  peak = measures.layer_norm(ord=math.inf, **where)
+  norm = measures.layer_norm(**where)
   largest = thresholds.average(decay_max)
+
+  def init(params: Any) -> Any:
+    return first.init(params), second.init(params)
 
   def update(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
-    leaves = _groups.floating_leaves(updates)
-    peaks = peak.measure(updates)
-    if specs is not None or not _norms.is_norm(peaks):
-      # Leaves of several dtypes, stacked ones, or that differ over a mesh.
-      return optax.with_extra_args_support(chained).update(
-        updates, state, params, **extra_args
-      )
-    limits, _ = largest.update(_norms.magnitude(peaks), state[0].threshold)
-    norms = _clipped_norms(leaves, peaks, limits, axis_name)
-    if nonfinite == "zero":
-      # So are then the updates that AdaGN sees.
-      finite = jnp.all(jnp.isfinite(peaks.value))
-      norms = norms._replace(value=jnp.where(finite, norms.value, 0))
-    second = clip_with(
-      measures.layer_norm()._replace(measure=lambda *args, **extra_args: norms),
-      thresholds.mean_over_rms(decay_mean, decay_square, eps),
-      actions.normalize(),
-      nonfinite=nonfinite,
-      record=record,
-      name=f"{name}_adagn",
-    )
-    updates, clipped = first.update(updates, state[0], params, **extra_args)
-    updates, normalized = second.update(updates, state[1], params, **extra_args)
-    return updates, (clipped, normalized)
+    del extra_args
+    layout, peaks = peak.layout(updates), list(peak.measure(updates))
+    handed = given(updates, peaks, peak)
+    clipped, first_state = first.update(updates, state[0], params, norms=handed)
+    known = Given()
+    # Not of leaves of several dtypes, stacked ones, or that differ over a mesh.
+    if specs is None and len(layout.blocks) == 1 and layout.places[0].dims is None:
+      sizes = _extended.as_float(peaks[0])
+      limits, _ = largest.update(sizes, state[0].threshold)
+      leaves = _groups.floating_leaves(updates)
+      norms = _clipped_norms(leaves, peaks[0], limits, axis_name)
+      if nonfinite == "zero":
+        # So are then the updates that AdaGN sees.
+        finite = jnp.all(jnp.isfinite(peaks[0].value))
+        norms = norms._replace(value=jnp.where(finite, norms.value, 0))
+      known = given(clipped, norms, norm)
+    result, second_state = second.update(clipped, state[1], params, norms=known)
+    return result, (first_state, second_state)
 
-  return optax.GradientTransformationExtraArgs(chained.init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _clipped_norms(
-  leaves: list[Array], peaks: _norms.Norm, limits: Array, axis_name: Any
-) -> _norms.Norm:
+  leaves: list[Array], peaks: Extended, limits: Array, axis_name: Any
+) -> Extended:
   """The norms of leaves after `actions.rescale_elements`, from those before it.
 
   As the largest modulus is known, so is the unit to sum in, and no second
@@ -293,7 +291,7 @@ def _clipped_norms(
   and would write its result down; arithmetic with 0 and 1 it does.
   """
   factor, shift = actions.rescale().weigh(peaks, limits)
-  unit = _moments.power_of_two(jnp.minimum(_norms.magnitude(peaks), limits))
+  unit = _extended.power_of_two(jnp.minimum(_extended.as_float(peaks), limits))
 
   # Numbers that XLA does not know: constants as large as the leaves, which those
   # of one shape would share, are written down too.
@@ -314,5 +312,5 @@ def _clipped_norms(
   found = _scalars.columns([limits, factor, shift, unit, zero, one])
   moments = [moment(x, column) for x, column in zip(leaves, found, strict=True)]
   axes = [_mesh.collected_axes(x, axis_name) for x in leaves]
-  total = _mesh.collect(moments, axes, jax.lax.psum)
-  return _norms.Norm(_moments.root(total, 2), unit)
+  total = jnp.stack(_mesh.collect_each(moments, axes, jax.lax.psum))
+  return Extended(_moments.root(total, 2), unit)

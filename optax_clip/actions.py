@@ -9,17 +9,18 @@ several places that an optimizer uses its gradients.)
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_clip import _extended
 from optax_clip import _moments
-from optax_clip import _norms
 from optax_clip import _validate
 from optax_clip._core import Action
-from optax_clip._core import Coefficient
+from optax_clip._extended import Extended
 
 Array = jax.Array
 
@@ -44,30 +45,15 @@ def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
   """
   _validate.nonnegative(eps=eps)
 
-  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
-    value = norm.value + jnp.asarray(eps, norm.value.dtype) / norm.unit
+  def weigh(norm: Extended, limit: Array) -> Extended:
     if strict:
       limit = limit * (1 - _STRICT_EPSILONS * jnp.finfo(limit.dtype).eps)
-    # Both in units of the norm, which need not be a float of ordinary size.
-    bound = limit / norm.unit
-    # Written so that a NaN exceeds: it must reach the updates.
-    exceeds = ~(value <= bound)
-    # 0 / 0 would also poison the derivative where it is not selected.
-    value = jnp.where(exceeds, value, 1)
-    # Coefficients near the smallest normal float and below it, which CPUs flush
-    # to zero, are applied as two multiplications. The derivative is left to
-    # `factor`: that of `shift` would divide by a square that may underflow.
-    smallest = value * (2 * jnp.finfo(value.dtype).tiny)
-    least = lax.stop_gradient(jnp.where(jnp.isfinite(value), smallest, 0))
-    factor = jnp.where(exceeds, jnp.maximum(bound, least) / value, 1)
-    # What `factor` lacks where it was held at `least`.
-    held = exceeds & (bound < least)
-    held_at = jnp.where(held, least * jnp.maximum(norm.unit, 1), 1)
-    # Not limit / least / unit: XLA makes a division by least * unit of it,
-    # which may underflow.
-    shift = limit * jnp.where(norm.unit < 1, 1 / norm.unit, 1) / held_at
-    shift = jnp.where(held, shift, 1)
-    return Coefficient(factor, shift)
+    size = _extended.plus(norm, eps)
+    exceeds = _extended.exceeds(size, limit)
+    # Safe where they are not selected: 0 / 0 would poison the derivative.
+    size = _extended.where(exceeds, size, 1)
+    ratio = _extended.quotient(jnp.where(exceeds, limit, 1), size)
+    return _extended.where(exceeds, ratio, 1)
 
   return Action(weigh, _multiply_toward_zero if strict else _multiply)
 
@@ -86,7 +72,7 @@ def clamp(*, strict: bool = False) -> Action:
       instead of to the nearest value. It costs one unit in the last place.
   """
 
-  def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+  def apply(leaf: Array, coefficient: Extended, limit: Array) -> Array:
     del coefficient
     if jnp.iscomplexobj(leaf):
       raise TypeError(
@@ -94,13 +80,12 @@ def clamp(*, strict: bool = False) -> Action:
         " clip_by_global_norm or clip_by_layer_norm for them."
       )
     if strict:
-      # The limit was rounded to the nearest float, which may lie above it.
-      below = jnp.nextafter(limit, jnp.zeros_like(limit))
-      limit = jnp.where(jnp.isfinite(limit), below, limit)
+      limit = _next_below(limit)
     bound = _cast(limit, leaf.dtype, toward_zero=strict)
     # Not two comparisons with -L and L: XLA makes a minimum and a maximum of
     # them, and CPUs flush subnormals in those.
-    return jnp.where(jnp.abs(leaf) > bound, jnp.copysign(bound, leaf), leaf)
+    signed = jnp.where(leaf < 0, -bound, bound)
+    return jnp.where(jnp.abs(leaf) > bound, signed, leaf)
 
   return Action(rescale().weigh, apply)
 
@@ -165,12 +150,12 @@ def floored(floor: Any) -> Action:
   _validate.within(0, 1, floor=floor)
   hard = rescale()
 
-  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
-    factor, shift = hard.weigh(norm, limit)
-    least = jnp.asarray(floor, factor.dtype)
-    # False for NaN, which must reach the updates.
-    low = factor * shift < least
-    return Coefficient(jnp.where(low, least, factor), jnp.where(low, 1, shift))
+  def weigh(norm: Extended, limit: Array) -> Extended:
+    coefficient = hard.weigh(norm, limit)
+    least = jnp.asarray(floor, limit.dtype)
+    # True for NaN, which must reach the updates.
+    enough = ~(_extended.as_float(coefficient) < least)
+    return _extended.where(enough, coefficient, least)
 
   return Action(weigh, _multiply)
 
@@ -183,20 +168,12 @@ def normalize() -> Action:
 
   A norm of 0 and a limit of inf leave the update as it is.
   """
-  hard = rescale()
 
-  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
-    down = hard.weigh(norm, limit)
-    up = (norm.value < limit / norm.unit) & (norm.value > 0) & (limit < jnp.inf)
-    value = jnp.where(up, norm.value, 1)
-    # By the norm first, then to the limit: the quotient of the two need not be a
-    # float, and the derivative of a quotient divides by a square.
-    size = lax.stop_gradient(value)
-    factor = jnp.where(up, limit, 1) / (value / size)
-    return Coefficient(
-      jnp.where(up, factor, down.factor),
-      jnp.where(up, 1 / size / norm.unit, down.shift),
-    )
+  def weigh(norm: Extended, limit: Array) -> Extended:
+    stays = (norm.value == 0) | ((limit == jnp.inf) & ~jnp.isnan(norm.value))
+    size = _extended.where(~stays, norm, 1)
+    ratio = _extended.quotient(jnp.where(stays, 1, limit), size)
+    return _extended.where(~stays, ratio, 1)
 
   return Action(weigh, _multiply)
 
@@ -211,7 +188,7 @@ def rescale_elements() -> Action:
   it keeps the differences among the large elements. (AdaClip of Stable-SPAM.)
   """
 
-  def apply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+  def apply(leaf: Array, coefficient: Extended, limit: Array) -> Array:
     wide = _moments.accumulator(leaf.dtype)
     bound = limit.astype(wide)
     if jnp.iscomplexobj(leaf):
@@ -235,28 +212,30 @@ def _soft(shape: Callable[[Array], Array]) -> Action:
   """
   hard = rescale()
 
-  def weigh(norm: _norms.Norm, limit: Array) -> Coefficient:
-    factor, shift = hard.weigh(norm, limit)
-    bound = limit / norm.unit
-    # Not for NaN, inf, or a limit of 0, which `rescale` deals with.
-    near = norm.value < bound * (2 / jnp.finfo(bound.dtype).eps)
-    ratio = jnp.where(near, norm.value, 0) / jnp.where(near, bound, 1)
-    return Coefficient(jnp.where(near, shape(ratio), factor), jnp.where(near, 1, shift))
+  def weigh(norm: Extended, limit: Array) -> Extended:
+    # A limit of 0 or of inf, and a norm of NaN or inf, are for `rescale`.
+    usable = (limit > 0) & (limit < jnp.inf) & jnp.isfinite(norm.value)
+    size = _extended.where(usable, norm, 1)
+    ratio = _extended.as_float(_extended.quotient(size, jnp.where(usable, limit, 1)))
+    near = usable & (ratio < 2 / jnp.finfo(ratio.dtype).eps)
+    soft = _extended.of(shape(jnp.where(near, ratio, 1)))
+    rest = hard.weigh(norm, limit)
+    return jax.tree.map(lambda x, y: jnp.where(near, x, y), soft, rest)
 
   return Action(weigh, _multiply)
 
 
-def _multiply(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+def _multiply(leaf: Array, coefficient: Extended, limit: Array) -> Array:
   del limit
   return _scaled(leaf, coefficient, toward_zero=False)
 
 
-def _multiply_toward_zero(leaf: Array, coefficient: Coefficient, limit: Array) -> Array:
+def _multiply_toward_zero(leaf: Array, coefficient: Extended, limit: Array) -> Array:
   del limit
   return _scaled(leaf, coefficient, toward_zero=True)
 
 
-def _scaled(leaf: Array, coefficient: Coefficient, *, toward_zero: bool) -> Array:
+def _scaled(leaf: Array, coefficient: Extended, *, toward_zero: bool) -> Array:
   if jnp.iscomplexobj(leaf):
     parts = [
       _scaled(part, coefficient, toward_zero=toward_zero)
@@ -264,14 +243,18 @@ def _scaled(leaf: Array, coefficient: Coefficient, *, toward_zero: bool) -> Arra
     ]
     return lax.complex(*parts)
   wide = _moments.accumulator(leaf.dtype)
-  factor, shift = (x.astype(wide) for x in coefficient)
-  product = leaf.astype(wide) * shift * factor
+  value, unit = (x.astype(wide) for x in coefficient)
+  if toward_zero and coefficient.value.dtype != wide:
+    # The coefficient of a norm in float64 was rounded for this leaf.
+    value = value * (1 - 2 * jnp.finfo(wide).eps)
+  product = leaf.astype(wide) * unit * value
   if toward_zero and _shares_range(leaf.dtype, wide):
     # Not selected: subnormals become zero even within the limit.
     return _cast(product, leaf.dtype, toward_zero=True)
-  # Selected, not multiplied by 1: CPUs flush subnormal products to zero.
-  unchanged = (factor == 1) & (shift == 1)
-  return jnp.where(unchanged, leaf, _cast(product, leaf.dtype, toward_zero=toward_zero))
+  # Selected, not multiplied by 1: CPUs flush subnormal products to zero. The unit of
+  # a value of 1 is 1; a second comparison would be a kernel for each leaf on a TPU.
+  new = _cast(product, leaf.dtype, toward_zero=toward_zero)
+  return jnp.where(value == 1, leaf, new)
 
 
 def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
@@ -283,6 +266,12 @@ def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
     x = jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, jnp.zeros_like(x), x)
   if dtype == x.dtype:
     return x  # Rounded by the product, which the margin of `strict` covers.
+  return _toward_zero(dtype, x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _toward_zero(dtype: Any, x: Array) -> Array:
+  """``x.astype(dtype)``, rounded toward zero; the derivative is that of the cast."""
   result = x.astype(dtype)
   # The next value toward zero has the bit pattern that is smaller by one.
   carrier = jnp.dtype(f"uint{jnp.finfo(dtype).bits}")
@@ -291,6 +280,30 @@ def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
   )
   away = jnp.abs(result).astype(x.dtype) > jnp.abs(x)
   return jnp.where(away, below, result)
+
+
+@_toward_zero.defjvp
+def _toward_zero_jvp(
+  dtype: Any, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+  return _toward_zero(dtype, *primals), tangents[0].astype(dtype)
+
+
+@jax.custom_jvp
+def _next_below(limit: Array) -> Array:
+  """The next float toward zero; its derivative is 1.
+
+  The limit was rounded to the nearest float, which may lie above it.
+  """
+  below = jnp.nextafter(limit, jnp.zeros_like(limit))
+  return jnp.where(jnp.isfinite(limit), below, limit)
+
+
+@_next_below.defjvp
+def _next_below_jvp(
+  primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+  return _next_below(*primals), tangents[0]
 
 
 def _shares_range(dtype: Any, wide: Any) -> bool:

@@ -25,24 +25,29 @@ found counts, and one that is found nowhere is an error. Instead of a mapping, a
 function from path and leaf to an axis or `None`.
 """
 
+from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import math
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_clip import _extended
 from optax_clip import _groups
-from optax_clip import _layers
+from optax_clip import _layout
 from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _paths
-from optax_clip import _scalars
 from optax_clip import _validate
 from optax_clip._core import Measure
+from optax_clip._core import Parts
+from optax_clip._extended import Extended
+from optax_clip._layout import Layout
 
 Array = jax.Array
 
@@ -53,26 +58,19 @@ def global_norm(
   """The norm of all leaves together: one number, of shape ``[]``."""
   p = _validate.order(ord)
 
-  def like(params: Any) -> Array:
-    leaves = _groups.floating_leaves(params)
-    return jnp.zeros((), _moments.accumulator(*(x.dtype for x in leaves)))
-
-  def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
-    del params, extra_args
+  def layout(updates: Any) -> Layout:
     leaves = _groups.floating_leaves(updates)
-    axes = _whole_axes(updates, axis_name, specs)
-    norms = _norms.group_norms(leaves, [0] * len(leaves), 1, p, axes)
-    return jax.tree.map(lambda x: x[0], norms)
-
-  def spread(tree: Any, updates: Any) -> list[Any]:
-    return [tree] * len(jax.tree.leaves(updates))
-
-  def rows(reduce: _layers.Reduce, tree: Any, updates: Any) -> Array:
-    del reduce
-    return jnp.broadcast_to(tree, len(jax.tree.leaves(updates)))
+    dtype = _moments.accumulator(*(x.dtype for x in leaves))
+    cuts = _whole_cuts(updates, axis_name, specs)
+    return _layout.whole(0, dtype, [None] * len(leaves), cuts)
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
-  return Measure(like, measure, spread, _layers.of_many(finer, rows))
+
+  def combine(norms: Sequence[Extended], updates: Any) -> list[Extended]:
+    return [_norms.merged(_table(finer, norms, updates), p)]
+
+  parts = Parts(finer, combine if p >= 1 else None)
+  return Measure(layout, _Norm("global", p, (axis_name, specs), layout), parts)
 
 
 def layer_norm(
@@ -90,45 +88,22 @@ def layer_norm(
     specs: see there.
     stacked: which leaves hold many layers, and along which axis; see there.
 
-  The shape is ``[leaves]``. With `stacked`, a list: for each leaf ``[]``, or its own
-  shape with all axes but that of the layers of size 1.
+  The shape is ``[layers]``.
   """
   p = _validate.order(ord)
   _groups.checked_stacked(stacked)
 
-  def like(params: Any) -> Any:
-    leaves = _groups.floating_leaves(params)
-    over = _dims(params, leaves, stacked)
-    if any(a is not None for a in over):
-      return _blanks(leaves, over, _mesh.cuts(params, over, (), specs))
-    dtype = _moments.accumulator(*(x.dtype for x in leaves))
-    return jnp.zeros(len(leaves), dtype) if leaves else []
-
-  def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
-    del params, extra_args
-    leaves = _groups.floating_leaves(updates)
-    over = _dims(updates, leaves, stacked)
-    cuts = _mesh.cuts(updates, over, axis_name, specs)
-    return _norms.leaf_norms(leaves, over, p, cuts)
-
-  def spread(tree: list[Any], updates: Any) -> list[Any]:
-    over = _dims(updates, jax.tree.leaves(updates), stacked)
-    return _leaf_by_leaf(tree, _mesh.cuts(updates, over, axis_name, specs))
-
-  def elements(updates: Any) -> list[float]:
-    if p == math.inf:
-      return [1.0] * sum(max(n, 1) for n in _layers.stacks(updates, stacked, specs))
-    leaves = jax.tree.leaves(updates)
-    over = _dims(updates, leaves, stacked)
-    sizes = _sizes(leaves, over, _mesh.cuts(updates, over, axis_name, specs))
-    stacks = _layers.stacks(updates, stacked, specs)
-    return [
-      size ** (1 / p)
-      for size, stack in zip(sizes, stacks, strict=True)
-      for _ in range(max(stack, 1))
+  def layout(updates: Any) -> Layout:
+    layers = _groups.layer_axes(updates, stacked)
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(updates)]
+    dims = [
+      None if layer is None else _groups.stacked_axes(shape, layer)
+      for shape, layer in zip(shapes, layers, strict=True)
     ]
+    return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
 
-  return Measure(like, measure, spread, _layers.own(stacked, specs, elements))
+  key = ("layer", axis_name, specs, stacked)
+  return Measure(layout, _Norm("layer", p, key, layout), ord=_growing(p))
 
 
 def layer_rms(
@@ -136,22 +111,7 @@ def layer_rms(
 ) -> Measure:
   """The root mean square of each layer, of the shape that `layer_norm` has."""
   norm = layer_norm(axis_name=axis_name, specs=specs, stacked=stacked)
-
-  def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
-    norms = norm.measure(updates, params, **extra_args)
-    leaves = _groups.floating_leaves(updates)
-    over = _dims(updates, leaves, stacked)
-    cuts = _mesh.cuts(updates, over, axis_name, specs)
-    sizes = _sizes(leaves, over, cuts)
-    if _norms.is_norm(norms):
-      roots = jnp.sqrt(jnp.asarray(sizes, norms.value.dtype))
-      return norms._replace(value=norms.value / roots)
-    return [
-      n._replace(value=n.value / math.sqrt(size))
-      for n, size in zip(norms, sizes, strict=True)
-    ]
-
-  return norm._replace(measure=measure, layers=_layers.own(stacked, specs))
+  return norm._replace(measure=_Rms(norm), ord=None)
 
 
 def group_norm(
@@ -178,36 +138,32 @@ def group_norm(
   p = _validate.order(ord)
   _groups.checked_labels(labels, names)
 
-  def like(params: Any) -> Array:
-    leaves = _groups.floating_leaves(params)
-    # Errors belong to `init`.
-    _groups.label_ids(labels, names, params)
-    _groups.counted_leaves(counted, params)
-    dtype = _moments.accumulator(*(x.dtype for x in leaves))
-    return jnp.zeros(len(names), dtype)
-
-  def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
-    del params, extra_args
+  def layout(updates: Any) -> Layout:
     leaves = _groups.floating_leaves(updates)
+    dtype = _moments.accumulator(*(x.dtype for x in leaves))
     ids = _groups.label_ids(labels, names, updates)
-    axes = _whole_axes(updates, axis_name, specs)
-    counts = _groups.counted_leaves(counted, updates)
-    if not all(counts):
-      rows = zip(leaves, ids, axes, counts, strict=True)
-      kept = [row[:3] for row in rows if row[3]]
-      leaves, ids, axes = map(list, zip(*kept, strict=True)) if kept else ([], [], [])
-    return _norms.group_norms(leaves, ids, len(names), p, axes)
+    _groups.counted_leaves(counted, updates)  # Errors belong to `init`.
+    cuts = _whole_cuts(updates, axis_name, specs)
+    return _layout.whole(len(names), dtype, ids, cuts)
 
-  def spread(tree: Any, updates: Any) -> list[Any]:
-    rows = [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(names))]
-    return [rows[i] for i in _groups.label_ids(labels, names, updates)]
-
-  def by_layer(reduce: _layers.Reduce, tree: Any, updates: Any) -> Array:
-    del reduce
-    return tree[jnp.asarray(_groups.label_ids(labels, names, updates), jnp.int32)]
+  def counts(updates: Any) -> list[bool]:
+    return _groups.counted_leaves(counted, updates)
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
-  return Measure(like, measure, spread, _layers.of_many(finer, by_layer))
+
+  def combine(norms: Sequence[Extended], updates: Any) -> list[Extended]:
+    table = _table(finer, norms, updates)
+    pairs = list(zip(layout(updates).places, counts(updates), strict=True))
+    groups = []
+    for group in range(len(names)):
+      own = [i for i, (q, count) in enumerate(pairs) if q.entry == group and count]
+      members = np.asarray(own, np.int32)
+      groups.append(_norms.merged(jax.tree.map(lambda x, m=members: x[m], table), p))
+    return [Extended(*map(jnp.stack, zip(*groups, strict=True)))]
+
+  key = (labels, tuple(names), counted, axis_name, specs)
+  parts = Parts(finer, combine if p >= 1 else None)
+  return Measure(layout, _Norm("group", p, key, layout, counts), parts)
 
 
 def unit_norm(
@@ -218,7 +174,7 @@ def unit_norm(
   specs: Any = None,
   stacked: _groups.Stacked = None,
 ) -> Measure:
-  """The norm of each unit: a list, for each leaf its shape with axes of size 1.
+  """The norm of each unit: shape ``[units]``, leaf by leaf.
 
   A unit is what feeds one output: by default the whole leaf for biases and
   gains, axis 0 of matrices and rank 3, all but the last axis of convolution
@@ -237,35 +193,21 @@ def unit_norm(
   p = _validate.order(ord)
   _groups.checked_stacked(stacked)
 
-  def axes(tree: Any) -> list[tuple[int, ...]]:
+  def layout(updates: Any) -> Layout:
     # Of whole leaves: of one row of a matrix nobody could say that it is one.
-    shapes = _mesh.whole_shapes(tree, specs)
-    layers = _groups.layer_axes(tree, stacked)
+    shapes = _mesh.whole_shapes(updates, specs)
+    layers = _groups.layer_axes(updates, stacked)
     given = [axis] * len(shapes)
     if callable(axis) or isinstance(axis, Mapping):
-      given = _paths.by_path(tree, axis, "axis")
-    return [
+      given = _paths.by_path(updates, axis, "axis")
+    dims = [
       _groups.stacked_unit_axes(shape, own, layer)
       for shape, own, layer in zip(shapes, given, layers, strict=True)
     ]
+    return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
 
-  def like(params: Any) -> list[Array]:
-    leaves = _groups.floating_leaves(params)
-    over = axes(params)
-    return _blanks(leaves, over, _mesh.cuts(params, over, (), specs))
-
-  def measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
-    del params, extra_args
-    leaves = _groups.floating_leaves(updates)
-    over = axes(updates)
-    cuts = _mesh.cuts(updates, over, axis_name, specs)
-    return _norms.leaf_norms(leaves, over, p, cuts)
-
-  def spread(tree: list[Any], updates: Any) -> list[Any]:
-    over = axes(updates)
-    return _leaf_by_leaf(tree, _mesh.cuts(updates, over, axis_name, specs))
-
-  return Measure(like, measure, spread, _layers.own(stacked, specs))
+  key = (axis, axis_name, specs, stacked)
+  return Measure(layout, _Norm("unit", p, key, layout))
 
 
 def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
@@ -277,92 +219,123 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
       at zero can move. In the units of the parameters' norm.
   """
   _validate.positive(eps=eps)
+  parts = measure.parts
+  if parts is not None:
+    # The ratio of two norms is not made of the ratios of their parts.
+    parts = Parts(relative(parts.measure, eps=eps), None)
+  return measure._replace(measure=_Ratio(measure, eps), parts=parts, ord=None)
 
-  def ratio(updates: _norms.Norm, params: _norms.Norm) -> _norms.Norm:
-    floor = jnp.maximum(_norms.magnitude(params), eps)
-    # A large norm over a small one may not be a float: keep it in the unit.
-    big = 2.0**64
-    high = updates.value > big
-    return _norms.Norm(
-      value=jnp.where(high, updates.value / big, updates.value)
-      / floor.astype(updates.value.dtype),
-      unit=jnp.where(high, updates.unit * big, updates.unit),
-    )
 
-  def relative_measure(updates: Any, params: Any = None, **extra_args: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+  """Measures norms of updates; two are equal if they measure the same.
+
+  Attributes:
+    kind: what norms are of.
+    ord: their order.
+    key: all that the layout depends on beside the updates.
+    layout: that of the norms.
+    counts: for each leaf whether it counts; all do if `None`.
+  """
+
+  kind: str
+  ord: float
+  key: Any
+  layout: Callable[[Any], Layout] = dataclasses.field(compare=False)
+  counts: Callable[[Any], list[bool]] | None = dataclasses.field(
+    default=None, compare=False
+  )
+
+  uses_params = False
+
+  def __call__(
+    self, updates: Any, params: Any = None, **extra_args: Any
+  ) -> list[Extended]:
+    del params, extra_args
+    leaves, layout = _groups.floating_leaves(updates), self.layout(updates)
+    if self.counts is not None:
+      rows = zip(leaves, layout.places, self.counts(updates), strict=True)
+      kept = [(x, place) for x, place, counts in rows if counts]
+      leaves = [x for x, _ in kept]
+      layout = layout._replace(places=tuple(place for _, place in kept))
+    return _norms.of_layout(leaves, layout, self.ord)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rms:
+  """Measures the root mean squares of layers."""
+
+  norm: Measure = dataclasses.field(compare=False)
+  key: Any = None
+
+  uses_params = False
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "key", self.norm.measure)
+
+  def __call__(
+    self, updates: Any, params: Any = None, **extra_args: Any
+  ) -> list[Extended]:
+    layout = self.norm.layout(updates)
+    norms = self.norm.measure(updates, params, **extra_args)
+    return [
+      norm._replace(value=norm.value / jnp.sqrt(jnp.asarray(size, norm.value.dtype)))
+      for norm, size in zip(norms, layout.sizes(), strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ratio:
+  """Measures updates in units of the same measure of the parameters."""
+
+  of: Measure = dataclasses.field(compare=False)
+  eps: float
+  key: Any = None
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "key", self.of.measure)
+
+  def __call__(
+    self, updates: Any, params: Any = None, **extra_args: Any
+  ) -> list[Extended]:
     _groups.same_structure(updates, params)
-    return jax.tree.map(
-      ratio,
-      measure.measure(updates, None, **extra_args),
-      measure.measure(params, None, **extra_args),
-      is_leaf=_norms.is_norm,
-    )
+    above = self.of.measure(updates, None, **extra_args)
+    below = self.of.measure(params, None, **extra_args)
+    return [self._ratio(*pair) for pair in zip(above, below, strict=True)]
 
-  layers = measure.layers
-  if layers is not None:
-    finer = None if layers.finer is None else relative(layers.finer, eps=eps)
-    layers = layers._replace(elements=None, finer=finer)
-  return measure._replace(measure=relative_measure, layers=layers)
+  def _ratio(self, update: Extended, param: Extended) -> Extended:
+    floor = jnp.maximum(_extended.as_float(param), self.eps)
+    return _extended.divided(update, floor.astype(update.value.dtype))
 
 
-def _dims(
-  tree: Any, leaves: Sequence[Array], stacked: _groups.Stacked
-) -> list[tuple[int, ...] | None]:
-  """For each leaf the dimensions of one layer; `None` if it is one layer."""
-  return [
-    None if layer is None else _groups.stacked_axes(x.shape, layer)
-    for x, layer in zip(leaves, _groups.layer_axes(tree, stacked), strict=True)
+def _table(measure: Measure, norms: Sequence[Extended], updates: Any) -> Extended:
+  """All norms of a measure in one array."""
+  layout = measure.layout(updates)
+  return Extended(*(layout.table(column) for column in zip(*norms, strict=True)))
+
+
+def _growing(ord: float) -> float | None:
+  """The order by which a norm grows with the number of elements, if it does."""
+  return None if ord == float("inf") else ord
+
+
+def _whole_cuts(updates: Any, axis_name: Any, specs: Any) -> list[_mesh.Cut]:
+  """How leaves lie on a mesh, where a norm is of all of each."""
+  return _mesh.cuts(updates, [None] * len(jax.tree.leaves(updates)), axis_name, specs)
+
+
+def _leaf_by_leaf(
+  updates: Any,
+  dims: Sequence[tuple[int, ...] | None],
+  layers: Sequence[int | None],
+  axis_name: Any,
+  specs: Any,
+) -> Layout:
+  leaves = _groups.floating_leaves(updates)
+  cuts = _mesh.cuts(updates, dims, axis_name, specs)
+  # A vector of norms that vary over unlike mesh axes would make all of them vary.
+  kinds = [
+    frozenset(_mesh.varying_axes(x)) - set(cut.axes)
+    for x, cut in zip(leaves, cuts, strict=True)
   ]
-
-
-def _sizes(
-  leaves: Sequence[Array],
-  over: Sequence[tuple[int, ...] | None],
-  cuts: Sequence[_mesh.Cut],
-) -> list[int]:
-  """For each leaf the number of elements that one norm is of."""
-  # Under `shard_map` a leaf is one device's share of the elements.
-  return [
-    _size_of_one(x, dims) * _mesh.devices(cut.within)
-    for x, dims, cut in zip(leaves, over, cuts, strict=True)
-  ]
-
-
-def _size_of_one(x: Array, dims: tuple[int, ...] | None) -> int:
-  """The number of elements that one norm is of; 1 if there is none."""
-  return max(math.prod(x.shape if dims is None else [x.shape[i] for i in dims]), 1)
-
-
-def _blanks(
-  leaves: Sequence[Array],
-  over: Sequence[tuple[int, ...] | None],
-  cuts: Sequence[_mesh.Cut],
-) -> list[Array]:
-  """Zeros as the norms of leaves over some axes, or over all of them."""
-  result = []
-  for x, dims, cut in zip(leaves, over, cuts, strict=True):
-    shape = (
-      () if dims is None else [1 if i in dims else n for i, n in enumerate(x.shape)]
-    )
-    dtype = _moments.accumulator(x.dtype)
-    result.append(jnp.zeros(_mesh.whole_shape(shape, cut), dtype))
-  return result
-
-
-def _whole_axes(updates: Any, axis_name: Any, specs: Any) -> list[tuple[str, ...]]:
-  """For each leaf the mesh axes that a norm of all of it is collected over."""
-  whole = [None] * len(jax.tree.leaves(updates))
-  return [cut.within for cut in _mesh.cuts(updates, whole, axis_name, specs)]
-
-
-def _leaf_by_leaf(tree: Any, cuts: Sequence[_mesh.Cut]) -> list[Any]:
-  """For each leaf, what of its entry in a norm-shaped tree concerns this device."""
-  if not isinstance(tree, list):
-    vectors, treedef = jax.tree.flatten(tree)
-    return [jax.tree.unflatten(treedef, x) for x in _scalars.columns(vectors)]
-  return [
-    jax.tree.map(lambda x, cut=cut: _mesh.local(x, cut), entry)
-    if cut.between
-    else entry
-    for entry, cut in zip(tree, cuts, strict=True)
-  ]
+  return _layout.leaf_by_leaf(leaves, dims, cuts, layers, kinds)

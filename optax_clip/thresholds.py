@@ -74,7 +74,7 @@ def constant(limit: Any) -> Threshold:
   """
   _validate.nonnegative(limit=limit)
 
-  def update(norms: Any, state: Any, **extra_args: Any) -> tuple[Any, Any]:
+  def update(norms: Array, state: Any, **extra_args: Any) -> tuple[Array, Any]:
     del extra_args
     return _filled(norms, limit), state
 
@@ -88,13 +88,13 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
     schedule: from the number of steps taken, i32[], to a limit.
   """
 
-  def init(norms: Any) -> ScheduleState:
+  def init(norms: Array) -> ScheduleState:
     del norms
     return ScheduleState(jnp.zeros((), jnp.int32))
 
   def update(
-    norms: Any, state: ScheduleState, **extra_args: Any
-  ) -> tuple[Any, ScheduleState]:
+    norms: Array, state: ScheduleState, **extra_args: Any
+  ) -> tuple[Array, ScheduleState]:
     del extra_args
     limits = _filled(norms, schedule(state.step))
     return limits, ScheduleState(optax.safe_increment(state.step))
@@ -127,13 +127,15 @@ def at_most(threshold: Threshold, cap: Any) -> Threshold:
   """
   other = of(cap)
 
-  def init(norms: Any) -> PairState:
+  def init(norms: Array) -> PairState:
     return PairState(threshold.init(norms), other.init(norms))
 
-  def update(norms: Any, state: PairState, **extra_args: Any) -> tuple[Any, PairState]:
+  def update(
+    norms: Array, state: PairState, **extra_args: Any
+  ) -> tuple[Array, PairState]:
     limits, memory = threshold.update(norms, state.threshold, **extra_args)
     caps, cap = other.update(norms, state.cap, **extra_args)
-    return jax.tree.map(jnp.minimum, limits, caps), PairState(memory, cap)
+    return jnp.minimum(limits, caps), PairState(memory, cap)
 
   return Threshold(init, update)
 
@@ -152,20 +154,20 @@ def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold
   steps = _memory.number(steps)
   first = of(limit)
 
-  def init(norms: Any) -> WarmupState:
-    seen = jnp.zeros_like(_memory.flat(norms), jnp.int32)
+  def init(norms: Array) -> WarmupState:
+    seen = jnp.zeros_like(norms.ravel(), jnp.int32)
     return WarmupState(seen, threshold.init(norms), first.init(norms))
 
   def update(
-    norms: Any, state: WarmupState, **extra_args: Any
-  ) -> tuple[Any, WarmupState]:
+    norms: Array, state: WarmupState, **extra_args: Any
+  ) -> tuple[Array, WarmupState]:
     later, memory = threshold.update(norms, state.threshold, **extra_args)
     early, other = first.update(norms, state.limit, **extra_args)
     warm = state.seen.astype(jnp.float32) < steps
-    limits = jnp.where(warm, _memory.flat(early), _memory.flat(later))
-    more = _memory.learnt(_memory.flat(norms))
+    limits = jnp.where(warm.reshape(norms.shape), early, later)
+    more = _memory.learnt(norms.ravel())
     seen = jnp.where(more, optax.safe_increment(state.seen), state.seen)
-    return _memory.unflat(limits, norms), WarmupState(seen, memory, other)
+    return limits, WarmupState(seen, memory, other)
 
   return Threshold(init, update)
 
@@ -187,12 +189,8 @@ def _stacked(limits: Sequence[Any]) -> Any:
   return jnp.stack([jnp.asarray(limit).astype(dtype) for limit in limits])
 
 
-def _filled(norms: Any, limit: Any) -> Any:
-  """`limit` in the dtype and shape of each norm; never below 0."""
-
-  def fill(norm: Array) -> Array:
-    # Cast late: a Python float keeps its precision for float64 norms.
-    exact = jnp.maximum(jnp.asarray(limit, norm.dtype), 0)
-    return jnp.broadcast_to(exact, norm.shape)
-
-  return jax.tree.map(fill, norms)
+def _filled(norms: Array, limit: Any) -> Array:
+  """`limit` in the dtype of the norms; never below 0. A scalar stays one."""
+  # Cast late: a Python float keeps its precision for float64 norms.
+  exact = jnp.maximum(jnp.asarray(limit, norms.dtype), 0)
+  return jnp.broadcast_to(exact, norms.shape) if exact.ndim else exact

@@ -1,0 +1,98 @@
+"""A training step compiled for devices that need not be there."""
+
+from collections.abc import Sequence
+import math
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+
+from benchmarks import _programs
+import optax_clip
+
+
+class Compiled(NamedTuple):
+  """A compiled step.
+
+  Attributes:
+    program: what XLA made of it.
+    gradient_bytes: of all gradients, on one device.
+    lower_s: seconds to trace and lower it.
+    compile_s: seconds to compile it.
+  """
+
+  program: jax.stages.Compiled
+  gradient_bytes: float
+  lower_s: float
+  compile_s: float
+
+  def row(self) -> dict[str, Any]:
+    """Its figures, as they stand in results."""
+    row = _programs.Program(self.program.as_text(), self.gradient_bytes).row()
+    held = self.program.memory_analysis().temp_size_in_bytes
+    return row | {
+      "temp_copies": held / self.gradient_bytes,
+      "lower_s": self.lower_s,
+      "compile_s": self.compile_s,
+    }
+
+
+def step(
+  tx: optax.GradientTransformation,
+  shapes: Sequence[tuple[int, ...]],
+  dtype: Any,
+  devices: Sequence[jax.Device],
+  whole: bool = False,
+) -> Compiled:
+  """Compiles a step from parameters, state and gradients to parameters and state.
+
+  Args:
+    tx: all of the optimizer.
+    shapes: of the parameters.
+    dtype: of the parameters and gradients.
+    devices: to compile for. Over several, matrices are sharded along their first
+      axis, and so is what the state holds for them.
+    whole: whether it is taken by `optax_clip.guarded_step`.
+  """
+  tx = optax.with_extra_args_support(tx)
+  mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+
+  def placed(x: Any, spec: Any = None) -> Any:
+    sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    if len(devices) > 1:
+      sharding = NamedSharding(mesh, spec or PartitionSpec())
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  specs = [PartitionSpec("data" if len(shape) > 1 else None) for shape in shapes]
+  params = [
+    placed(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), spec)
+    for shape, spec in zip(shapes, specs, strict=True)
+  ]
+  state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+  if len(devices) > 1:
+    state = optax.tree.map_params(tx, placed, state, specs)
+
+  def stepped(params: Any, state: Any, grads: Any) -> Any:
+    if whole:
+      return optax_clip.guarded_step(tx, grads, state, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  like = jax.tree.map(lambda x: x.sharding, (params, state))
+  begin = time.perf_counter()
+  # Donated in the order in which they are returned: XLA pairs them by it.
+  lowered = jax.jit(stepped, donate_argnums=(0, 1), out_shardings=like).lower(
+    params, state, params
+  )
+  between = time.perf_counter()
+  program = lowered.compile()
+  end = time.perf_counter()
+  local = (math.prod(x.sharding.shard_shape(x.shape)) for x in params)
+  size = sum(local) * jnp.dtype(dtype).itemsize
+  return Compiled(program, size, between - begin, end - between)

@@ -1,0 +1,378 @@
+"""What the compilers of GPUs and TPUs make of a clipped step: compiled, not run.
+
+`python -m benchmarks --suite compiled --target h100,tpu-v5e,tpu-v6e` counts kernels,
+bytes, temporaries, conditionals and collectives in the programs that a device would
+run (`_programs` says how), on a machine that has none (`_targets` says with what).
+`--only adaptive_grad_clip` compiles the cells whose description it is found in, and
+with `--json FILE` replaces their rows in a file that exists.
+
+Each method is compiled after what optax has in its place, in the same process, and
+its seconds are divided by those. A peer that takes longer than `LONG` is compiled
+once for all that stand beside it. Seconds depend on the machine, counts do not.
+
+Cells over 8 devices are compiled in a process that has 8: the library asks JAX
+whether arrays may be spread, before it lays small ones side by side.
+"""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Iterator
+import datetime
+import functools
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+from typing import NamedTuple
+
+from benchmarks import _targets
+
+Rows = list[dict[str, Any]]
+
+LONG = 20.0
+
+
+def transformer(blocks: int = 12) -> list[tuple[int, ...]]:
+  """Shapes of a small GPT-2's size: with 12 blocks 84M parameters in 61 leaves."""
+  block = [(768,), (768, 2304), (3072,), (768, 3072), (3072, 768)]
+  return [*block * blocks, (8192, 768)]
+
+
+# The shapes of each model, and with --quick.
+MODELS: dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
+  "transformer": (transformer(), transformer(2)),
+  "300 mixed leaves": (
+    [(256, 1024), (1024,), (256,)] * 100,
+    [(256, 1024), (1024,), (256,)] * 10,
+  ),
+  "1,000 leaves": ([(1000,)] * 1000, [(1000,)] * 100),
+  "2,000 leaves": ([(1000,)] * 2000, [(1000,)] * 200),
+}
+
+
+class Cell(NamedTuple):
+  """One program.
+
+  Attributes:
+    method: of `methods`.
+    model: of `MODELS`.
+    optimizer: of `overhead.OPTIMIZERS`.
+    dtype: of parameters, gradients and moments.
+    devices: over how many matrices are sharded, along their first axis.
+  """
+
+  method: str
+  model: str = "transformer"
+  optimizer: str = "adamw"
+  dtype: str = "float32"
+  devices: int = 1
+
+  def text(self) -> str:
+    """What `--only` is looked for in."""
+    where = f", {self.devices} devices" if self.devices > 1 else ""
+    return f"{self.model}, {self.optimizer}, {self.dtype}{where}: {self.method}"
+
+
+class Method(NamedTuple):
+  """A way to take a step.
+
+  Attributes:
+    make: from the optimizer to the one with the clip or the guard.
+    peer: the method of optax that it is compared with, or `None`.
+    whole: whether it is taken by `optax_clip.guarded_step`.
+  """
+
+  make: Callable[[Any], Any]
+  peer: str | None = None
+  whole: bool = False
+
+
+_GLOBAL = "optax.clip_by_global_norm"
+_LAYER = "optax.clip_by_block_rms"
+_UNIT = "optax.adaptive_grad_clip"
+_ELEMENT = "optax.clip"
+_GUARD = "update, optax.apply_if_finite"
+
+# What optax has in the place of each; of all others the clip by the global norm.
+_PEERS = {
+  "clip_by_layer_norm": _LAYER,
+  "clip_by_block_rms": _LAYER,
+  "clip_by_layer_percentile": _LAYER,
+  "adagc": _LAYER,
+  "adaclip": _LAYER,
+  "adagn": _LAYER,
+  "stable_spam": _LAYER,
+  "adaptive_grad_clip": _UNIT,
+  "clip": _ELEMENT,
+  "clippy": _ELEMENT,
+  "clip_element_spikes": _ELEMENT,
+}
+
+# In every dtype, and with every optimizer.
+_FEW = ("none", _GLOBAL, "clip_by_global_norm")
+_BFLOAT16 = (
+  *_FEW,
+  _LAYER,
+  "clip_by_layer_norm",
+  "clip_by_block_rms",
+  _UNIT,
+  "adaptive_grad_clip",
+  "adagc",
+  "guarded_step, skip_nonfinite",
+  "update, skip_nonfinite",
+  "guarded_step, everything",
+)
+_SHARDED = (
+  *_FEW,
+  _LAYER,
+  "clip_by_layer_norm",
+  _UNIT,
+  "adaptive_grad_clip",
+)
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+  """All methods by name, those of optax before those that stand in their place."""
+  import jax
+  import optax
+
+  from benchmarks import overhead
+  from benchmarks import skip
+  import optax_clip
+
+  def labels(tree: Any) -> Any:
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", tree)
+
+  clips: dict[str, Callable[[], Any]] = overhead.METHODS | {
+    "clip_by_global_norm, record=False": lambda: optax_clip.clip_by_global_norm(
+      1.0, record=False
+    ),
+    "clip_by_group_norm": lambda: optax_clip.clip_by_group_norm(
+      labels, {"matrix": 1.0, "vector": 0.1}
+    ),
+    "adagn": optax_clip.adagn,
+    "clippy": optax_clip.clippy,
+    "clip_element_spikes": optax_clip.clip_element_spikes,
+  }
+  found = {
+    name: Method(
+      lambda tx, make=make: optax.chain(make(), tx),
+      None
+      if name == "none" or name.startswith("optax.")
+      else _PEERS.get(name, _GLOBAL),
+    )
+    for name, make in clips.items()
+  }
+  found["observe"] = Method(optax_clip.observe, _GLOBAL)
+  clip = optax_clip.clip_by_global_norm(1.0)
+  everything = skip.METHODS["guarded_step, everything"][0]
+  guards: dict[str, tuple[Callable[[Any], Any], bool]] = skip.METHODS | {
+    "update, dynamic_loss_scale": (
+      lambda tx: optax_clip.dynamic_loss_scale(optax.chain(clip, tx)),
+      False,
+    ),
+    "update, everything": (everything, False),
+    "update, skip_nonfinite, record=layers": (
+      lambda tx: optax_clip.skip_nonfinite(optax.chain(clip, tx), record="layers"),
+      False,
+    ),
+  }
+  for name, (guard, whole) in guards.items():
+    if name != skip.BASE:
+      found[name] = Method(guard, None if name == _GUARD else _GUARD, whole)
+  return found
+
+
+def cells() -> list[Cell]:
+  """All programs, those that are compared one after the other."""
+  layers = (_LAYER, "clip_by_layer_norm")
+  found = [Cell(name) for name in methods()]
+  found += [Cell(name, dtype="bfloat16") for name in _BFLOAT16]
+  for optimizer in ("sgd", "lion", "muon"):
+    found += [Cell(name, optimizer=optimizer) for name in _FEW]
+  found += [Cell(name, devices=8) for name in _SHARDED]
+  for model in ("300 mixed leaves", "1,000 leaves"):
+    found += [Cell(name, model) for name in (*_FEW, *layers)]
+  # Minutes each.
+  return found + [Cell(name, "2,000 leaves") for name in _FEW[1:]]
+
+
+def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
+  """Compiles a cell; returns its figures."""
+  from benchmarks import _compiling
+  from benchmarks import overhead
+
+  method = methods()[cell.method]
+  tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
+  shapes = MODELS[cell.model][quick]
+  return _compiling.step(tx, shapes, cell.dtype, devices, method.whole).row()
+
+
+def run(
+  target: str,
+  quick: bool = False,
+  only: str = "",
+  devices: int = 1,
+  note: Callable[[str], None] = lambda text: None,
+) -> Iterator[dict[str, Any]]:
+  """Yields a row for each cell over so many devices.
+
+  Args:
+    target: of `_targets.TARGETS`.
+    quick: whether to take the smaller models, and float32 only.
+    only: a regular expression that is found in the cells that are meant.
+    devices: 1 or 8. JAX has to have as many.
+    note: told what is being compiled.
+  """
+  from benchmarks import _sources
+
+  compile_for = _targets.devices(target, devices)
+  sources = _sources.digest()
+  peers: dict[Cell, dict[str, Any]] = {}
+
+  def found(cell: Cell) -> dict[str, Any]:
+    note(f"{target}: {cell.text()}")
+    return figures(cell, compile_for, quick)
+
+  for cell in selected(quick, only):
+    if cell.devices != devices:
+      continue
+    name = methods()[cell.method].peer
+    peer = cell._replace(method=name) if name else None
+    if peer and (peer not in peers or peers[peer]["compile_s"] < LONG):
+      peers[peer] = found(peer)
+    own = peers[cell] = found(cell)
+    shapes = MODELS[cell.model][quick]
+    yield {
+      "suite": "compiled",
+      "target": target,
+      **cell._asdict(),
+      "parameters": sum(map(math.prod, shapes)),
+      "leaves": len(shapes),
+      **own,
+      "peer": name,
+      **{
+        f"{key.removesuffix('_s')}_over_optax": own[key] / peers[peer][key]
+        if peer
+        else None
+        for key in ("kernels", "bytes", "lower_s", "compile_s")
+      },
+      "sources": sources,
+    }
+
+
+def selected(quick: bool, only: str) -> list[Cell]:
+  """The cells that are meant."""
+  return [
+    cell
+    for cell in cells()
+    if re.search(only, cell.text()) and not (quick and cell.dtype != "float32")
+  ]
+
+
+def measured(
+  target: str, quick: bool, only: str, note: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+  """Yields the rows of one target, over 8 devices too."""
+  if any(cell.devices == 1 for cell in selected(quick, only)):
+    yield from run(target, quick, only, note=note)
+  if any(cell.devices > 1 for cell in selected(quick, only)):
+    note(f"{target}: 8 devices, in a process of their own")
+    arguments = [target, "--only", only, *(["--quick"] if quick else [])]
+    output = subprocess.run(
+      [sys.executable, "-m", "benchmarks.compiled", *arguments],
+      stdout=subprocess.PIPE,
+      check=True,
+      text=True,
+    ).stdout
+    yield from json.loads(output.splitlines()[-1])
+
+
+def about(target: str) -> dict[str, str]:
+  """What the figures of a target depend on."""
+  import importlib.metadata
+  import platform
+
+  packages = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin")
+  packages += ("nvidia-cuda-nvcc-cu12",)
+  installed = {
+    x.metadata["Name"]: x.version for x in importlib.metadata.distributions()
+  }
+  return {
+    "date": datetime.date.today().isoformat(),
+    "device": f"compiled for {_targets.TARGETS[target].title} and counted, not run",
+    "target": target,
+    "python": platform.python_version(),
+    **{name: installed[name] for name in packages if name in installed},
+  }
+
+
+def merged(rows: Rows, file: str | None) -> Rows:
+  """The rows of a file, with those that were compiled anew in their place."""
+  if file is None:
+    return rows
+
+  def cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("target", "parameters", *Cell._fields))
+
+  new = {cell(row): row for row in rows}
+  kept = [new.pop(cell(row), row) for row in json.loads(file)["rows"]]
+  return [*kept, *new.values()]
+
+
+def main(options: argparse.Namespace) -> Rows:
+  """Compiles, shows and writes; returns the rows."""
+  from rich.console import Console
+
+  from benchmarks import _report
+
+  console = Console()
+  try:
+    targets = _targets.named(options.target)
+    for target in targets:
+      if text := _targets.missing(target):
+        raise _targets.MissingError(text)
+  except (ValueError, _targets.MissingError) as error:
+    raise SystemExit(str(error)) from None
+  every = []
+  for target in targets:
+    path = options.json and _of_target(options.json, target, targets)
+    old = path.read_text() if path and path.exists() and options.only else None
+    rows, notes = [], about(target)
+    with _report.progress(console) as note:
+      for row in measured(target, options.quick, options.only, note):
+        rows.append(row)
+        if path:  # As they come: a run that is stopped leaves some.
+          _report.write(merged(rows, old), notes, path)
+    every += rows
+    _report.show(rows, console)
+    console.print(
+      f"{notes['device']}. Bytes and temporaries are in units of the gradients,"
+      " seconds to compile are of this machine, /opt. is over optax's equivalent."
+    )
+    if options.png:
+      from benchmarks import _charts
+
+      path = _of_target(options.png, target, targets)
+      for drawn in _charts.draw(rows, path, notes):
+        console.print(f"wrote {drawn}", soft_wrap=True, highlight=False)
+  return every
+
+
+def _of_target(path: pathlib.Path, target: str, targets: list[str]) -> pathlib.Path:
+  """A file of each target, with its name before the ending if there are several."""
+  return path.with_stem(f"{path.stem}-{target}") if len(targets) > 1 else path
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser()
+  parser.add_argument("target")
+  parser.add_argument("--only", default="")
+  parser.add_argument("--quick", action="store_true")
+  arguments = parser.parse_args()
+  _targets.prepare(8)
+  print(json.dumps(list(run(arguments.target, arguments.quick, arguments.only, 8))))

@@ -1,0 +1,146 @@
+"""Floats of extended range: what norms and coefficients are.
+
+The norm of finite float32 values may exceed the largest float32, and a coefficient
+that brings it to a small limit may be below the smallest. So both are two floats,
+``value * unit``, of which the unit is a power of two and usually 1. The few
+operations that actions need stand here, so that an action reads as its formula.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Extended(NamedTuple):
+  """A non-negative number, or an array of them: ``value * unit``.
+
+  Attributes:
+    value: f32, or f64. Of norms, NaN or inf when an element is NaN or inf, and only
+      then.
+    unit: of the same shape and dtype; a power of two, and 1 unless the number is
+      near the ends of the dtype's range or beyond them.
+  """
+
+  value: Array
+  unit: Array
+
+
+def is_extended(node: Any) -> bool:
+  """Whether a node of a tree is one number of extended range."""
+  return isinstance(node, Extended)
+
+
+def of(x: Array | Extended) -> Extended:
+  """A float as `Extended`; what is `Extended` stays as it is."""
+  return x if isinstance(x, Extended) else Extended(x, jnp.ones_like(x))
+
+
+def as_float(x: Extended) -> Array:
+  """The number as one float. A finite one stays finite: it saturates."""
+  most = jnp.finfo(x.value.dtype).max
+  saturated = jnp.minimum(x.value * x.unit, most)
+  return jnp.where(jnp.isfinite(x.value), saturated, x.value)
+
+
+def plus(x: Extended, addend: Any) -> Extended:
+  """``x + addend``."""
+  if isinstance(addend, float) and addend == 0:
+    return x
+  return Extended(x.value + jnp.asarray(addend, x.value.dtype) / x.unit, x.unit)
+
+
+def exceeds(x: Extended, limit: Array) -> Array:
+  """``x > limit``, exactly; NaN exceeds everything."""
+  return ~(x.value <= limit / x.unit)
+
+
+def where(condition: Array, x: Extended, y: Any) -> Extended:
+  """``x`` where the condition holds, elsewhere ``y``, a float or an array."""
+  return Extended(jnp.where(condition, x.value, y), jnp.where(condition, x.unit, 1))
+
+
+def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Extended:
+  """``numerator / denominator``, whatever their sizes; both of one dtype.
+
+  The mantissas are divided, and the exponents subtracted. The result's value is
+  within a factor of 4 of 1 whenever its unit is not 1. The derivative is that of
+  the mantissas, so that it squares nothing that is large or small.
+  """
+  numerator, denominator = of(numerator), of(denominator)
+  above, below = _split(numerator.value), _split(denominator.value)
+  exponent = above[1] - below[1]
+  exponent += _exponent(numerator.unit) - _exponent(denominator.unit)
+  info = jnp.finfo(numerator.value.dtype)
+  near = jnp.clip(exponent, info.minexp + 24, info.maxexp - 24)
+  ratio = above[0] / below[0]
+  rest = jnp.clip(exponent - near, info.minexp, info.maxexp - 2)
+  return Extended(ratio * _power(near, ratio.dtype), _power(rest, ratio.dtype))
+
+
+def divided(x: Extended, y: Array) -> Extended:
+  """``x / y`` for a norm: less arithmetic than `quotient`, and a unit that may be any.
+
+  A value beyond ``2 ** 62`` is ordinary: where the unit is not 1, it is near 1.
+  """
+
+  def scale(z: Array) -> Array:
+    high = 2.0 ** (jnp.finfo(z.dtype).maxexp // 2 - 2)
+    return jnp.where(z > high, 0.5 / high, jnp.where(z < 1 / high, 2 * high, 1))
+
+  above, below = (lax.stop_gradient(scale(z)) for z in (x.value, y))
+  most = 2.0 ** (jnp.finfo(y.dtype).maxexp - 2)
+  unit = jnp.minimum(x.unit * (below / above), most)
+  return Extended(x.value * above / (y * below), unit)
+
+
+def from_float(x: Array, dtype: Any) -> Extended:
+  """A wider float, or one of the same width, in a dtype; exact but for rounding."""
+  info = jnp.finfo(dtype)
+  ordinary = (x <= float(info.max) / 4) & (x >= float(info.tiny) * 4)
+  # Within the range, and at 0, NaN and inf, the unit is 1.
+  ordinary |= ~((x > 0) & jnp.isfinite(x))
+  exponent = jnp.where(
+    ordinary, 0, jnp.clip(_exponent(x), info.minexp, info.maxexp - 2)
+  )
+  unit = _power(exponent.astype(jnp.int32), x.dtype)
+  return Extended((x / unit).astype(dtype), unit.astype(dtype))
+
+
+def power_of_two(x: Array) -> Array:
+  """2^floor(log2 x): x with its mantissa cleared.
+
+  Held where both it and its inverse are normal floats: XLA divides by a scalar
+  by multiplying with its inverse, and CPUs flush subnormal inverses to zero.
+  """
+  exponent = jnp.where(jnp.isfinite(x) & (x > 0), _exponent(x), 0)
+  info = jnp.finfo(x.dtype)
+  return _power(jnp.clip(exponent, info.minexp, info.maxexp - 2), x.dtype)
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+  """The mantissa, from 1 to below 4, and the exponent."""
+  info = jnp.finfo(x.dtype)
+  exponent = jnp.clip(_exponent(x), info.minexp, info.maxexp - 2)
+  return x * _power(-exponent, x.dtype), exponent
+
+
+def _exponent(x: Array) -> Array:
+  """The exponent in the bits of a float; i32."""
+  info = jnp.finfo(x.dtype)
+  carrier = jnp.dtype(f"int{info.bits}")
+  bits = lax.bitcast_convert_type(lax.stop_gradient(x), carrier)
+  exponent = (bits >> info.nmant) & carrier.type((1 << info.nexp) - 1)
+  return exponent.astype(jnp.int32) - (info.maxexp - 1)
+
+
+def _power(exponent: Array, dtype: Any) -> Array:
+  """``2 ** exponent``, of exponents of normal floats."""
+  info = jnp.finfo(dtype)
+  carrier = jnp.dtype(f"int{info.bits}")
+  bits = (exponent.astype(carrier) + carrier.type(info.maxexp - 1)) << info.nmant
+  return lax.bitcast_convert_type(bits, jnp.dtype(dtype))

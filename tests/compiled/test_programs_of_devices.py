@@ -1,0 +1,101 @@
+"""What a GPU's and a TPU's compiler make of a step: counted, not run.
+
+A donated AdamW step in float32. Bytes are in units of the gradients: the step alone
+moves seven, reading the gradients once more makes eight. `QUICK` is a model of 11
+leaves with matrices as large as those of the one of 61, where a figure does not
+depend on the number of leaves.
+"""
+
+import pytest
+
+from benchmarks import _targets
+from benchmarks import compiled
+
+QUICK = {"quick": True}
+
+# The clips and guards of this library.
+OURS = [name for name in compiled.methods() if name != "none" and "optax." not in name]
+GUARDS = [
+  f"{how}, {guard}"
+  for how in ("guarded_step", "update")
+  for guard in ("skip_nonfinite", "skip_spikes", "dynamic_loss_scale", "everything")
+]
+BY_UPDATE = [name for name in GUARDS if name.startswith("update")]
+LIKE_OPTAX = {
+  "clip_by_global_norm": "optax.clip_by_global_norm",
+  "clip_by_block_rms": "optax.clip_by_block_rms",
+  "clip_by_layer_norm": "optax.clip_by_block_rms",
+}
+UNIT, OPTAX_UNIT = "adaptive_grad_clip", "optax.adaptive_grad_clip"
+CLIP = "clip_by_global_norm"
+
+
+def needs(name):
+  """Skips what needs a compiler that is not installed, and says which."""
+  missing = _targets.missing(name)
+  return pytest.mark.skipif(missing is not None, reason=missing or "")
+
+
+TARGETS = [pytest.param(name, marks=needs(name)) for name in ("h100", "tpu-v5e")]
+
+
+@needs("h100")
+class TestH100:
+  @pytest.mark.parametrize("method", OURS)
+  def test_the_host_is_never_waited_for(self, figures, method):
+    assert figures("h100", method, **QUICK)["conditionals"] == 0
+
+  @pytest.mark.parametrize("method", GUARDS)
+  def test_a_guard_holds_no_copy_and_reads_once(self, figures, method):
+    found = figures("h100", method, **QUICK)
+    assert found["temp_copies"] <= 0.01
+    assert found["bytes"] <= (8.1 if "everything" in method else 8.05)
+
+  @pytest.mark.parametrize("method", LIKE_OPTAX)
+  def test_no_more_kernels_than_optax(self, figures, method):
+    peer = figures("h100", LIKE_OPTAX[method])
+    assert figures("h100", method)["kernels"] <= peer["kernels"]
+
+  def test_agc_has_hardly_more_kernels_than_optax(self, figures):
+    peer = figures("h100", OPTAX_UNIT)
+    assert figures("h100", UNIT)["kernels"] <= 1.15 * peer["kernels"]
+
+  def test_agc_reads_gradients_and_parameters_once(self, figures):
+    assert figures("h100", UNIT)["bytes"] <= 9.05
+
+
+@needs("tpu-v5e")
+class TestV5e:
+  @pytest.mark.parametrize("method", LIKE_OPTAX)
+  def test_no_more_kernels_than_optax(self, figures, method):
+    peer = figures("tpu-v5e", LIKE_OPTAX[method])
+    assert figures("tpu-v5e", method)["kernels"] <= peer["kernels"]
+
+  def test_agc_has_no_more_kernels_than_optax(self, figures):
+    peer = figures("tpu-v5e", OPTAX_UNIT)
+    assert figures("tpu-v5e", UNIT)["kernels"] <= peer["kernels"]
+
+  def test_agc_reads_gradients_and_parameters_once(self, figures):
+    # Less than nine, as some of them stay on the chip.
+    assert figures("tpu-v5e", UNIT)["bytes"] <= 8.9
+
+  @pytest.mark.parametrize("method", BY_UPDATE)
+  def test_a_guard_holds_no_copy_and_reads_once(self, figures, method):
+    found = figures("tpu-v5e", method)
+    assert found["temp_copies"] <= 0.06
+    assert found["bytes"] <= 7.9
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class TestBoth:
+  @pytest.mark.parametrize("method", [CLIP, "clip_by_layer_norm", UNIT])
+  def test_one_all_reduce_over_eight_devices(self, figures, target, method):
+    found = figures(target, method, devices=8, **QUICK)
+    assert found["most_collectives"] == {"all-reduce": 1}
+
+  @pytest.mark.parametrize("layers", [False, True])
+  def test_a_guard_and_its_clip_measure_once(self, figures, target, layers):
+    guarded = "update, skip_nonfinite" + ", record=layers" * layers
+    # What stays on a TPU's chip from one kernel to the next varies a little.
+    least = figures(target, CLIP)["bytes"]
+    assert figures(target, guarded)["bytes"] <= least + 0.2 * (target != "h100") + 0.01

@@ -1,0 +1,263 @@
+"""What is read from a compiled program, and that committed figures are up to date."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import _charts
+from benchmarks import _compiling
+from benchmarks import _programs
+from benchmarks import _report
+from benchmarks import _sources
+from benchmarks import _targets
+from benchmarks import compiled
+from benchmarks import readme
+import optax_clip
+
+# Two leaves of 4 kB and 400 kB, the sum of their squares, checked, and one update.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%square (p: f32[100000]) -> f32[] {
+  %p = f32[100000]{0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %r = f32[] reduce(%p, %zero), dimensions={0}, to_apply=%sum
+}
+
+%rows (q: f32[100000], i: s32[], u: f32[100]) -> (f32[100000], f32[10]) {
+  %q = f32[100000]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %u = f32[100]{0} parameter(2)
+  %new = f32[100000]{0} dynamic-update-slice(%q, %u, %i)
+  %part = f32[10]{0} dynamic-slice(%u, %i), dynamic_slice_sizes={10}
+  ROOT %both = (f32[100000]{0}, f32[10]{0}) tuple(%new, %part)
+}
+
+%keep (x: (f32[], f32[100000])) -> f32[] {
+  %x = (f32[]{:T(128)}, f32[100000]{0:T(1024)}) parameter(0)
+  ROOT %value = f32[] get-tuple-element(%x), index=0
+}
+
+%rescue (y: (f32[], f32[100000])) -> f32[] {
+  %y = (f32[], f32[100000]{0}) parameter(0)
+  %again = f32[100000]{0} get-tuple-element(%y), index=1
+  %norm = f32[] fusion(%again), kind=kInput, calls=%square
+  ROOT %whole = f32[] all-reduce(%norm), to_apply=%sum
+}
+
+ENTRY %main (a: f32[100000], b: f32[1000], s: pred[], n: s32[]) -> f32[100000] {
+  %a = f32[100000]{0} parameter(0)
+  %b = f32[1000]{0} parameter(1)
+  %s = pred[] parameter(2)
+  %n = s32[] parameter(3)
+  %n2 = f32[] fusion(%a), kind=kInput, calls=%square
+  %start = f32[] all-reduce-start(%n2), to_apply=%sum
+  %done = f32[] all-reduce-done(%start)
+  %t = (f32[], /*index=1*/f32[100000]{0}) tuple(%done, %a)
+  %c = f32[] conditional(%s, %t, %t), branch_computations={%keep, %rescue}
+  %d = f32[100]{0} copy(%b)
+  ROOT %e = (f32[100000]{0}, f32[10]{0}) fusion(%a, %n, %d), kind=kLoop, calls=%rows
+}
+"""
+
+
+_ABOUT = {"jax": "0.10.2", "date": "2026-01-01"}
+
+
+class TestPrograms:
+  def read(self, text=PROGRAM, gradient_bytes=400_000):
+    return _programs.Program(text, gradient_bytes)
+
+  def test_the_ordinary_path_is_counted(self):
+    found = self.read().ordinary
+    # The norm, its all-reduce, the copy, and the update; not the rescue.
+    assert (found.kernels, found.tiny) == (4, 2)
+    # Slices count as slices, and what is updated in place as the update: 400 bytes
+    # of the update, which is read whole as it is written too, 4 and 40.
+    assert found.bytes == 400_004 + 8 + 4400 + (400 + 400 + 4 + 40)
+
+  def test_collectives_of_all_branches_are_counted_once(self):
+    row = self.read().row()
+    assert row["conditionals"] == 1
+    assert row["collectives"] == {"all-reduce": 2}
+    assert row["most_collectives"] == {"all-reduce": 2}
+    assert self.read().count("all-reduce") == 2
+
+  def test_a_large_result_is_of_a_guard(self):
+    # To gradients of a few bytes the same result is large.
+    found = self.read(gradient_bytes=40).ordinary
+    assert found.kernels == 4 + 2
+
+  def test_a_loop_counts_as_often_as_it_runs(self):
+    trips = '"known_trip_count":{"n":"5"}'
+    loop = f"while(%t), condition=%keep, body=%rescue, backend_config={{{trips}}}"
+    call = PROGRAM.replace(
+      "conditional(%s, %t, %t), branch_computations={%keep, %rescue}", loop
+    )
+    found = self.read(call).ordinary
+    assert found.kernels == 4 + 5 * 2
+    assert found.collectives[0] == 2
+
+  def test_transfers_of_a_tpu_are_no_kernels(self):
+    text = """HloModule m
+ENTRY %main (a: f32[100,8]) -> f32[100,8] {
+  %a = f32[100,8]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[100,8]{1,0:T(8,128)}), f32[50,8]CHIP, s32[]{:S(2)}) slice-start(%a)
+  %d = f32[50,8]CHIP slice-done(%s)
+  %c = f32[50,8]CHIP custom-call(%d), custom_call_target="ConcatBitcast"
+  %e = bf16[50,8]CHIP convert(%c)
+  ROOT %f = f32[50,8]{1,0:T(8,128)} convert(%e)
+}
+""".replace("CHIP", "{1,0:T(8,128)S(1)}")
+    found = self.read(text).ordinary
+    assert (found.kernels, found.tiny) == (2, 2)
+    # Half of it is brought to the chip, and half written.
+    assert found.bytes == 1600 + 1600
+
+  def test_sizes_of_types(self):
+    shape = "(f8e4m3fn[8]{0}, bf16[2,4], pred[8], s4[8]{0:E(4)}, c64[], token[])"
+    assert _programs._size(shape) == 8 + 16 + 8 + 4 + 8
+
+  @pytest.mark.foreign  # AdamW of optax mixes dtypes.
+  @pytest.mark.parametrize("count", [1, 8])
+  def test_a_step_of_this_machine(self, count):
+    tx = optax.chain(optax_clip.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    shapes = [(512, 64), (64,), (64, 512)]
+    row = _compiling.step(tx, shapes, jnp.float32, jax.devices()[:count]).row()
+    assert row["kernels"] > row["tiny"] > 0
+    assert 7 < row["bytes"] < 12
+    assert row["collectives"].keys() <= {"all-reduce"}
+    assert bool(row["collectives"]) == (count > 1)
+
+
+class TestSuite:
+  def test_every_cell_has_a_method_a_model_and_a_peer(self):
+    methods = compiled.methods()
+    for cell in compiled.cells():
+      assert cell.method in methods
+      assert cell.model in compiled.MODELS
+      assert (methods[cell.method].peer or "none") in methods
+    assert len(set(compiled.cells())) == len(compiled.cells())
+
+  def test_every_transformation_has_a_cell(self):
+    names = " ".join(compiled.methods())
+    page = readme.README.read_text()
+    table = page[page.index("## Methods") : page.index("What is not in the table")]
+    cells = re.findall(r"^\| (`.*?) \|", table, flags=re.M)
+    transformations = re.findall(r"`(\w+)[(`]", " ".join(cells))
+    # Those that are given gradients of each example make no step of an optimizer.
+    named = {name for name in transformations if not name.startswith("per_example")}
+    assert len(named) > 15
+    assert {name for name in named if name not in names} == set()
+
+  def test_only_selects_by_a_regular_expression(self):
+    found = compiled.selected(quick=True, only="8 devices: .*norm$")
+    assert [cell.devices for cell in found] == [8] * len(found)
+    assert {cell.method for cell in found} >= {"clip_by_layer_norm"}
+
+  def test_the_transformer_has_61_leaves(self):
+    shapes, _ = compiled.MODELS["transformer"]
+    assert len(shapes) == 61
+
+  def rows(self):
+    keys = ("kernels", "tiny", "conditionals")
+    row = {"suite": "compiled", "target": "h100", "parameters": 84_000_000}
+    row |= dict.fromkeys(keys, 3) | {"leaves": 61, "collectives": {}}
+    row |= {"bytes": 8.0, "temp_copies": 0.0, "compile_s": 1.0, "peer": None}
+    row |= {"kernels_over_optax": None, "compile_over_optax": 1.5}
+    return [
+      row | compiled.Cell(name)._asdict()
+      for name in compiled.methods()
+      if "bfloat16" not in name
+    ]
+
+  def test_rows_compiled_anew_replace_their_like(self):
+    rows = self.rows()
+    new = [rows[1] | {"kernels": 9}, rows[0] | {"dtype": "bfloat16"}]
+    found = compiled.merged(new, json.dumps({"rows": rows}))
+    assert found == [rows[0], new[0], *rows[2:], new[1]]
+    assert compiled.merged(new, None) == new
+
+  def test_results_are_shown_and_drawn(self, tmp_path):
+    from rich.console import Console
+
+    console = Console(width=80, record=True)
+    _report.show(self.rows(), console)
+    text = console.export_text()
+    assert "h100, a step of adamw on 84M float32 parameters in 61 leaves" in text
+    assert re.search(r"kern\. +/opt\. +tiny +bytes +temp +cond +secs +/opt\.", text)
+    assert max(map(len, text.splitlines())) <= 80
+    about = compiled.about("h100")
+    assert "counted, not run" in about["device"]
+    (figure,) = _charts.draw(self.rows(), tmp_path / "a.png", about)
+    assert figure.stat().st_size > 10_000
+
+  def test_the_table_of_the_readme(self):
+    table = readme.accelerators({"h100": {"rows": self.rows(), "about": _ABOUT}})
+    assert "compiled for an NVIDIA H100" in table
+    assert "counted, not run" in table
+    assert "| `clip_by_layer_norm` | 3 | 8.00 | 0 |" in table
+
+  @pytest.mark.parametrize("target", ["h100,abacus", "abacus"])
+  def test_an_unknown_target_is_named(self, target, monkeypatch, environment):
+    with pytest.raises(SystemExit, match=r"--target abacus: choose from h100, tpu"):
+      benchmarks.main(["--suite", "compiled", "--target", target])
+
+  def test_a_missing_compiler_is_named(self, monkeypatch, environment):
+    monkeypatch.setattr(_targets, "_found", lambda module: False)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps jax-cuda12-plugin=="):
+      benchmarks.main(["--suite", "compiled", "--target", "h100"])
+    with pytest.raises(_targets.MissingError, match=r"pip install libtpu$"):
+      _targets.devices("tpu-v5e")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+  """Keeps what the suite sets for compilers out of the other tests."""
+  for name in _targets._ENVIRONMENT:
+    monkeypatch.setenv(name, "")
+
+
+class TestSources:
+  def digest(self, tmp_path, text):
+    (tmp_path / "a.py").write_text(text)
+    return _sources.digest(tmp_path)
+
+  def test_words_do_not_count(self, tmp_path):
+    first = self.digest(
+      tmp_path, '"""One."""\ndef f(x):\n  if x:\n    raise ValueError("x")\n  return x'
+    )
+    second = self.digest(
+      tmp_path,
+      '"""Two."""\ndef f(x):  # Why.\n  """Returns."""\n  if x:\n    raise TypeError\n'
+      "  return x",
+    )
+    assert first == second
+
+  def test_code_counts(self, tmp_path):
+    first = self.digest(tmp_path, "x = 1")
+    assert first != self.digest(tmp_path, "x = 2")
+    assert first != self.digest(tmp_path, "x = '1'")
+    assert first == self.digest(tmp_path, "x = 1  # One.")
+
+  @pytest.mark.parametrize("target", _targets.TARGETS)
+  def test_committed_figures_are_of_these_sources(self, target):
+    path = readme.RESULTS / f"compiled-{target}.json"
+    if not path.exists():
+      pytest.skip(f"there is no {path.name}")
+    now = _sources.digest()
+    old = [
+      row["method"]
+      for row in json.loads(path.read_text())["rows"]
+      if row["sources"] != now
+    ]
+    assert not old, (
+      f"{path.name} is of other sources in {len(old)} rows. Compile them again, in an"
+      f" environment as CONTRIBUTING.md says: python -m benchmarks --suite compiled"
+      f" --target {target} --json {path.relative_to(readme.ROOT)}"
+      f" --png {path.relative_to(readme.ROOT).with_suffix('.png')}"
+    )
