@@ -36,6 +36,7 @@ from optax_clip import _backend
 from optax_clip import _extended
 from optax_clip import _mesh
 from optax_clip import _moments
+from optax_clip import _scalars
 from optax_clip import _sums
 from optax_clip._extended import Extended
 from optax_clip._layout import Block
@@ -279,7 +280,7 @@ def _run(
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
     by_place = dict(zip(layout.places, layout.spread(units), strict=True))
-    own = [by_place[m.place] for m in members]
+    own = _apart([by_place[m.place] for m in members])
   results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
   places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
   flat = [
@@ -296,6 +297,18 @@ def _run(
     pairs = zip(found, layout.blocks, strict=True)
     columns.append([_joined(x, block.shape, merge) for x, block in pairs])
   return columns
+
+
+def _apart(units: Sequence[Array]) -> list[Array]:
+  """The same units; scalars that several share are one for each.
+
+  One that is shared XLA:CPU writes down, as large as what is divided by it.
+  """
+  scalars = [unit for unit in units if not unit.ndim]
+  if len({id(unit) for unit in scalars}) == len(scalars):
+    return list(units)
+  own = iter(_scalars.columns([jnp.stack(scalars)]))
+  return [unit if unit.ndim else next(own)[0] for unit in units]
 
 
 def _joined(
