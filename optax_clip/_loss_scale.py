@@ -12,6 +12,7 @@ from optax_clip import _skip
 from optax_clip import _validate
 from optax_clip._core import Given
 from optax_clip._core import Measure
+from optax_clip._record import SkipRecord
 
 Array = jax.Array
 
@@ -132,7 +133,7 @@ def dynamic_loss_scale(
     updates: Any,
     params: Any,
     memory: dict[str, LossScale],
-    record: _guard.SkipRecord,
+    record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
@@ -153,7 +154,7 @@ def dynamic_loss_scale(
         finite, _guard.SkipReason.NONE, _guard.SkipReason.NONFINITE_NORM
       ),
       norm=jnp.max(seen.sizes, initial=0) / scale.astype(seen.sizes.dtype),
-      limit=jnp.full((), jnp.inf),
+      limit=jnp.full((), jnp.inf, jnp.float32),
       memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
       known=seen.known,
       layers=layers,

@@ -21,6 +21,7 @@ from optax_clip._core import LayerNorms
 from optax_clip._core import Measure
 from optax_clip._core import Threshold
 from optax_clip._guard import SkipReason
+from optax_clip._record import SkipRecord
 from optax_clip._record import counted
 
 Array = jax.Array
@@ -58,6 +59,8 @@ class LossMemory(NamedTuple):
 
 # The level of the loss is its mean over about the last 100 steps taken.
 _LEVEL_DECAY = 0.99
+# The smallest normal float32.
+_LEAST_DISTANCE = 2.0**-126
 
 
 def skip_nonfinite(
@@ -126,7 +129,7 @@ def skip_nonfinite(
     updates: Any,
     params: Any,
     memory: Any,
-    record: _guard.SkipRecord,
+    record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
@@ -139,7 +142,7 @@ def skip_nonfinite(
       take=take,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
       norm=jnp.max(seen.sizes, initial=0),
-      limit=jnp.full((), jnp.inf),
+      limit=jnp.full((), jnp.inf, jnp.float32),
       memory=memory,
       known=seen.known,
       layers=seen.layers,
@@ -257,7 +260,7 @@ def skip_spikes(
     updates: Any,
     params: Any,
     memory: SpikeMemory,
-    record: _guard.SkipRecord,
+    record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
@@ -275,9 +278,12 @@ def skip_spikes(
       loss = _record.single(loss)
       # Any sign, any offset: what is judged is the distance from the level.
       distance = jnp.where(memory.learnt > 0, loss - level, 0)
+      # At least what rounding makes of it: a distance of 0 would not be learnt.
+      least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
+      size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learnt > 0, least, 0))
       weight = _memory.debiasing(_LEVEL_DECAY, memory.learnt)
       new_level = level + weight * (loss - level)
-      values = jnp.concatenate([values, jnp.abs(distance)[None].astype(values.dtype)])
+      values = jnp.concatenate([values, size[None].astype(values.dtype)])
       signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
 
     # By what was learnt before this step. Nothing is learnt from a 0, so that it is
