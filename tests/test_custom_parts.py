@@ -24,10 +24,9 @@ def of_number(number):
 
   def measure(updates, params=None, **extra_args):
     del params, extra_args
-    value = number(updates)
-    return optax_clip.Norm(value, jnp.ones_like(value))
+    return number(updates)
 
-  return measures.global_norm()._replace(measure=measure, layers=None)
+  return measures.global_norm()._replace(measure=measure, parts=None)
 
 
 # And what each of them is of the gradients above.
