@@ -13,7 +13,7 @@ memory of a threshold::
     inner.update, and with `guarded_step` also the addition to the parameters
 
 Guards directly inside one another become one guard with several judges, the outermost
-first: a judge does not learn of steps that one before it refused.
+first: a judge does not learn of steps that one before it refused, nor count them.
 
 On CPU, updates that leave the branch are a buffer of their own, as large as the
 gradients. Parameters and state that leave it are written in place of the old ones.
@@ -56,7 +56,8 @@ class GuardState(NamedTuple):
   """The state of a guard.
 
   Attributes:
-    inner: the state of the transformation inside; changes with steps taken.
+    inner: the state of the transformation inside; changes with steps taken, but for
+      the norms, limits and coefficients in its records, which are of the last step.
     memory: what the judge remembers.
     record: ``{name: SkipRecord}``; with ``record="layers"`` also
       ``{name/layers: LayerRecord}``, of all steps.

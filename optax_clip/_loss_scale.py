@@ -71,8 +71,9 @@ def dynamic_loss_scale(
     growth_interval: after so many steps in a row that are finite the scale grows.
     growth_factor: by this factor, at least 1.
     backoff_factor: a step that is not finite multiplies the scale with it; in (0, 1].
-    min_scale: where it stops to fall. Data that gives NaN takes it there.
-    max_scale: where it stops to grow.
+    min_scale: where it stops to fall; 2^-126 if that is less. Data that gives NaN
+      takes it there.
+    max_scale: where it stops to grow; 2^126 if that is more.
     measure: see `skip_nonfinite`. Of the updates alone, and homogeneous: all of
       `optax_clip.measures` are but `relative`.
     record: `True`, or ``"layers"``: also the norm of each layer, from the same read,

@@ -73,7 +73,7 @@ class LayerRecord(NamedTuple):
 
 
 class SkipRecord(NamedTuple):
-  """What a guard did.
+  """What a guard did. One inside another counts the steps that the outer one let by.
 
   Attributes:
     norm: f32[], the (largest) norm of the last step, taken or not.

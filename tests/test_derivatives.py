@@ -145,6 +145,17 @@ class TestThroughGuards:
       np.testing.assert_array_equal(by_params, [1, 2, 3] if whole else 0, name)
 
   @pytest.mark.parametrize("guard", GUARDS)
+  def test_nor_does_that_of_one_member_of_an_ensemble(self, guard):
+    """Under `vmap` a branch is a selection."""
+    grads = np.float32([[3.0, 0.5, -4.0], *BROKEN.values()])
+    members = jax.vmap(derivatives(guard, False), (0, None))
+    by_gradient, _ = members(grads, self.PARAMS)
+    alone, _ = derivatives(guard, False)(grads[0], self.PARAMS)
+    np.testing.assert_allclose(by_gradient[0], alone, rtol=1e-6)
+    assert np.any(by_gradient[0])
+    np.testing.assert_array_equal(by_gradient[1:], 0)
+
+  @pytest.mark.parametrize("guard", GUARDS)
   def test_a_step_that_was_taken_depends_on_them_as_without_a_guard(self, guard):
     g = np.float64([3.0, 0.5, -4.0])
     norm, w = np.linalg.norm(g), np.float64([1, 2, 3])

@@ -120,6 +120,23 @@ class TestStepsNotTaken:
     assert record["dynamic_loss_scale/skipped"] == 1
     for name in ("dynamic_loss_scale", "skip_spikes", self.CLIP):
       assert not np.isfinite(record[f"{name}/norm"]), name
+    # It counts the steps that it judged.
+    assert record["dynamic_loss_scale/steps"] == 2
+    assert record["skip_spikes/steps"] == 1
+    assert record["skip_spikes/steps_skipped"] == 0
+
+  def test_so_does_one_that_is_not_directly_inside(self):
+    history = thresholds.history(6, window=4)
+    tx = optax_clip.skip_spikes(
+      optax.chain(optax_clip.skip_nonfinite(optax.sgd(0.1))), history
+    )
+    state, update = tx.init(jnp.zeros(1)), jax.jit(tx.update)
+    for norm in (1.0, 1.1, 0.9, 50.0):
+      _, state = update(jnp.float32([norm]), state)
+    record = optax_clip.metrics(state)
+    assert record["skip_spikes/skipped"] == 1
+    assert record["skip_nonfinite/norm"] == 50
+    assert record["skip_nonfinite/steps"] == 3
 
 
 def _restored():

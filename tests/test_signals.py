@@ -138,6 +138,12 @@ class TestLossesInFloat64:
     assert not np.any(found)
     assert not np.any(reasons)
 
+  def test_losses_of_both_signs_however_large(self):
+    with jax.enable_x64(True):
+      found, _, limits = judged([1e300, -1e300, 1e300, 1.0], threshold="history")
+    assert not np.any(found)
+    assert not np.any(np.isnan(limits))
+
   def test_it_is_a_spike_and_not_a_loss_that_is_not_finite(self):
     with jax.enable_x64(True):
       losses = [*(1 + noise(6, 40)), 1e300, np.inf]

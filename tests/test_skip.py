@@ -126,6 +126,13 @@ class TestContract:
     assert step._cache_size() == 1
 
   @guards
+  def test_weakly_typed_updates_stay_weakly_typed(self, guard):
+    tx = GUARDS[guard](optax.sgd(1.0))
+    updates = {"w": jnp.full(3, 0.5), "b": jnp.ones(2)}
+    new, _ = jax.jit(tx.update)(updates, tx.init(updates), **LOSS)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, updates)
+
+  @guards
   def test_scan_and_vmap(self, guard):
     tx = GUARDS[guard](inner())
     sequence = [gradient(), broken(), gradient(2.0)]
