@@ -16,7 +16,8 @@ momentum 0.9 at a learning rate of 0.1, 150 steps, max_norm 1, 5 seeds. Twice:
   divided by 1024 in float32 afterwards. A correct norm clips nothing at all.
 
 Run ``python examples/silent_stall.py``; it takes about 20 seconds on two
-cores, prints a table and writes a figure.
+cores, prints a table and writes a figure into the folder ``out``. That of the guide is
+made with ``--out docs/figures/silent_stall.png``.
 """
 
 import argparse
@@ -262,7 +263,7 @@ def _draw_run(axis: Any, library: str, run: Run) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the study, prints the table, writes the figure."""
-  default = Path(__file__).parent.parent / "docs" / "figures" / "silent_stall.png"
+  default = Path("out") / "silent_stall.png"
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument(
     "--out", type=Path, default=default, help="the figure (default: %(default)s)"

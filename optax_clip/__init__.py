@@ -27,7 +27,6 @@ from optax_clip._functions import unitwise_clip as unitwise_clip
 from optax_clip._functions import unitwise_norm as unitwise_norm
 from optax_clip._guard import GuardState as GuardState
 from optax_clip._guard import SkipReason as SkipReason
-from optax_clip._guard import SkipRecord as SkipRecord
 from optax_clip._guard import guarded_step as guarded_step
 from optax_clip._layer_metrics import LayerMetrics as LayerMetrics
 from optax_clip._layer_metrics import LayerReport as LayerReport
@@ -54,6 +53,7 @@ from optax_clip._per_example import (
 )
 from optax_clip._record import LayerRecord as LayerRecord
 from optax_clip._record import Record as Record
+from optax_clip._record import SkipRecord as SkipRecord
 from optax_clip._skip import skip_nonfinite as skip_nonfinite
 from optax_clip._skip import skip_spikes as skip_spikes
 from optax_clip._stable_spam import adaclip as adaclip

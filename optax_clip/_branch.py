@@ -22,6 +22,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
 
 from optax_clip import _backend
+from optax_clip import _leaf
 from optax_clip import _record
 
 Array = jax.Array
@@ -53,9 +54,12 @@ def taken_or_kept(
   leaves = jax.tree.leaves(updates)
   shown = [False] * len(jax.tree.leaves(shapes[0])) + _record.of_last_step(state)
 
-  def new(ready: Callable[[Any], Any] = lambda x: x) -> list[Any]:
-    consts = [ready(x) for x in closed.consts]
-    return jaxpr_as_fun(closed.replace(consts=consts))(*map(ready, leaves))
+  def new() -> list[Any]:
+    # In a branch, too: `vmap` makes a selection of it.
+    consts, inputs = (
+      [_leaf.gate(x, take) for x in values] for values in (closed.consts, leaves)
+    )
+    return jaxpr_as_fun(closed.replace(consts=consts))(*inputs)
 
   def old(measured: list[Any]) -> list[Any]:
     result = _zeros(shapes[0], leaves, take) if kept is None else jax.tree.leaves(kept)
@@ -69,7 +73,7 @@ def taken_or_kept(
     return lax.cond(take, new, lambda: old(_only(closed, shown, leaves)))
 
   def selection() -> list[Any]:
-    values = new(lambda x: _gate(x, take))
+    values = new()
     measured = [x for show, x in zip(shown, values, strict=True) if show]
     return [
       x if show else jnp.where(take, x, y)
@@ -77,7 +81,17 @@ def taken_or_kept(
     ]
 
   found = _backend.by_backend(cpu=branch, gpu=selection, tpu=selection)
+  like = leaves if kept is None else jax.tree.leaves(kept)
+  like = [*like, *jax.tree.leaves(state)]
+  if len(like) == len(found):
+    found = [_weakly_typed(*pair) for pair in zip(like, found, strict=True)]
   return jax.tree.unflatten(treedef, found)
+
+
+def _weakly_typed(like: Any, new: Array) -> Array:
+  """A result, weakly typed if what came in is."""
+  old = jnp.asarray(like)
+  return _leaf.keep_weak_type(old, new) if old.shape == new.shape else new
 
 
 def _only(closed: Any, used: list[bool], leaves: list[Any]) -> list[Any]:
@@ -100,28 +114,6 @@ def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:
     else jnp.zeros(x.shape, x.dtype)
     for x, y in zip(found, map(jnp.asarray, leaves), strict=True)
   ]
-
-
-def _gate(x: Any, take: Array) -> Any:
-  """The same; derivatives go through it only if the step is taken."""
-  if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-    return x
-  return _passed(x, take)
-
-
-@jax.custom_jvp
-def _passed(x: Array, take: Array) -> Array:
-  del take
-  return x
-
-
-@_passed.defjvp
-def _passed_jvp(
-  primals: tuple[Array, Array], tangents: tuple[Array, Any]
-) -> tuple[Array, Array]:
-  x, take = primals
-  dot = tangents[0]
-  return _passed(x, take), jnp.where(take, dot, jnp.zeros_like(dot))
 
 
 def _same_types(state: Any, later: Any) -> None:

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _extended
+from optax_clip import _leaf
 from optax_clip import _record
 from optax_clip import _validate
 from optax_clip._extended import Extended
@@ -224,12 +225,19 @@ def clip_with(
 
     found, layers = measured(measure, by_layer, updates, params, norms, extra_args)
     sizes = found.sizes()
+    finite = _record.all_finite(sizes)
+    if nonfinite == "zero":
+      # What is made zero depends on nothing.
+      updates, blocks = jax.tree.map(
+        lambda x: _leaf.gate(x, finite), (updates, found.blocks)
+      )
+      found = found._replace(blocks=blocks)
+      sizes = found.sizes()
     limits, memory = _limited(threshold, found.layout, sizes, memory, extra_args)
     coefficients = [
       action.weigh(norm, limit)
       for norm, limit in zip(found.blocks, limits, strict=True)
     ]
-    finite = _record.all_finite(sizes)
     clipped = _applied(action, found.layout, coefficients, limits, updates)
     if nonfinite == "zero":
       clipped = jax.tree.map(lambda x: _where_finite(finite, x), clipped)
@@ -487,14 +495,14 @@ def _applied(
   leaves, treedef = jax.tree.flatten(updates)
   own = layout.spread(list(zip(coefficients, limits, strict=True)))
   clipped = [
-    keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
+    _leaf.keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
     for leaf, (coefficient, limit) in zip(map(jnp.asarray, leaves), own, strict=True)
   ]
   return jax.tree.unflatten(treedef, clipped)
 
 
 def _where_finite(finite: Array, x: Array) -> Array:
-  return keep_weak_type(x, jnp.where(finite, x, jnp.zeros_like(x)))
+  return _leaf.keep_weak_type(x, jnp.where(finite, x, jnp.zeros_like(x)))
 
 
 def _noted(
@@ -531,13 +539,6 @@ def _noted(
 # A layer without elements has no norm: it counts as 0, and is never clipped.
 _largest = functools.partial(jnp.max, initial=0)
 _smallest = functools.partial(jnp.min, initial=jnp.inf)
-
-
-def keep_weak_type(old: Array, new: Array) -> Array:
-  """The new array, weakly typed if the old one is."""
-  # A strongly typed scalar where a weakly typed one was would make `jit`
-  # compile the training step twice.
-  return old.at[...].set(new) if jax.typeof(old).weak_type else new
 
 
 def _identical(leaves: Sequence[Any], tree: Any) -> bool:

@@ -10,6 +10,7 @@ import optax
 
 from optax_clip import _extended
 from optax_clip import _groups
+from optax_clip import _leaf
 from optax_clip import _memory
 from optax_clip import _moments
 from optax_clip import _record
@@ -21,7 +22,6 @@ from optax_clip._core import Action
 from optax_clip._core import Measure
 from optax_clip._core import clip_with
 from optax_clip._core import given
-from optax_clip._core import keep_weak_type
 from optax_clip._extended import Extended
 
 Array = jax.Array
@@ -365,7 +365,7 @@ def clip_element_spikes(
         ],
       )
     seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
-    kept = [keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
+    kept = [_leaf.keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
     clipped_tree = jax.tree.unflatten(treedef, kept)
     known = given(clipped_tree, norms, peak)
     result, clip = recorded.update(clipped_tree, state.clip, params, norms=known)

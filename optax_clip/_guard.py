@@ -13,7 +13,7 @@ memory of a threshold::
     inner.update, and with `guarded_step` also the addition to the parameters
 
 Guards directly inside one another become one guard with several judges, the outermost
-first: a judge does not learn of steps that one before it refused.
+first: a judge does not learn of steps that one before it refused, nor count them.
 
 On CPU, updates that leave the branch are a buffer of their own, as large as the
 gradients. Parameters and state that leave it are written in place of the old ones.
@@ -36,6 +36,7 @@ from optax_clip import _validate
 from optax_clip._core import Given
 from optax_clip._core import LayerNorms
 from optax_clip._extended import Extended
+from optax_clip._record import SkipRecord
 from optax_clip._record import counted
 
 Array = jax.Array
@@ -51,33 +52,12 @@ class SkipReason(enum.IntEnum):
   LOSS_SPIKE = 4
 
 
-class SkipRecord(NamedTuple):
-  """What a guard did.
-
-  Attributes:
-    norm: f32[], the (largest) norm of the last step, taken or not.
-    limit: f32[], the (smallest) limit of these norms; inf if there is none.
-    skipped: i32[], 1 if the last step was not taken, else 0.
-    reason: i32[], the `SkipReason` of the last step that was not taken.
-    consecutive: i32[], how many steps up to the last one were not taken.
-    steps: i32[], how many steps were seen.
-    steps_skipped: i32[], how many of them were not taken.
-  """
-
-  norm: Array
-  limit: Array
-  skipped: Array
-  reason: Array
-  consecutive: Array
-  steps: Array
-  steps_skipped: Array
-
-
 class GuardState(NamedTuple):
   """The state of a guard.
 
   Attributes:
-    inner: the state of the transformation inside; changes with steps taken.
+    inner: the state of the transformation inside; changes with steps taken, but for
+      the norms, limits and coefficients in its records, which are of the last step.
     memory: what the judge remembers.
     record: ``{name: SkipRecord}``; with ``record="layers"`` also
       ``{name/layers: LayerRecord}``, of all steps.
@@ -203,12 +183,7 @@ class Guard:
       noted = {key: _noted(entry, verdict) for key, entry in own.record.items()}
       after = (verdict.memory, noted)
       if own is not states[0]:
-        # Unless a judge further out had refused the step.
-        after = jax.tree.map(
-          lambda new, old, before=before: jnp.where(before, new, old),
-          after,
-          (own.memory, own.record),
-        )
+        after = _unless_refused(before, after, (own.memory, own.record))
       later = GuardState(later, *after)
     return result, later
 
@@ -313,6 +288,21 @@ def guarded_step(
 
 def _own(state: GuardState) -> SkipRecord:
   return next(x for x in state.record.values() if isinstance(x, SkipRecord))
+
+
+def _unless_refused(before: Array, new: Any, old: Any) -> Any:
+  """What a judge has after a step, or had, if one further out had refused it.
+
+  Its record shows what was measured of the last step in either case.
+  """
+  leaves, treedef = jax.tree.flatten(new)
+  chosen = [
+    x if shown else jnp.where(before, x, y)
+    for shown, x, y in zip(
+      _record.of_last_step(new), leaves, jax.tree.leaves(old), strict=True
+    )
+  ]
+  return jax.tree.unflatten(treedef, chosen)
 
 
 def _divided(updates: Any, scale: Array | None) -> Any:

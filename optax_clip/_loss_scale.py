@@ -12,6 +12,7 @@ from optax_clip import _skip
 from optax_clip import _validate
 from optax_clip._core import Given
 from optax_clip._core import Measure
+from optax_clip._record import SkipRecord
 
 Array = jax.Array
 
@@ -70,8 +71,9 @@ def dynamic_loss_scale(
     growth_interval: after so many steps in a row that are finite the scale grows.
     growth_factor: by this factor, at least 1.
     backoff_factor: a step that is not finite multiplies the scale with it; in (0, 1].
-    min_scale: where it stops to fall. Data that gives NaN takes it there.
-    max_scale: where it stops to grow.
+    min_scale: where it stops to fall; 2^-126 if that is less. Data that gives NaN
+      takes it there.
+    max_scale: where it stops to grow; 2^126 if that is more.
     measure: see `skip_nonfinite`. Of the updates alone, and homogeneous: all of
       `optax_clip.measures` are but `relative`.
     record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
@@ -132,7 +134,7 @@ def dynamic_loss_scale(
     updates: Any,
     params: Any,
     memory: dict[str, LossScale],
-    record: _guard.SkipRecord,
+    record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
@@ -153,7 +155,7 @@ def dynamic_loss_scale(
         finite, _guard.SkipReason.NONE, _guard.SkipReason.NONFINITE_NORM
       ),
       norm=jnp.max(seen.sizes, initial=0) / scale.astype(seen.sizes.dtype),
-      limit=jnp.full((), jnp.inf),
+      limit=jnp.full((), jnp.inf, jnp.float32),
       memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
       known=seen.known,
       layers=layers,

@@ -248,6 +248,21 @@ def sharded_like(x: Array, like: Array) -> Array:
   return _reshard(x, jax.typeof(like).sharding.spec)
 
 
+def on_mesh_of(x: Array, like: Array) -> Array:
+  """An array, on the mesh with explicit axes that the type of another says.
+
+  A state that was made before there was a mesh is of none, and not every operation
+  takes it together with what is of one.
+  """
+  mesh = getattr(getattr(jax.typeof(like), "sharding", None), "mesh", None)
+  explicit = jax.sharding.AxisType.Explicit
+  if mesh is None or explicit not in mesh.axis_types:
+    return x
+  if not jax.typeof(x).sharding.mesh.empty:
+    return x
+  return _reshard(x, jax.sharding.PartitionSpec())
+
+
 # `jax.reshard` since JAX 0.9.
 _reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
 

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clip._guard import SkipRecord
 from optax_clip._loss_scale import LossScale
 from optax_clip._record import Record
+from optax_clip._record import SkipRecord
 
 Array = jax.Array
 

@@ -279,7 +279,8 @@ def _run(
   """
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
-    own = _own_units(members, units)
+    by_place = dict(zip(layout.places, layout.spread(units), strict=True))
+    own = _apart([by_place[m.place] for m in members])
   results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
   places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
   flat = [
@@ -298,24 +299,16 @@ def _run(
   return columns
 
 
-def _own_units(members: Sequence[_Member], units: Sequence[Array]) -> list[Array]:
-  """For each part the unit of what it becomes."""
-  own: list[Any] = [
-    None if m.part.dims is None else _mesh.local(units[m.place.block], m.place.cut)
-    for m in members
-  ]
-  for number, unit in enumerate(units):
-    ours = [i for i, m in enumerate(members) if m.place.block == number]
-    if not ours or members[ours[0]].part.dims is not None:
-      continue
-    # A scalar for each part, though several share one: XLA's CPU backend would write
-    # down what all leaves of one shape divide by.
-    index = np.asarray([members[i].place.entry or 0 for i in ours], np.int32)
-    for i, (scalar,) in zip(
-      ours, _scalars.columns([jnp.ravel(unit)[index]]), strict=True
-    ):
-      own[i] = scalar
-  return own
+def _apart(units: Sequence[Array]) -> list[Array]:
+  """The same units; scalars that several share are one for each.
+
+  One that is shared XLA:CPU writes down, as large as what is divided by it.
+  """
+  scalars = [unit for unit in units if not unit.ndim]
+  if len({id(unit) for unit in scalars}) == len(scalars):
+    return list(units)
+  own = iter(_scalars.columns([jnp.stack(scalars)]))
+  return [unit if unit.ndim else next(own)[0] for unit in units]
 
 
 def _joined(

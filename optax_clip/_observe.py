@@ -11,6 +11,7 @@ import optax
 
 from optax_clip import _extended
 from optax_clip import _guard
+from optax_clip import _mesh
 from optax_clip import _metrics
 from optax_clip import _record
 from optax_clip import _skip
@@ -221,6 +222,7 @@ def _ring(window: int, name: str) -> Threshold:
     _same_shape(ring, (window, *norms.shape))
     # inf says that an element was not finite: a large norm must not become it.
     row = _record.single(norms)
+    ring = _mesh.on_mesh_of(ring, row)
     # A ring of one row at a time: in place where the state is donated.
     ring = lax.dynamic_update_index_in_dim(ring, row, steps % window, 0)
     later = {key: NormHistory(ring, optax.safe_increment(steps))}

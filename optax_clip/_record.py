@@ -72,6 +72,28 @@ class LayerRecord(NamedTuple):
   nonfinite_step: Array
 
 
+class SkipRecord(NamedTuple):
+  """What a guard did. One inside another counts the steps that the outer one let by.
+
+  Attributes:
+    norm: f32[], the (largest) norm of the last step, taken or not.
+    limit: f32[], the (smallest) limit of these norms; inf if there is none.
+    skipped: i32[], 1 if the last step was not taken, else 0.
+    reason: i32[], the `SkipReason` of the last step that was not taken.
+    consecutive: i32[], how many steps up to the last one were not taken.
+    steps: i32[], how many steps were seen.
+    steps_skipped: i32[], how many of them were not taken.
+  """
+
+  norm: Array
+  limit: Array
+  skipped: Array
+  reason: Array
+  consecutive: Array
+  steps: Array
+  steps_skipped: Array
+
+
 def blank() -> Record:
   """The record before the first step."""
   # Separate arrays: a donated state may not hold one buffer twice.
@@ -173,18 +195,18 @@ def of_last_step(state: Any) -> list[bool]:
   """
 
   def marks(node: Any) -> list[bool]:
-    if isinstance(node, (Record, LayerRecord)):
-      return [field in _LAST for field in node._fields]
-    return [False]
+    shown = _LAST.get(type(node))
+    return [False] if shown is None else [field in shown for field in node._fields]
 
-  def is_record(node: Any) -> bool:
-    return isinstance(node, (Record, LayerRecord))
-
-  nodes = jax.tree.leaves(state, is_leaf=is_record)
+  nodes = jax.tree.leaves(state, is_leaf=lambda node: type(node) in _LAST)
   return [mark for node in nodes for mark in marks(node)]
 
 
-_LAST = ("norm", "limit", "coefficient", "clipped_fraction", "size")
+_LAST = {
+  Record: ("norm", "limit", "coefficient", "clipped_fraction"),
+  LayerRecord: ("norm", "limit", "coefficient", "size"),
+  SkipRecord: ("norm", "limit"),
+}
 
 
 def single(x: Array) -> Array:

@@ -21,6 +21,7 @@ from optax_clip._core import LayerNorms
 from optax_clip._core import Measure
 from optax_clip._core import Threshold
 from optax_clip._guard import SkipReason
+from optax_clip._record import SkipRecord
 from optax_clip._record import counted
 
 Array = jax.Array
@@ -58,6 +59,8 @@ class LossMemory(NamedTuple):
 
 # The level of the loss is its mean over about the last 100 steps taken.
 _LEVEL_DECAY = 0.99
+# The smallest normal float32.
+_LEAST_DISTANCE = 2.0**-126
 
 
 def skip_nonfinite(
@@ -75,8 +78,9 @@ def skip_nonfinite(
       is finite} \\ (0, s) & \text{else} \end{cases}
 
   On a step that is not taken updates are zero and nothing in the state of `inner`
-  changes: no moment, no step count, no memory of a threshold. The run goes on as
-  if the step had not been. A norm of finite gradients is never inf here, so that
+  changes: no moment, no step count, no memory of a threshold; only what `metrics`
+  calls ``norm``, ``limit``, ``coefficient`` and ``clipped_fraction`` is of the last
+  step, taken or not. The run goes on as if the step had not been. A norm of finite gradients is never inf here, so that
   no finite step is lost, whatever its size.
 
   The test costs no read of its own: a clip inside that measures what `measure`
@@ -126,7 +130,7 @@ def skip_nonfinite(
     updates: Any,
     params: Any,
     memory: Any,
-    record: _guard.SkipRecord,
+    record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
@@ -139,7 +143,7 @@ def skip_nonfinite(
       take=take,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
       norm=jnp.max(seen.sizes, initial=0),
-      limit=jnp.full((), jnp.inf),
+      limit=jnp.full((), jnp.inf, jnp.float32),
       memory=memory,
       known=seen.known,
       layers=seen.layers,
@@ -186,8 +190,9 @@ def skip_spikes(
       constant. Its limit should be one that ordinary steps do not exceed: a high
       percentile, or a low one with a `factor`.
     signals: ``("norm",)``, ``("loss",)`` or both. The loss is passed to ``update``
-      or `guarded_step` as ``loss=``, unscaled and averaged over devices. One that
-      is not positive is never a spike.
+      or `guarded_step` as ``loss=``, unscaled and averaged over devices. It may be
+      of any sign: what is judged, and learnt, is its distance from the mean of about
+      the last 100 losses of steps taken, and a loss below that is never a spike.
     factor: f > 0, how many times its limit a signal may be.
     warmup: so many steps at first, and after each fresh start, are no spikes
       (and are learnt from). Thresholds that need values to begin with have no limit
@@ -257,7 +262,7 @@ def skip_spikes(
     updates: Any,
     params: Any,
     memory: SpikeMemory,
-    record: _guard.SkipRecord,
+    record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
   ) -> _guard.Verdict:
@@ -273,11 +278,16 @@ def skip_spikes(
       loss = _loss(extra_args)
       finite &= jnp.isfinite(loss)
       loss = _record.single(loss)
+      # Half of the range, so that a difference of two is a float.
+      bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
       # Any sign, any offset: what is judged is the distance from the level.
-      distance = jnp.where(memory.learnt > 0, loss - level, 0)
+      distance = jnp.where(memory.learnt > 0, bounded - level, 0)
+      # At least what rounding makes of it: a distance of 0 would not be learnt.
+      least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
+      size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learnt > 0, least, 0))
       weight = _memory.debiasing(_LEVEL_DECAY, memory.learnt)
-      new_level = level + weight * (loss - level)
-      values = jnp.concatenate([values, jnp.abs(distance)[None].astype(values.dtype)])
+      new_level = level + weight * (bounded - level)
+      values = jnp.concatenate([values, size[None].astype(values.dtype)])
       signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
 
     # By what was learnt before this step. Nothing is learnt from a 0, so that it is
@@ -307,7 +317,7 @@ def skip_spikes(
       old,
     )
     if by_loss:
-      now = jnp.where(shift, loss, jnp.where(take, new_level, level))
+      now = jnp.where(shift, bounded, jnp.where(take, new_level, level))
       learnt = LossMemory(learnt, now)
     reasons = (
       (~finite_norm, SkipReason.NONFINITE_NORM),
@@ -318,7 +328,7 @@ def skip_spikes(
     if count:
       norm, limit = jnp.max(values[:count]), jnp.min(limits[:count])
     else:
-      norm, limit = level + distance, level + limits[0]
+      norm, limit = loss, level + limits[0]
     return _guard.Verdict(
       take=take,
       reason=jnp.select(

@@ -336,14 +336,15 @@ def test_norms_of_layers_serve_the_guard_and_the_clip_inside():
 
 
 def test_what_cannot_be_recorded():
-  bare = measures.global_norm()._replace(layers=None)
-  with pytest.raises(ValueError, match="needs a measure that says which norms"):
-    optax_clip.clip_with(
-      bare,
-      optax_clip.thresholds.constant(1.0),
-      optax_clip.actions.rescale(),
-      record="layers",
-    )
+  bare = measures.global_norm()._replace(parts=None)
+  clip = optax_clip.clip_with(
+    bare,
+    optax_clip.thresholds.constant(1.0),
+    optax_clip.actions.rescale(),
+    record="layers",
+  )
+  with pytest.raises(ValueError, match="norms of several layers without Parts"):
+    clip.init(tree())
   with pytest.raises(ValueError, match="record must be one of True, False, 'layers'"):
     optax_clip.clip_by_global_norm(1.0, record="leaves")
   with pytest.raises(ValueError, match="record must be one of True, 'layers'"):

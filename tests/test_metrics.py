@@ -283,13 +283,13 @@ def test_default_name_is_that_of_the_function(name):
 @pytest.mark.parametrize("name", FACTORIES)
 def test_nothing_recorded_nothing_read(name):
   tx = optax.chain(FACTORIES[name](record=False), optax.adam(0.1))
-  assert metrics(tx.init(PARAMS)) == {}
-  assert metrics(after(tx, GRADS)) == {}
+  assert metrics(tx.init(PARAMS), allow_empty=True) == {}
+  assert metrics(after(tx, GRADS), allow_empty=True) == {}
 
 
 @pytest.mark.parametrize("state", [optax.EmptyState(), (), None, {"a": jnp.ones(2)}])
 def test_states_of_others_hold_nothing(state):
-  assert metrics(state) == {}
+  assert metrics(state, allow_empty=True) == {}
 
 
 # --- Inside jit and scan ------------------------------------------------------
