@@ -103,9 +103,11 @@ def norms(reduction: Reduction, ord: float) -> list[Extended]:
       slow = square and reduction.is_whole and not _has_fast_float64()
       gpu = _tripled if slow else _doubled
   forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
-  # A product of vectors, on a GPU, would be a call of a library.
+  # A product of vectors, on a GPU, would be a call of a library. (A form that is
+  # forced runs on a CPU, whose short sums are serial.)
+  forced = _backend.forced() is not None
   bound = {
-    backend: functools.partial(form, reduction, ord, backend == "cpu")
+    backend: functools.partial(form, reduction, ord, forced or backend == "cpu")
     for backend, form in forms.items()
   }
   return _backend.by_backend(**bound)
@@ -167,7 +169,6 @@ def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
 
 
 def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  del products
   dtype = reduction.dtype
   info = jnp.finfo(dtype)
   # 2^-90 and 2^70 for float32: no square of an element leaves the range of floats
@@ -176,7 +177,7 @@ def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
 
   def local(part: Part, unit: Any) -> list[Array]:
     del unit
-    sums = [_three_sums(x, dtype, part.dims, (1.0, down, up)) for x in part.arrays]
+    sums = [_three_sums(x, dtype, part.dims, down, up, products) for x in part.arrays]
     return [functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)]
 
   def merge(parts: Array) -> Array:
@@ -195,18 +196,31 @@ def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
 
 
 def _three_sums(
-  x: Array, dtype: Any, dims: tuple[int, ...] | None, scales: Sequence[float]
+  x: Array,
+  dtype: Any,
+  dims: tuple[int, ...] | None,
+  down: float,
+  up: float,
+  products: bool,
 ) -> list[Array]:
-  """The sums of squares of ``|x| * scale`` for three scales; XLA reads x once."""
+  """The sums of squares of ``|x|``, and of it in two scales; XLA reads x once."""
   # Not as one reduction with three results: where it is sharded along what is reduced,
   # XLA would gather it.
   parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
-  def total(scale: float) -> Array:
-    squares = [jnp.square(y.astype(dtype) * scale) for y in parts]
-    return _total(functools.reduce(jnp.add, squares), dims)
+  def total(scaled: Callable[[Array], Array]) -> Array:
+    wide = [scaled(y.astype(dtype)) for y in parts]
+    if products and dims is None:
+      return functools.reduce(jnp.add, [_moments.power_sum(y, 2, dtype) for y in wide])
+    return _total(functools.reduce(jnp.add, map(jnp.square, wide)), dims)
 
-  return [total(scale) for scale in scales]
+  # The bounds change no sum that is chosen. They keep XLA from squaring first, and
+  # multiplying with the square of the scale, which is no float.
+  return [
+    total(lambda y: y),
+    total(lambda y: jnp.maximum(jnp.abs(y) * down, down)),
+    total(lambda y: jnp.minimum(jnp.abs(y) * up, up)),
+  ]
 
 
 def _power_sums(
