@@ -80,8 +80,8 @@ def skip_nonfinite(
   On a step that is not taken updates are zero and nothing in the state of `inner`
   changes: no moment, no step count, no memory of a threshold; only what `metrics`
   calls ``norm``, ``limit``, ``coefficient`` and ``clipped_fraction`` is of the last
-  step, taken or not. The run goes on as if the step had not been. A norm of finite gradients is never inf here, so that
-  no finite step is lost, whatever its size.
+  step, taken or not. The run goes on as if the step had not been. A norm of finite
+  gradients is never inf here, so that no finite step is lost, whatever its size.
 
   The test costs no read of its own: a clip inside that measures what `measure`
   measures, and stands first in its chain, takes over the norm. On CPU a jitted AdamW
