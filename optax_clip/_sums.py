@@ -201,7 +201,7 @@ def _three_sums(
   over = tuple(range(x.ndim)) if dims is None else dims
   parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
   operands = [
-    functools.reduce(jnp.add, [jnp.square(y.astype(dtype) * scale) for y in parts])
+    functools.reduce(jnp.add, [_square(y.astype(dtype) * scale) for y in parts])
     for scale in scales
   ]
   zeros = [jnp.zeros((), dtype)] * 3
@@ -209,6 +209,13 @@ def _three_sums(
     operands, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], over
   )
   return [s if dims is None else jnp.expand_dims(s, dims) for s in sums]
+
+
+def _square(x: Array) -> Array:
+  if x.size == 1:
+    # XLA makes of (c * x) * (c * x) a product of c * c, which is no float, for scalars.
+    x = lax.optimization_barrier(x)
+  return x * x
 
 
 def _power_sums(
