@@ -185,6 +185,21 @@ class TestValue:
       assert_norm(tree, relative=1e-12)
 
 
+@pytest.mark.parametrize("forms", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_one_element_is_its_own_norm(shape, forms, monkeypatch):
+  """XLA rewrites arithmetic on scalars as it does not on arrays."""
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", forms)
+  sizes = np.float32(2.0) ** np.arange(-126, 128, 9, dtype=np.float32)
+
+  @jax.jit
+  def norms(sizes):
+    rows = [sizes[i] for i in range(sizes.size)]
+    return [optax_clip.global_norm(jnp.full(shape, x)) for x in rows]
+
+  np.testing.assert_array_equal(norms(sizes), sizes)
+
+
 class TestDerivative:
   @pytest.mark.parametrize("ord", [0.5, 1, 2, 2.5, 3, math.inf])
   def test_at_zero_is_zero(self, ord):

@@ -56,20 +56,31 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+# What records show of the last step, taken or not.
+SHOWN = {
+  optax_clip.Record: ("norm", "limit", "coefficient", "clipped_fraction"),
+  optax_clip.SkipRecord: ("norm", "limit"),
+}
+
+
 def kept(before, after):
-  """What is inside a guard is as it was; its records show the norm of the last step."""
+  """What is inside a guard is as it was, but for what is shown of the last step."""
 
-  def remembered(state):
-    def blanked(node):
-      if not isinstance(node, optax_clip.Record):
-        return node
-      return node._replace(norm=0, limit=0, coefficient=0, clipped_fraction=0)
+  def remembered(node):
+    return node._replace(**dict.fromkeys(SHOWN[type(node)], 0))
 
-    return jax.tree.map(
-      blanked, state, is_leaf=lambda node: isinstance(node, optax_clip.Record)
+  def is_record(node):
+    return type(node) in SHOWN
+
+  states = [
+    jax.tree.map(
+      lambda node: remembered(node) if is_record(node) else node,
+      state,
+      is_leaf=is_record,
     )
-
-  same(remembered(before), remembered(after))
+    for state in (before, after)
+  ]
+  same(*states)
 
 
 def close(a, b):
