@@ -303,7 +303,7 @@ def adaptive_grad_clip(
     Brock et al., High-Performance Large-Scale Image Recognition Without
     Normalization, 2021, arXiv:2102.06171.
   """
-  _validate.nonnegative(clipping=clipping)
+  _validate.nonnegative(clipping=clipping, eps=eps)
   return clip_with(
     measures.relative(
       measures.unit_norm(

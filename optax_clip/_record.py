@@ -184,7 +184,7 @@ def single(x: Array) -> Array:
   """As float32; a finite number, however large, does not become inf."""
   if x.dtype == jnp.float32:
     return x
-  largest = jnp.finfo(jnp.float32).max
+  largest = float(jnp.finfo(jnp.float32).max)
   limited = jnp.clip(x, -largest, largest)
   return jnp.where(jnp.isfinite(x), limited, x).astype(jnp.float32)
 
