@@ -70,8 +70,8 @@ def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Exte
 
   The mantissas are divided, and the exponents subtracted. The result's value is
   within a factor of 4 of 1 whenever its unit is not 1, but for quotients that one unit
-  does not hold; below ``2 ** -250`` they are 0. The derivative is that of the mantissas, so that it squares nothing that is
-  large or small.
+  does not hold; below ``2 ** -250`` they are 0. The derivative is that of the
+  mantissas, so that it squares nothing that is large or small.
   """
   numerator, denominator = of(numerator), of(denominator)
   above, below = _split(numerator.value), _split(denominator.value)

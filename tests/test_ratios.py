@@ -15,7 +15,7 @@ from optax_clip import thresholds
 
 CLIPPING = 0.01
 UPDATES = (1e-30, 1.0, 1e10, 1e19, 1e30, 3e38)
-# Beside a leaf of ones the 2-norm of smaller elements may count as 0: docs/precision.md.
+# Beside ones the norm of smaller elements may count as 0, as docs/precision.md says.
 BESIDE_ONES = (1e-18, *UPDATES[1:])
 # All of them normal floats, of which no backend makes 0.
 LEAST = (2e-38, 1e-30, 1e-20, 1e-10, 1e-3)
