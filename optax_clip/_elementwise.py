@@ -42,6 +42,8 @@ def clippy(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf so that no weight changes by more than a share of itself.
 
+  `absolute`, 1e-7 by default as in the authors' code, is in the units of weights.
+
   .. math::
       u_l \leftarrow u_l \cdot \min\left(1, \min_{i \in l}
       \frac{r |p_i| + s / \sqrt{v_i} + a}{|u_i|}\right)
@@ -299,6 +301,7 @@ def clip_element_spikes(
   )
 
   def init(params: Any) -> ElementSpikesState:
+    params = _groups.floats_only(params)
     _groups.floating_leaves(params)
     rms = None
     if decay is not None:
@@ -334,6 +337,12 @@ def clip_element_spikes(
     **extra_args: Any,
   ) -> tuple[Any, ElementSpikesState]:
     del extra_args
+    if not isinstance(state, ElementSpikesState):
+      raise TypeError(
+        f"The state of {name!r} must be the ElementSpikesState that its init returned,"
+        f" got a {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _groups.with_values(updates)
     leaves = _groups.floating_leaves(updates)
     if decay is None:
       if second_moment is None:
@@ -378,6 +387,7 @@ def clip_element_spikes(
     clipped_tree = jax.tree.unflatten(treedef, kept)
     known = given(clipped_tree, norms, peak)
     result, clip = recorded.update(clipped_tree, state.clip, params, norms=known)
+    result = _groups.restored(result, given_updates)
     return result, ElementSpikesState(seen, rms, clip)
 
   return optax.GradientTransformationExtraArgs(init, update)

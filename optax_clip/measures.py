@@ -94,8 +94,8 @@ def layer_norm(
   _groups.checked_stacked(stacked)
 
   def layout(updates: Any) -> Layout:
+    shapes = [x.shape for x in _groups.floating_leaves(updates)]
     layers = _groups.layer_axes(updates, stacked)
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(updates)]
     dims = [
       None if layer is None else _groups.stacked_axes(shape, layer)
       for shape, layer in zip(shapes, layers, strict=True)
