@@ -1,4 +1,4 @@
-"""Gradient clipping for JAX: exact in every dtype, for the price of one read."""
+"""Gradient clipping for JAX: exact in every dtype, and it shows what it did."""
 
 from optax_clip import actions as actions
 from optax_clip import measures as measures

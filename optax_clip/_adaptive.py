@@ -16,11 +16,11 @@ def zclip(
   z_threshold: Any = 2.5,
   decay: Any = 0.97,
   warmup: Any = 25,
-  max_norm: Any = 1.0,
+  max_norm: Any = None,
   mode: str = "adaptive_scaling",
   clip_factor: Any = 1.0,
   skip_update_on_spike: bool = False,
-  eps: Any = 1e-6,
+  eps: Any = 0.0,
   *,
   ord: float | None = None,
   nonfinite: str = "propagate",
@@ -53,12 +53,13 @@ def zclip(
     decay: alpha, from 0 to below 1.
     warmup: how many steps are learnt from first; clipped to `max_norm` only.
     max_norm: c >= 0, in the units of the updates; a float, a schedule or a traced
-      scalar. Not remembered. `None`: no such cap, and nothing bounds the warm-up.
+      scalar; the paper has 1. Not remembered. `None`: no such cap, and nothing bounds
+      the warm-up.
     mode: T of a spike: "adaptive_scaling", as above; "mean", mu; "percentile",
       mu + z sigma, for all norms above that.
     clip_factor: f > 0; all of T of a spike is multiplied by it.
     skip_update_on_spike: whether a spike is not remembered at all.
-    eps: epsilon > 0, in the units of the updates.
+    eps: epsilon >= 0, in the units of the updates. The paper has 1e-6.
     ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
       inf; ``"propagate"`` lets NaN through, so that it is seen.
@@ -78,15 +79,14 @@ def zclip(
     dtype of the updates.
 
   Raises:
-    ValueError: if `z_threshold` or `max_norm` is negative or NaN, `decay` is not
-      in [0, 1), `warmup`, `clip_factor` or `eps` is not positive, or `mode` is
-      unknown.
+    ValueError: if `z_threshold`, `max_norm` or `eps` is negative or NaN, `decay` is
+      not in [0, 1), `warmup` or `clip_factor` is not positive, or `mode` is unknown.
     TypeError: in `update`, if a leaf is an integer or a boolean.
 
   =======================  ================================================
   input                    result
   =======================  ================================================
-  the first steps          clipped to `max_norm`
+  the first steps          clipped to `max_norm`, or unchanged without one
   all zero                 unchanged, not remembered
   a NaN or inf element     as `nonfinite` says, not remembered
   equal norms, sigma = 0   unchanged, bit for bit
@@ -96,7 +96,7 @@ def zclip(
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
-    >>> tx = optax_clip.zclip(warmup=2, max_norm=None)
+    >>> tx = optax_clip.zclip(warmup=2)
     >>> state = tx.init({"w": jnp.zeros(2)})
     >>> for scale in (1.0, 1.0, 100.0):
     ...   g = {"w": scale * jnp.array([3.0, 4.0])}
@@ -118,7 +118,7 @@ def zclip(
     z_threshold, decay, warmup, mode, clip_factor, skip_update_on_spike, eps
   )
   if max_norm is not None:
-    _validate.nonnegative(max_norm=max_norm)
+    _validate.limit(max_norm=max_norm)
     threshold = thresholds.at_most(threshold, max_norm)
   return clip_with(
     measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
@@ -134,7 +134,7 @@ def adagc(
   ratio: Any = 1.05,
   decay: Any = 0.98,
   warmup: Any = 100,
-  warmup_norm: Any = 1.0,
+  warmup_norm: Any = None,
   *,
   ord: float | None = None,
   eps: Any = 0.0,
@@ -153,9 +153,9 @@ def adagc(
       h_i = \min\left(1, \lambda_{rel} \frac{\gamma_i}{n_i}\right), \quad
       \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) h_i n_i
 
-  In the first `warmup` steps all leaves are clipped together,
-  :math:`h = \min(1, \lambda_{abs} / n)` with n the global norm, and
-  :math:`\gamma_i` is the least of the clipped norms of its leaf. After them limits
+  In the first `warmup` steps :math:`\gamma_i` is the least of the norms of its leaf.
+  With a `warmup_norm` all leaves are clipped together in them, :math:`h = \min(1,
+  \lambda_{abs} / n)` with n the global norm; else nothing is. After them limits
   rise by at most ``(1 - decay) * (ratio - 1)`` of themselves per step, 0.1% with
   the defaults: a rise of 30 times takes 3400 steps.
 
@@ -163,9 +163,10 @@ def adagc(
     ratio: lambda_rel > 1, the limit over the average; at 1 or below limits can
       only fall.
     decay: beta, from 0 to below 1.
-    warmup: how many steps are clipped globally, at least 1. (The paper counts
+    warmup: how many steps are learnt from first, at least 1. (The paper counts
       steps from 1: its T_start is ``warmup + 1``.)
-    warmup_norm: lambda_abs > 0, in the units of the updates.
+    warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. `None`:
+      nothing is clipped in the warm-up.
     ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
     eps: added to the norm in the denominator.
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or

@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from optax_clip import _groups
+from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
@@ -87,6 +88,7 @@ def autoclip(
     Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
     Networks, 2020, arXiv:2007.14469.
   """
+  _validate.within(0, 100, percentile=percentile)
   return clip_with(
     measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
     thresholds.percentile(percentile, window),
@@ -168,6 +170,7 @@ def clip_by_layer_percentile(
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022,
     arXiv:2110.02861 (the library that had it; it was withdrawn in 2026).
   """
+  _validate.within(0, 100, percentile=percentile)
   return clip_with(
     measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.percentile(percentile, window),

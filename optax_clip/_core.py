@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _extended
+from optax_clip import _groups
 from optax_clip import _leaf
 from optax_clip import _record
 from optax_clip import _validate
@@ -201,6 +202,7 @@ def clip_with(
   by_layer = record == "layers"
 
   def init(params: Any) -> Any:
+    params = _groups.floats_only(params)
     layout = measure.layout(params)
     memory = threshold.init(layout.blank())
     if not record and isinstance(memory, optax.EmptyState):
@@ -219,9 +221,19 @@ def clip_with(
     norms: "Given | None" = None,
     **extra_args: Any,
   ) -> tuple[Any, Any]:
+    given_updates, updates = updates, _groups.with_values(updates)
+    params = _groups.floats_only(params)
     # optax lets stateless transformations be called with any state.
     stateful = isinstance(state, ClipState)
     memory = state.threshold if stateful else optax.EmptyState()
+    if not stateful:
+      blank = measure.layout(updates).blank()
+      if not isinstance(jax.eval_shape(threshold.init, blank), optax.EmptyState):
+        raise TypeError(
+          f"The state of {name!r} must be the ClipState that its init returned, got a"
+          f" {type(state).__name__}: {name!r} remembers norms. Pass the state of this"
+          " same transformation; a checkpoint of another chain does not fit it."
+        )
 
     found, layers = measured(measure, by_layer, updates, params, norms, extra_args)
     sizes = found.sizes()
@@ -247,7 +259,7 @@ def clip_with(
         memory,
         _noted(state.record, found.layout, seen, sizes, limits, coefficients, finite),
       )
-    return clipped, state
+    return _groups.restored(clipped, given_updates), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -349,6 +361,7 @@ def given(
     from optax_clip import measures
 
     measure = measures.global_norm()
+  updates, params = _groups.with_values(updates), _groups.floats_only(params)
   blocks = as_blocks(norms, measure.layout(updates))
   leaves, weights = jax.tree.leaves(updates), jax.tree.leaves(params)
   return Given(leaves, weights, [(measure.measure, blocks)])

@@ -42,6 +42,8 @@ def clippy(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf so that no weight changes by more than a share of itself.
 
+  `absolute`, 1e-7 by default as in the authors' code, is in the units of weights.
+
   .. math::
       u_l \leftarrow u_l \cdot \min\left(1, \min_{i \in l}
       \frac{r |p_i| + s / \sqrt{v_i} + a}{|u_i|}\right)
@@ -133,8 +135,6 @@ def _share_of_bound(
   peak = measures.layer_norm(
     ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
   )
-  # An element of 3e38 over a bound of 1e-7 is not a float: then in these units.
-  big = 2.0**64
 
   def measure(
     updates: Any, params: Any = None, *, accumulator: Any = None, **extra: Any
@@ -152,8 +152,9 @@ def _share_of_bound(
         )
       sums = _groups.floating_leaves(accumulator)
 
-    def ratio(u: Array, p: Array, v: Array | None, unit: float) -> Array:
+    def ratio(far: bool, u: Array, p: Array, v: Array | None) -> Array:
       wide = _moments.accumulator(u.dtype)
+      unit = _far(wide) if far else 1.0
       size = jnp.abs(u).astype(wide)
       bound = jnp.asarray(r, wide) * jnp.abs(p).astype(wide) + jnp.asarray(a, wide)
       if v is not None:
@@ -163,20 +164,30 @@ def _share_of_bound(
       most = jnp.finfo(wide).max
       return jnp.where(jnp.isfinite(size), jnp.minimum(share, most), size)
 
-    def largest(unit: float) -> list[Extended]:
-      shares = [ratio(*x, unit) for x in zip(leaves, weights, sums, strict=True)]
+    def largest(far: bool) -> list[Extended]:
+      shares = [ratio(far, *x) for x in zip(leaves, weights, sums, strict=True)]
       tree = jax.tree.unflatten(jax.tree.structure(updates), shares)
       return list(peak.measure(tree))
 
     def chosen(near: Extended, far: Extended) -> Extended:
-      use = jnp.isfinite(near.value) & (near.value > big)
-      return Extended(
-        jnp.where(use, far.value, near.value), jnp.where(use, big, near.unit)
-      )
+      dtype = near.value.dtype
+      use = jnp.isfinite(near.value) & (near.value > 2 * _far(dtype))
+      # Of a bound of 0, whose ratio is no number.
+      never = far.value >= float(jnp.finfo(dtype).max)
+      unit = jnp.where(never, _extended.beyond(dtype), _far(dtype))
+      return Extended(jnp.where(use, far.value, near.value), jnp.where(use, unit, 1))
 
-    return list(map(chosen, largest(1.0), largest(big)))
+    return list(map(chosen, largest(False), largest(True)))
 
   return peak._replace(measure=measure, ord=None)
+
+
+def _far(dtype: Any) -> float:
+  """The unit of ratios that are no floats, as that of 3e38 to 1e-7 is none.
+
+  Elements of such a ratio are above 1, and still floats in this unit.
+  """
+  return float(2.0 ** (jnp.finfo(dtype).maxexp - 2))
 
 
 class ElementSpikesState(NamedTuple):
@@ -290,6 +301,7 @@ def clip_element_spikes(
   )
 
   def init(params: Any) -> ElementSpikesState:
+    params = _groups.floats_only(params)
     _groups.floating_leaves(params)
     rms = None
     if decay is not None:
@@ -325,6 +337,12 @@ def clip_element_spikes(
     **extra_args: Any,
   ) -> tuple[Any, ElementSpikesState]:
     del extra_args
+    if not isinstance(state, ElementSpikesState):
+      raise TypeError(
+        f"The state of {name!r} must be the ElementSpikesState that its init returned,"
+        f" got a {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _groups.with_values(updates)
     leaves = _groups.floating_leaves(updates)
     if decay is None:
       if second_moment is None:
@@ -369,6 +387,7 @@ def clip_element_spikes(
     clipped_tree = jax.tree.unflatten(treedef, kept)
     known = given(clipped_tree, norms, peak)
     result, clip = recorded.update(clipped_tree, state.clip, params, norms=known)
+    result = _groups.restored(result, given_updates)
     return result, ElementSpikesState(seen, rms, clip)
 
   return optax.GradientTransformationExtraArgs(init, update)

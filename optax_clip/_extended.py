@@ -25,7 +25,8 @@ class Extended(NamedTuple):
     value: f32, or f64. Of norms, NaN or inf when an element is NaN or inf, and only
       then.
     unit: of the same shape and dtype; a power of two, and 1 unless the number is
-      near the ends of the dtype's range or beyond them.
+      near the ends of the dtype's range or beyond them. That of `beyond` stands for
+      a number larger than any: what is divided by it is 0.
   """
 
   value: Array
@@ -70,8 +71,9 @@ def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Exte
   """``numerator / denominator``, whatever their sizes; both of one dtype.
 
   The mantissas are divided, and the exponents subtracted. The result's value is
-  within a factor of 4 of 1 whenever its unit is not 1. The derivative is that of
-  the mantissas, so that it squares nothing that is large or small.
+  within a factor of 4 of 1 whenever its unit is not 1, but for quotients that one unit
+  does not hold; below ``2 ** -250`` they are 0. The derivative is that of the
+  mantissas, so that it squares nothing that is large or small.
   """
   numerator, denominator = of(numerator), of(denominator)
   info = jnp.finfo(numerator.value.dtype)
@@ -80,25 +82,47 @@ def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Exte
   exponent = high - low + more - less
   near = jnp.clip(exponent, info.minexp + 24, info.maxexp - 24)
   rest = jnp.clip(exponent - near, info.minexp, info.maxexp - 2)
+  # What the unit does not hold, the value does; what neither does is 0.
+  near = jnp.minimum(exponent - rest, info.maxexp - 4)
+  nothing = (near < info.minexp + 2) | (denominator.unit == beyond(top.dtype))
+  near = jnp.maximum(near, info.minexp + 2)
   power = functools.partial(_power, dtype=top.dtype)
   factor, unit = _pairwise(power, near, rest)
-  return Extended(top / bottom * factor, unit)
+  return Extended(jnp.where(nothing, 0, top / bottom) * factor, unit)
+
+
+def beyond(dtype: Any) -> float:
+  """The unit of a number larger than any. No other number has it."""
+  return float(2.0 ** (jnp.finfo(dtype).maxexp - 1))
 
 
 def divided(x: Extended, y: Array) -> Extended:
   """``x / y`` for a norm: less arithmetic than `quotient`, and a unit that may be any.
 
-  A value beyond ``2 ** 62`` is ordinary: where the unit is not 1, it is near 1.
+  A value beyond ``2 ** 62`` is ordinary: where the unit is not 1, it is near 1. By 0,
+  and where the quotient is not in the range, it is `beyond`; 0 divided by 0 is 0.
   """
+  dtype = x.value.dtype
+  info = jnp.finfo(dtype)
+  most, high = float(2.0 ** (info.maxexp - 2)), float(2.0 ** (info.maxexp // 2 - 2))
 
   def scale(z: Array) -> Array:
-    high = 2.0 ** (jnp.finfo(z.dtype).maxexp // 2 - 2)
     return jnp.where(z > high, 0.5 / high, jnp.where(z < 1 / high, 2 * high, 1))
 
+  positive = y > 0
+  y = jnp.where(positive, y, 1)
   above, below = (lax.stop_gradient(scale(z)) for z in (x.value, y))
-  most = 2.0 ** (jnp.finfo(y.dtype).maxexp - 2)
-  unit = jnp.minimum(x.unit * (below / above), most)
-  return Extended(x.value * above / (y * below), unit)
+  value = x.value * above / (y * below)
+  # As much as the unit holds goes there, the rest into the value.
+  factor, unit = below / above, lax.stop_gradient(x.unit)
+  held = jnp.minimum(factor, most / unit)
+  rest = factor / held
+  far = (value > most / rest) | (~positive & (x.value > 0))
+  far = far & jnp.isfinite(x.value)
+  return Extended(
+    jnp.where(far, 1, value * jnp.where(far, 1, rest)),
+    jnp.where(far, beyond(dtype), unit * held),
+  )
 
 
 def from_float(x: Array, dtype: Any) -> Extended:

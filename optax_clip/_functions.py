@@ -53,7 +53,7 @@ def global_norm(
     600.0
   """
   measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
-  (norm,) = measure.measure(tree)
+  (norm,) = measure.measure(_groups.with_values(tree))
   return _extended.as_float(norm)
 
 
@@ -101,12 +101,15 @@ def clip_tree(
     >>> print(grads["w"], norm)
     [0.6 0.8] 5.0
   """
+  given_tree, tree = tree, _groups.with_values(tree)
   _validate.nonnegative(max_norm=max_norm)
+  _validate.scalar(max_norm=max_norm)
   measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
   if norm is None:
     (known,) = measure.measure(tree)
   else:
     _groups.floating_leaves(tree)
+    _validate.known_norm(norm)
     known = _extended.of(jnp.asarray(norm, measure.layout(tree).blocks[0].dtype))
   tx = clip_with(
     measure,
@@ -117,7 +120,7 @@ def clip_tree(
   )
   handed = given(tree, known, measure)
   clipped, _ = tx.update(tree, optax.EmptyState(), norms=handed)
-  return clipped, _extended.as_float(known)
+  return _groups.restored(clipped, given_tree), _extended.as_float(known)
 
 
 def unitwise_norm(x: Array, axis: Any = None) -> Array:

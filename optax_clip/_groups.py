@@ -20,6 +20,49 @@ Labels = Any | Callable[[Any], Any]
 Stacked = Mapping[str, int] | Callable[[str, Any], int | None] | None
 
 
+def floats_only(tree: Any) -> Any:
+  """A tree with `None` for leaves that get no updates: integers, flags and keys.
+
+  What is no array at all stays, for an error that says so.
+  """
+  return _without(tree, lambda dtype: not jnp.issubdtype(dtype, jnp.inexact))
+
+
+def with_values(updates: Any) -> Any:
+  """Updates with `None` for leaves of float0, which JAX has for those of integers."""
+  return _without(updates, lambda dtype: dtype == jax.dtypes.float0)
+
+
+def restored(new: Any, updates: Any) -> Any:
+  """What became of `with_values`, with the leaves of float0 where they were."""
+  leaves, treedef = jax.tree.flatten(updates)
+  if not any(map(_is_float0, leaves)):
+    return new
+  values = iter(jax.tree.leaves(new))
+  return jax.tree.unflatten(
+    treedef, [x if _is_float0(x) else next(values) for x in leaves]
+  )
+
+
+def _is_float0(leaf: Any) -> bool:
+  return bool(getattr(leaf, "dtype", None) == jax.dtypes.float0)
+
+
+def _without(tree: Any, leaves_out: Callable[[Any], bool]) -> Any:
+  def goes(leaf: Any) -> bool:
+    if isinstance(leaf, (bool, int)):
+      return leaves_out(jnp.result_type(leaf))
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and leaves_out(dtype)
+
+  leaves, treedef = jax.tree.flatten(tree)
+  marks = [goes(x) for x in leaves]
+  if not any(marks):
+    return tree
+  kept = [None if gone else x for x, gone in zip(leaves, marks, strict=True)]
+  return jax.tree.unflatten(treedef, kept)
+
+
 def floating_leaves(tree: Any) -> list[Array]:
   """The leaves of a tree as arrays.
 
@@ -30,7 +73,7 @@ def floating_leaves(tree: Any) -> list[Array]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     # Without values too: optimizers are initialised with shapes and dtypes.
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-      leaf = jnp.asarray(leaf)
+      leaf = _as_array(path, leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       raise TypeError(
         f"updates{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which"
@@ -39,6 +82,16 @@ def floating_leaves(tree: Any) -> list[Array]:
       )
     leaves.append(leaf)
   return leaves
+
+
+def _as_array(path: Any, leaf: Any) -> Array:
+  try:
+    return jnp.asarray(leaf)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"updates{jax.tree_util.keystr(path)} is {leaf!r}, which is no array and cannot"
+      " be clipped: leave it out with optax.masked, or with equinox.filter."
+    ) from error
 
 
 def same_structure(updates: Any, params: Any) -> None:
@@ -159,7 +212,7 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
   """Raises, at construction, for labels that can never work."""
   if callable(labels):
     return
-  found = set(jax.tree.leaves(labels))
+  found = _hashable(labels, "labels")
   if not found:
     raise ValueError(
       f"labels={labels!r} holds no label. Pass a tree (or a prefix of one)"
@@ -171,6 +224,7 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
 def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
   """For each leaf of `tree`, the index of its label in `names`."""
   found = _each_leaf(labels, tree, "labels")
+  _hashable(found, "labels")
   _all_known(set(found), names)
   index = {name: i for i, name in enumerate(names)}
   return [index[label] for label in found]
@@ -200,6 +254,16 @@ def _each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
     ) from error
 
 
+def _hashable(labels: Any, what: str) -> set[Any]:
+  for path, label in jax.tree_util.tree_leaves_with_path(labels):
+    if not isinstance(label, Hashable):
+      raise TypeError(
+        f"{what}{jax.tree_util.keystr(path)} must be a string or another hashable"
+        f" label, got {label!r}."
+      )
+  return set(jax.tree.leaves(labels))
+
+
 def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:
   unknown = sorted(map(repr, found - set(names)))
   if unknown:
@@ -212,6 +276,17 @@ def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:
 
 def named_limits(max_norms: Mapping[Hashable, Any]) -> list[Hashable]:
   """The names of the groups, in a stable order."""
+  if not isinstance(max_norms, Mapping):
+    raise TypeError(
+      "max_norms must map labels to limits, as in {'encoder': 1.0, 'head': 0.1}, got"
+      f" {max_norms!r}."
+    )
+  for label in max_norms:
+    if not jax.tree_util.all_leaves([label]):
+      raise TypeError(
+        f"The labels of max_norms must be strings, or other leaves of a tree, got the"
+        f" {type(label).__name__} {label!r}: in a tree of labels it would be several."
+      )
   if not max_norms:
     raise ValueError(
       "max_norms is empty: pass one limit for each label, as in"

@@ -23,6 +23,7 @@ Hence the two ways to take a guarded step: as any optax transformation, or whole
 from collections.abc import Callable
 import dataclasses
 import enum
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _branch
+from optax_clip import _groups
+from optax_clip import _moments
 from optax_clip import _record
 from optax_clip import _validate
 from optax_clip._core import Given
@@ -123,6 +126,7 @@ class Guard:
 
   def init(self, params: Any) -> GuardState:
     state = self.inner.init(params)
+    params = _groups.floats_only(params)
     for judge in reversed(self.judges):
       record: dict[str, Any] = {judge.name: _blank()}
       if judge.stacks is not None:
@@ -134,7 +138,10 @@ class Guard:
   def __call__(
     self, updates: Any, state: GuardState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, GuardState]:
-    return self.step(lambda updates: updates, None, updates, state, params, extra_args)
+    new, later = self.step(
+      _groups.with_values, None, updates, state, params, extra_args
+    )
+    return _groups.restored(new, updates), later
 
   def step(
     self,
@@ -155,25 +162,29 @@ class Guard:
       params: or `None`.
       extra_args: for the transformation inside, and ``loss`` for the judges.
     """
-    states, inner_state = self._apart(state)
+    # Leaves of float0 have no values, and pass by the branch.
+    given_updates, updates = updates, _groups.with_values(updates)
+    weights = _groups.floats_only(params)
+    states, inner_state = self._apart(state, updates)
     extra_args = dict(extra_args)
     known = extra_args.pop("norms", None) or Given()
     seen, take = updates, jnp.asarray(True)
     reached, verdicts, scales = [], [], []
     for judge, own in zip(self.judges, states, strict=True):
-      verdict = judge.judge(seen, params, own.memory, _own(own), known, extra_args)
+      verdict = judge.judge(seen, weights, own.memory, _own(own), known, extra_args)
       reached.append(take)
       verdicts.append(verdict)
       take = take & verdict.take
       scales.append(verdict.scale)
-      known, seen = _unscaled(verdict.known, seen, params, verdict.scale)
+      known, seen = _unscaled(verdict.known, seen, weights, verdict.scale)
     inner = optax.with_extra_args_support(self.inner)
 
     def step(updates: Any) -> tuple[Any, Any]:
       # Divided anew: XLA would hold what goes into a branch in a buffer.
       for scale in scales:
         updates = _divided(updates, scale)
-      norms = known.moved(seen, updates, params)
+      norms = known.moved(seen, updates, weights)
+      updates = _groups.restored(updates, given_updates)
       new, later = inner.update(updates, inner_state, params, norms=norms, **extra_args)
       return finish(new), later
 
@@ -187,7 +198,7 @@ class Guard:
       later = GuardState(later, *after)
     return result, later
 
-  def _apart(self, state: Any) -> tuple[list[GuardState], Any]:
+  def _apart(self, state: Any, updates: Any) -> tuple[list[GuardState], Any]:
     """The state of each judge, and that of what they stand around."""
     states = []
     for judge in self.judges:
@@ -197,6 +208,11 @@ class Guard:
           f" returned, got a {type(state).__name__}. Pass tx.init(params) of this same"
           " tx; a checkpoint of another chain does not fit it."
         )
+      _validate.remembered(
+        state.memory,
+        functools.partial(judge.init, updates),
+        f"the guard {judge.name!r}",
+      )
       states.append(state)
       state = state.inner
     return states, state
@@ -310,7 +326,7 @@ def _divided(updates: Any, scale: Array | None) -> Any:
     return updates
 
   def divided(x: Array) -> Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
     inverse = (1 / scale).astype(jnp.finfo(wide).dtype)
     return (x.astype(wide) * inverse).astype(x.dtype)
 

@@ -1,5 +1,6 @@
 """Reading what clipping did to each layer out of any optimizer state, by name."""
 
+import collections
 import dataclasses
 from typing import Any
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from optax_clip import _groups
 from optax_clip import _metrics
 from optax_clip import _paths
 from optax_clip import _record
@@ -110,9 +112,11 @@ def layer_metrics(
     opt_state: any optimizer state that holds such a record, however deep: what
       `metrics` takes.
     params: the parameters that the transformation was initialised with, or anything
-      of their structure; in Flax NNX ``nnx.state(model, nnx.Param)``. Of a
-      transformation in `optax.masked` or `optax.multi_transform`: the part it sees,
-      with `optax.MaskedNode` for the rest.
+      of their structure; in Flax NNX ``nnx.state(model, nnx.Param)``, without what
+      BatchNorm and Dropout have. Of a transformation in `optax.masked` or
+      `optax.multi_transform`: the part it sees, with `optax.MaskedNode` for the rest,
+      as ``jax.tree.map(lambda p, l: p if l == "clip" else optax.MaskedNode(), params,
+      labels)``.
     name: which one, if there are several: the prefix of its metrics' keys.
     factor: F > 1. Layers differ by some powers of ten without harm; the default of
       1000 is beyond that.
@@ -152,8 +156,8 @@ def layer_metrics(
     suffix=_record.LAYERS,
   )
   values: Any = _record.LayerRecord._make(map(_host, record))
-  leaves = dict(zip(_names(params), jax.tree.leaves(params), strict=True))
-  paths = _named(list(leaves), values.stacks)
+  params = _groups.floats_only(params)
+  paths, empty = _named(params, values.stacks)
   rows = zip(
     values.norm,
     values.limit,
@@ -174,11 +178,7 @@ def layer_metrics(
     nonfinite_step=int(values.nonfinite_step),
     exploding=exploding,
     # Before the first step all are 0, and leaves without elements always.
-    vanishing=[
-      path
-      for path in vanishing
-      if values.steps and getattr(leaves.get(path), "size", 1)
-    ],
+    vanishing=[path for path in vanishing if values.steps and path not in empty],
   )
 
 
@@ -200,24 +200,40 @@ def _names(params: Any) -> list[str]:
   return paths
 
 
-def _named(paths: list[str], stacks: np.ndarray) -> list[str]:
-  """The names of all layers."""
+def _named(params: Any, stacks: np.ndarray) -> tuple[list[str], set[str]]:
+  """The names of all layers, and those of leaves without elements."""
   if stacks.ndim != 1:
     raise ValueError(
       f"opt_state is of an ensemble of shape {list(stacks.shape[:-1])}. Pass the state"
       " of one member, as jax.tree.map(lambda x: x[0], opt_state)."
     )
+  paths, leaves = _names(params), jax.tree.leaves(params)
   if len(paths) != len(stacks):
     raise ValueError(
       f"The record is of {len(stacks)} leaves, params has {len(paths)}. Pass the"
-      " parameters that the transformation was initialised with; of one in"
-      " optax.masked the part it sees, with optax.MaskedNode() for the rest."
+      " parameters that the transformation was initialised with: in Flax NNX"
+      " nnx.state(model, nnx.Param); of one in optax.masked, or of one label of"
+      " optax.multi_transform, the part it sees, with optax.MaskedNode() for the rest."
     )
-  return [
-    name
-    for path, count in zip(paths, stacks.tolist(), strict=True)
-    for name in ([f"{path}[{i}]" for i in range(count)] if count else [path])
-  ]
+  counts = stacks.tolist()
+
+  def layers(path: str, count: int) -> list[str]:
+    return [f"{path}[{i}]" for i in range(count)] if count else [path]
+
+  used = collections.Counter(
+    name for row in zip(paths, counts, strict=True) for name in layers(*row)
+  )
+  # Of leaves whose paths read alike, as of "a/b" and of "b" in "a", with all quotes.
+  exact = [jax.tree_util.keystr(x) for x, _ in jax.tree.leaves_with_path(params)]
+  names, empty = [], set()
+  for path, quoted, leaf, count in zip(paths, exact, leaves, counts, strict=True):
+    own = layers(path, count)
+    if any(used[name] > 1 for name in own):
+      own = layers(quoted, count)
+    names += own
+    if not getattr(leaf, "size", 1):
+      empty |= set(own)
+  return names, empty
 
 
 def _apart(

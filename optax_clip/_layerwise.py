@@ -72,7 +72,7 @@ def clip_by_layer_norm(
     >>> print(updates["a"], updates["b"])
     [0.6 0.8] [0.1 0. ]
   """
-  _validate.nonnegative(max_norm=max_norm)
+  _validate.limit(max_norm=max_norm)
   return clip_with(
     measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.of(max_norm),
@@ -143,7 +143,7 @@ def clip_by_group_norm(
   """
   names = _groups.named_limits(max_norms)
   for label in names:
-    _validate.nonnegative(**{f"max_norms[{label!r}]": max_norms[label]})
+    _validate.limit(**{f"max_norms[{label!r}]": max_norms[label]})
   return clip_with(
     measures.group_norm(
       labels, names, ord=ord, counted=counted, axis_name=axis_name, specs=specs
@@ -214,7 +214,7 @@ def clip_by_block_rms(
     Shazeer & Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory
     Cost, 2018, arXiv:1804.04235.
   """
-  _validate.nonnegative(threshold=threshold)
+  _validate.limit(threshold=threshold)
   return clip_with(
     measures.layer_rms(axis_name=axis_name, specs=specs, stacked=stacked),
     thresholds.of(threshold),
@@ -241,6 +241,8 @@ def adaptive_grad_clip(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adaptive gradient clipping (AGC): each unit in proportion to its weights.
 
+  `eps`, 1e-3 by default as in optax, is an absolute constant in the units of weights.
+
   .. math::
       u_i \leftarrow u_i \cdot \min\left(1,
       \lambda \frac{\max(\|p_i\|, \epsilon)}{\|u_i\|}\right)
@@ -254,7 +256,7 @@ def adaptive_grad_clip(
     clipping: lambda >= 0, dimensionless; 0.01 for NFNets at batch size 4096.
       A float, a schedule of the step, or a traced scalar.
     eps: the least norm that a unit's weights count with, so that units that
-      start at zero can move; positive.
+      start at zero can move. With 0 they stay there.
     axis: the axes that belong to one unit, for every leaf; by rank if `None`. Or
       by path: ``{"embedding": 1, "attention/out": (0, 1)}``, a mapping from regular
       expressions, or a function from path and leaf, to axes or `None`.
@@ -276,7 +278,7 @@ def adaptive_grad_clip(
     A `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: if `clipping` is negative or NaN, or `eps` is not positive; in
+    ValueError: if `clipping` or `eps` is negative or NaN; in
       `update`, if `params` is missing or of another structure, or a leaf has a
       rank above 5 and `axis` is `None`.
     TypeError: in `update`, if a leaf is an integer or a boolean.
@@ -303,7 +305,8 @@ def adaptive_grad_clip(
     Brock et al., High-Performance Large-Scale Image Recognition Without
     Normalization, 2021, arXiv:2102.06171.
   """
-  _validate.nonnegative(clipping=clipping)
+  _validate.limit(clipping=clipping)
+  _validate.nonnegative(eps=eps)
   return clip_with(
     measures.relative(
       measures.unit_norm(

@@ -74,7 +74,7 @@ def zscore(
   mode: str = "adaptive_scaling",
   clip_factor: Any = 1.0,
   skip_update_on_spike: bool = False,
-  eps: Any = 1e-6,
+  eps: Any = 0.0,
 ) -> Threshold:
   r"""A z-score by the moments of clipped norms (ZClip); may lock on a rise.
 
@@ -101,13 +101,13 @@ def zscore(
     mode: what a spike is limited to: "adaptive_scaling", "mean", "percentile".
     clip_factor: f > 0, multiplies the limit of a spike.
     skip_update_on_spike: whether a spike is not remembered at all.
-    eps: in the units of the norms; positive.
+    eps: epsilon >= 0, in the units of the norms. The paper has 1e-6.
 
   All numbers may be traced.
   """
-  _validate.nonnegative(z_threshold=z_threshold)
+  _validate.nonnegative(z_threshold=z_threshold, eps=eps)
   _validate.fraction(decay=decay)
-  _validate.positive(warmup=warmup, clip_factor=clip_factor, eps=eps)
+  _validate.positive(warmup=warmup, clip_factor=clip_factor)
   _validate.choice(("adaptive_scaling", "mean", "percentile"), mode=mode)
   z, alpha, factor, eps, warmup = map(
     _memory.number, (z_threshold, decay, clip_factor, eps, warmup)
@@ -159,7 +159,7 @@ def adagc(
   ratio: Any = 1.05,
   decay: Any = 0.98,
   warmup: Any = 100,
-  warmup_norm: Any = 1.0,
+  warmup_norm: Any = None,
   ord: float | None = None,
 ) -> Threshold:
   r"""A little above the running mean of each entry's clipped norms (AdaGC).
@@ -168,23 +168,27 @@ def adagc(
       L_i = \lambda_{rel} \gamma_i, \quad
       \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) \min(n_i, L_i)
 
-  after `warmup` norms, during which all entries together are clipped to
-  `warmup_norm` and :math:`\gamma_i` is the least of their clipped norms.
+  after `warmup` norms, during which :math:`\gamma_i` is the least of the norms of its
+  entry; with a `warmup_norm` all entries together are clipped to that until then.
 
   Args:
     ratio: lambda_rel > 1; at 1 or below limits can only fall.
     decay: beta, from 0 to below 1.
-    warmup: how many norms at first are clipped globally; at least 1. The paper
+    warmup: how many norms at first are learnt from in this way; at least 1. The paper
       counts steps from 1, its T_start is ``warmup + 1``.
-    warmup_norm: lambda_abs > 0, in the units of the norms.
+    warmup_norm: lambda_abs > 0, in the units of the norms; the paper has 1. `None`:
+      nothing is clipped in the warm-up.
     ord: the order of the measure's norms, to take the global norm of them.
 
   All numbers but `ord` may be traced.
   """
-  _validate.positive(ratio=ratio, warmup=warmup, warmup_norm=warmup_norm)
+  _validate.positive(ratio=ratio, warmup=warmup)
+  if warmup_norm is not None:
+    _validate.positive(warmup_norm=warmup_norm)
   _validate.fraction(decay=decay)
   p = _validate.order(ord)
-  ratio, beta, warmup, most = map(_memory.number, (ratio, decay, warmup, warmup_norm))
+  most = None if warmup_norm is None else _memory.number(warmup_norm)
+  ratio, beta, warmup = map(_memory.number, (ratio, decay, warmup))
 
   def start(norms: Array) -> BoundMemory:
     return BoundMemory(
@@ -201,7 +205,8 @@ def adagc(
     # In a unit that cancels: the derivative of n / total may not be a float.
     unit = jax.lax.stop_gradient(total)
     share = jnp.where(n > 0, (n / unit) / (total / unit), 1)
-    limits = jnp.where(warm, share * most, ratio * gamma)
+    early = _INF if most is None else share * most
+    limits = jnp.where(warm, early, ratio * gamma)
     clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
 
     # A spike in the warm-up would leave all other entries a bound near 0.
@@ -246,7 +251,7 @@ def average(decay: Any = 0.999) -> Threshold:
 
 
 def mean_over_rms(
-  decay_mean: Any = 0.7, decay_square: Any = 0.9, eps: Any = 1e-8
+  decay_mean: Any = 0.7, decay_square: Any = 0.9, eps: Any = 0.0
 ) -> Threshold:
   r"""The ratio of a running mean to a running root mean square (AdaGN).
 
@@ -261,7 +266,7 @@ def mean_over_rms(
   Args:
     decay_mean: gamma_1, from 0 to below 1.
     decay_square: gamma_2, from 0 to below 1.
-    eps: in the units of the norms.
+    eps: epsilon >= 0, in the units of the norms. The paper has 1e-8.
 
   All numbers may be traced.
   """

@@ -54,7 +54,8 @@ def percentile(q: Any = 10.0, window: int = 1000) -> Threshold:
     learnt = _inserted(memory.window, n, count)
     # A norm that is not to be remembered leaves the window as it was.
     values = jnp.where((n > 0)[:, None], learnt, memory.window)
-    total = jnp.minimum(count + (n > 0).astype(count.dtype), size)
+    # In this order: the count may be the largest integer.
+    total = jnp.minimum(jnp.minimum(count, size) + (n > 0).astype(count.dtype), size)
     return _percentile(values, total, q), WindowMemory(learnt)
 
   return _memory.remembering(start, rule)

@@ -39,6 +39,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _validate
 from optax_clip._core import Threshold
 
 Array = jax.Array
@@ -90,6 +91,7 @@ def remembering(
   ) -> tuple[Array, MemoryState]:
     del extra_args
     exact = norms.ravel()
+    _validate.remembered(state, lambda: init(jnp.zeros_like(norms)), "this threshold")
     _same_size(exact.size, state)
     finite = jnp.isfinite(exact)
     n = jnp.where(finite, jnp.minimum(exact, LARGEST), 0).astype(jnp.float32)
@@ -126,7 +128,7 @@ def debiasing(decay: float | Array, count: Array) -> Array:
   With it, ``a + w * (x - a)`` is the average that starts at 0 and is divided by
   :math:`1 - \beta^t`; but it needs no start, and stays at x if x is constant.
   """
-  t = (count + 1).astype(jnp.float32)
+  t = count.astype(jnp.float32) + 1
   # 1 - beta^t from powers in float32 has lost half its digits at beta .999.
   if isinstance(decay, float):
     log: Any = math.log(decay) if decay > 0 else -math.inf

@@ -14,7 +14,7 @@ Array = jax.Array
 _REPORTED = (Record, SkipRecord, LossScale)
 
 
-def metrics(opt_state: Any) -> dict[str, Array]:
+def metrics(opt_state: Any, *, allow_empty: bool = False) -> dict[str, Array]:
   """What the clipping transformations of an optimizer did at the last step.
 
   Args:
@@ -22,6 +22,8 @@ def metrics(opt_state: Any) -> dict[str, Array]:
       deep: in `optax.chain`, `masked`, `multi_transform`, `inject_hyperparams`,
       `MultiSteps`, `apply_if_finite`; or a Flax NNX `Optimizer` or Linen
       `TrainState`, whose ``opt_state`` is taken.
+    allow_empty: whether a state in which nothing is recorded has no metrics, instead
+      of being an error.
 
   Returns:
     A flat dictionary of scalars. For each transformation, under its name
@@ -42,10 +44,13 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     last step taken.
 
     A second transformation of the same name is ``<name>_1``, and so on, in the
-    order in which they stand in the state. Empty if nothing was recorded.
+    order in which they stand in the state.
 
     It is a pure function of the state: call it inside `jit` and return its
     result, or outside.
+
+  Raises:
+    ValueError: if nothing is recorded in `opt_state`, unless `allow_empty`.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip
@@ -56,6 +61,13 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     5.0
   """
   found = entries(opt_state, _REPORTED)
+  if not found and not allow_empty:
+    raise ValueError(
+      f"opt_state, a {type(opt_state).__name__}, holds no record of a clip, a guard or"
+      " observe. Pass the state that init or update of such a transformation returned"
+      " (a checkpoint restored as plain dictionaries is none), made without"
+      " record=False; clip records with record=True only. Or pass allow_empty=True."
+    )
   # A name that a user chose may look like a numbered one.
   chosen = {name for name, _ in found}
   result: dict[str, Array] = {}

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_clip import _extended
+from optax_clip import _groups
 from optax_clip import _guard
 from optax_clip import _mesh
 from optax_clip import _metrics
@@ -146,12 +147,20 @@ def observe(
     norms: Given | None = None,
     **extra_args: Any,
   ) -> tuple[Any, ObserveState]:
-    known = measuring.measured(updates, params, norms or Given(), extra_args).known
+    if not isinstance(state, ObserveState):
+      raise TypeError(
+        f"The state of {name!r} must be the ObserveState that its init returned, got a"
+        f" {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _groups.with_values(updates)
+    weights = _groups.floats_only(params)
+    known = measuring.measured(updates, weights, norms or Given(), extra_args).known
     passed, seen = watch.update(updates, state.seen, params, norms=known, **extra_args)
     if isinstance(inner.update, _guard.Guard):
       # Into the branch of a guard goes a buffer: what came in is one already.
       passed = updates
-    handed = known.moved(updates, passed, params)
+    handed = known.moved(updates, passed, weights)
+    passed = _groups.restored(passed, given_updates)
     result, later = inside.update(
       passed, state.inner, params, norms=handed, **extra_args
     )

@@ -12,6 +12,7 @@ from optax_clip import _groups
 from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip import _scalars
+from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
@@ -102,7 +103,7 @@ def adaclip(
 def adagn(
   decay_mean: Any = 0.7,
   decay_square: Any = 0.9,
-  eps: Any = 1e-8,
+  eps: Any = 0.0,
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
@@ -124,7 +125,7 @@ def adagn(
   Args:
     decay_mean: gamma_1, from 0 to below 1.
     decay_square: gamma_2, from 0 to below 1.
-    eps: epsilon >= 0, in the units of the updates.
+    eps: epsilon >= 0, in the units of the updates. The paper has 1e-8.
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
@@ -184,7 +185,7 @@ def stable_spam(
   decay_max: Any = 0.999,
   decay_mean: Any = 0.7,
   decay_square: Any = 0.9,
-  eps: Any = 1e-8,
+  eps: Any = 0.0,
   *,
   nonfinite: str = "propagate",
   axis_name: Any = "auto",
@@ -199,7 +200,7 @@ def stable_spam(
     decay_max: the decay of `adaclip`, from 0 to below 1.
     decay_mean: of `adagn`, from 0 to below 1.
     decay_square: of `adagn`, from 0 to below 1.
-    eps: of `adagn`, in the units of the updates.
+    eps: of `adagn`, in the units of the updates. The paper has 1e-8.
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
       inf; ``"propagate"`` lets them through.
     axis_name: mesh axes to collect over, see `optax_clip.measures`.
@@ -238,6 +239,7 @@ def stable_spam(
     Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
     2025, arXiv:2502.17055.
   """
+  _validate.fraction(decay_max=decay_max)
   common: dict[str, Any] = {
     "nonfinite": nonfinite,
     "axis_name": axis_name,
@@ -259,6 +261,12 @@ def stable_spam(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     del extra_args
+    if not isinstance(state, tuple) or len(state) != 2:
+      raise TypeError(
+        f"The state of {name!r} must be the pair that its init returned, got a"
+        f" {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _groups.with_values(updates)
     layout, peaks = peak.layout(updates), list(peak.measure(updates))
     handed = given(updates, peaks, peak)
     clipped, first_state = first.update(updates, state[0], params, norms=handed)
@@ -275,7 +283,7 @@ def stable_spam(
         norms = norms._replace(value=jnp.where(finite, norms.value, 0))
       known = given(clipped, norms, norm)
     result, second_state = second.update(clipped, state[1], params, norms=known)
-    return result, (first_state, second_state)
+    return _groups.restored(result, given_updates), (first_state, second_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

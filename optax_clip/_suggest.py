@@ -54,7 +54,7 @@ class Suggestion(NamedTuple):
     drift: the median of the last quarter of the norms after the start, divided by
       that of their first quarter.
     autoclip: the limit of `autoclip`, with its defaults, at the last step.
-    zclip: that of `zclip`; its default `max_norm` of 1 is a part of it.
+    zclip: that of `zclip`, with its defaults.
   """
 
   max_norm: float
@@ -94,7 +94,7 @@ class Suggestion(NamedTuple):
     if not 1 / _DRIFT <= self.drift <= _DRIFT:
       lines.append(
         f"  note        the level moved by a factor of {_digits(self.drift)}: observe"
-        " longer,\n              or take a limit that follows, as clip_by_history"
+        " longer,\n              or take a limit that follows, as autoclip"
       )
     return "\n".join(lines)
 
@@ -214,8 +214,9 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
 
   Raises:
     ValueError: if `norms` is not one-dimensional or has a negative number, or `tx`
-      does not record one limit.
-    TypeError: if `norms` are not real numbers, or are traced.
+      does not record one limit, or needs more than one number.
+    TypeError: if `tx` is no transformation, or `norms` are not real numbers, or are
+      traced.
 
   Example:
     >>> import optax_clip
@@ -227,8 +228,23 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
   # A large norm must not become inf, which stands for an element that was not finite.
   finite = np.isfinite(history)
   exact = np.where(finite, np.minimum(history, _memory.LARGEST), history)
-  start = tx.init(jnp.zeros((), jnp.float32))
-  limits = [key for key in metrics(start) if key.endswith("/limit")]
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(
+      f"tx must be one clip, as optax_clip.autoclip(), got {tx!r} of type"
+      f" {type(tx).__name__}."
+    )
+  one = jnp.zeros((), jnp.float32)
+  try:
+    start = tx.init(one)
+    jax.eval_shape(tx.update, one, start)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      "tx must be one clip of the global norm, as optax_clip.autoclip(), since it is"
+      " given one number for each step, without params. This one raised:"
+      f" {error}"
+    ) from error
+  recorded = metrics(start, allow_empty=True)
+  limits = [key for key in recorded if key.endswith("/limit")]
   if len(limits) != 1:
     raise ValueError(
       f"tx must record one limit, got one that records {len(limits)}: {limits}. Pass"
@@ -247,7 +263,13 @@ def _checked_history(norms: Any) -> np.ndarray:
   """The norms in float64."""
   if isinstance(norms, jax.core.Tracer):
     raise TypeError("norms are traced: call this outside of jax.jit, on their values.")
-  history = np.asarray(norms)
+  try:
+    history = np.asarray(norms)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"norms must be real numbers, got a {type(norms).__name__}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
+    ) from error
   # bfloat16 is of numpy kind "V".
   if history.dtype.kind not in "iufV":
     raise TypeError(

@@ -63,7 +63,7 @@ def clip(
     >>> print(updates["w"])
     [ 1.  -0.5 -1. ]
   """
-  _validate.nonnegative(max_delta=max_delta)
+  _validate.limit(max_delta=max_delta)
   return clip_with(
     measures.global_norm(ord=math.inf),
     thresholds.of(max_delta),
@@ -151,7 +151,7 @@ def clip_by_global_norm(
     Pascanu, Mikolov & Bengio, On the difficulty of training Recurrent Neural
     Networks, 2013, arXiv:1211.5063.
   """
-  _validate.nonnegative(max_norm=max_norm)
+  _validate.limit(max_norm=max_norm)
   return clip_with(
     measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
     thresholds.of(max_norm),

@@ -1,9 +1,10 @@
 """Checks of hyperparameters, made where the user passes them.
 
 A value that is traced (under `jit`, or injected by `optax.inject_hyperparams`)
-or a schedule cannot be checked here and passes.
+cannot be checked here and passes.
 """
 
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -12,22 +13,44 @@ import numpy as np
 
 
 def _concrete(value: Any) -> np.ndarray | None:
-  if isinstance(value, jax.core.Tracer) or callable(value):
-    return None
-  return np.asarray(value)
+  return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
 def _numeric(name: str, value: Any) -> np.ndarray | None:
+  if callable(value) and not hasattr(value, "dtype"):
+    raise TypeError(
+      f"{name} must be a number, got the function {value!r}: this takes no schedule."
+      " optax.inject_hyperparams evaluates schedules for transformations whose"
+      " arguments are numbers."
+    )
   concrete = _concrete(value)
   if concrete is None:
     return None
   # bfloat16 and the float8 types are of numpy kind "V".
-  if concrete.dtype.kind not in "iufV" or isinstance(value, (bool, np.bool_)):
+  if concrete.dtype.kind not in "iufV" or concrete.dtype == np.bool_:
     raise TypeError(
-      f"{name} must be a number, an array or a schedule (a function of the"
-      f" step), got {value!r} of type {type(value).__name__}."
+      f"{name} must be a number, got {value!r} of type {type(value).__name__}."
     )
   return concrete.astype(np.float64)
+
+
+def limit(**values: Any) -> None:
+  """Raises unless each named value is a schedule, or one number >= 0."""
+  for name, value in values.items():
+    if not callable(value):
+      nonnegative(**{name: value})
+      scalar(**{name: value})
+
+
+def scalar(**values: Any) -> None:
+  """Raises for a named value that is an array of several numbers."""
+  for name, value in values.items():
+    if np.shape(value):
+      raise ValueError(
+        f"{name} must be a scalar, got an array of shape {np.shape(value)}. For several"
+        " limits, see optax_clip.clip_by_group_norm, or thresholds.constant, whose"
+        " limit may be an array with one for each norm."
+      )
 
 
 def nonnegative(**values: Any) -> None:
@@ -39,6 +62,14 @@ def nonnegative(**values: Any) -> None:
         f"{name} must be non-negative, got {value!r}. Use 0 to turn every"
         " update into zeros and float('inf') to never clip."
       )
+
+
+def known_norm(norm: Any) -> None:
+  """Raises unless a value can be a norm; that of a NaN is NaN."""
+  concrete = _numeric("norm", norm)
+  scalar(norm=norm)
+  if concrete is not None and concrete < 0:
+    raise ValueError(f"norm must be non-negative or NaN, got {norm!r}: it is no norm.")
 
 
 def positive(**values: Any) -> None:
@@ -76,6 +107,36 @@ def fraction(**values: Any) -> None:
       )
 
 
+def remembered(state: Any, init: Callable[[], Any], what: str) -> None:
+  """Raises unless a memory is of the kind that `init` returns.
+
+  Args:
+    state: the memory.
+    init: makes a blank one; evaluated in shapes only.
+    what: for the error, whose memory it is.
+  """
+  wanted = jax.eval_shape(init)
+  ours: Any = jax.tree.structure(_bare(state))
+  if ours != jax.tree.structure(_bare(wanted)):
+    raise TypeError(
+      f"The state of {what} must be a {_kind(wanted)}, got a {_kind(state)}: the"
+      " ClipState or GuardState that it is in was made by another transformation, or"
+      " restored from a checkpoint of one. Pass the state that init of this same"
+      " transformation returned."
+    )
+
+
+def _bare(state: Any) -> Any:
+  """Without the names that are keys, which may change."""
+  return list(state.values()) if isinstance(state, dict) else state
+
+
+def _kind(state: Any) -> str:
+  inside = [type(x).__name__ for x in state] if isinstance(state, tuple) else []
+  nested = [x for x in inside if x.endswith(("Memory", "State"))]
+  return type(state).__name__ + (f" of {', '.join(nested)}" if nested else "")
+
+
 def size(*, least: int = 1, **values: Any) -> int:
   """The one named value, the static length of an array."""
   ((name, value),) = values.items()
@@ -94,7 +155,7 @@ def order(ord: Any) -> float:
   """The order of a norm as a float; `None` is 2."""
   if ord is None:
     return 2.0
-  if isinstance(ord, jax.core.Tracer) or not isinstance(ord, (int, float)):
+  if isinstance(ord, (jax.core.Tracer, bool)) or not isinstance(ord, (int, float)):
     raise TypeError(
       "ord must be a Python number, as it decides what is compiled, got"
       f" {ord!r}. With optax.inject_hyperparams, pass static_args=('ord',)."

@@ -79,7 +79,9 @@ def clamp(*, strict: bool = False) -> Action:
         "Complex leaves have no order to clip elements by: use"
         " clip_by_global_norm or clip_by_layer_norm for them."
       )
-    if strict:
+    # An eighth of it would be lost where the leaf has eight bits: there the limit is
+    # what float32 holds of it.
+    if strict and jnp.finfo(leaf.dtype).bits > 8:
       limit = _next_below(limit)
     bound = _cast(limit, leaf.dtype, toward_zero=strict)
     # Not two comparisons with -L and L: XLA makes a minimum and a maximum of

@@ -94,8 +94,8 @@ def layer_norm(
   _groups.checked_stacked(stacked)
 
   def layout(updates: Any) -> Layout:
+    shapes = [x.shape for x in _groups.floating_leaves(updates)]
     layers = _groups.layer_axes(updates, stacked)
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(updates)]
     dims = [
       None if layer is None else _groups.stacked_axes(shape, layer)
       for shape, layer in zip(shapes, layers, strict=True)
@@ -216,9 +216,10 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
   Args:
     measure: what to take of both.
     eps: the least norm a parameter counts with, so that parameters that start
-      at zero can move. In the units of the parameters' norm.
+      at zero can move; an absolute constant, in the units of the parameters' norm.
+      With 0 they stay at zero.
   """
-  _validate.positive(eps=eps)
+  _validate.nonnegative(eps=eps)
   parts = measure.parts
   if parts is not None:
     # The ratio of two norms is not made of the ratios of their parts.
@@ -304,7 +305,8 @@ class _Ratio:
     return [self._ratio(*pair) for pair in zip(above, below, strict=True)]
 
   def _ratio(self, update: Extended, param: Extended) -> Extended:
-    floor = jnp.maximum(_extended.as_float(param), self.eps)
+    norm = _extended.as_float(param)
+    floor = jnp.maximum(norm, jnp.asarray(self.eps, norm.dtype))
     return _extended.divided(update, floor.astype(update.value.dtype))
 
 

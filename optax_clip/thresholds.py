@@ -95,6 +95,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
   def update(
     norms: Array, state: ScheduleState, **extra_args: Any
   ) -> tuple[Array, ScheduleState]:
+    _validate.remembered(state, lambda: init(norms), "this threshold")
     del extra_args
     limits = _filled(norms, schedule(state.step))
     return limits, ScheduleState(optax.safe_increment(state.step))
@@ -133,6 +134,7 @@ def at_most(threshold: Threshold, cap: Any) -> Threshold:
   def update(
     norms: Array, state: PairState, **extra_args: Any
   ) -> tuple[Array, PairState]:
+    _validate.remembered(state, lambda: init(norms), "this threshold")
     limits, memory = threshold.update(norms, state.threshold, **extra_args)
     caps, cap = other.update(norms, state.cap, **extra_args)
     return jnp.minimum(limits, caps), PairState(memory, cap)
@@ -161,6 +163,7 @@ def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold
   def update(
     norms: Array, state: WarmupState, **extra_args: Any
   ) -> tuple[Array, WarmupState]:
+    _validate.remembered(state, lambda: init(norms), "this threshold")
     later, memory = threshold.update(norms, state.threshold, **extra_args)
     early, other = first.update(norms, state.limit, **extra_args)
     warm = state.seen.astype(jnp.float32) < steps

@@ -59,7 +59,7 @@ ZCLIP = [
 @pytest.mark.parametrize(("ours", "theirs"), ZCLIP)
 def test_zscore(seed, ours, theirs):
   norms = learned.trace(seed, STEPS)
-  found, _ = learned.limits(thresholds.zscore(**ours), norms)
+  found, _ = learned.limits(thresholds.zscore(**{"eps": 1e-6, **ours}), norms)
   wanted = learned_oracles.zclip(norms.astype(np.float64), **theirs)
   assert deviation(found, wanted) < 1e-5
   assert np.sum(norms > found) > 10  # There were spikes to disagree about.
@@ -68,7 +68,7 @@ def test_zscore(seed, ours, theirs):
 @seeds
 def test_zscore_has_a_memory_for_each_entry(seed):
   norms = learned.trace(seed, STEPS, (3,))
-  found, _ = learned.limits(thresholds.zscore(), norms)
+  found, _ = learned.limits(thresholds.zscore(eps=1e-6), norms)
   for i in range(3):
     wanted = learned_oracles.zclip(norms[:, i].astype(np.float64))
     assert deviation(found[:, i], wanted) < 1e-5
@@ -77,7 +77,7 @@ def test_zscore_has_a_memory_for_each_entry(seed):
 @seeds
 def test_adagc(seed):
   norms = learned.trace(seed, STEPS, (5,)) * np.float32([1, 0.1, 3, 1e-3, 30])
-  found, state = learned.limits(thresholds.adagc(), norms)
+  found, state = learned.limits(thresholds.adagc(warmup_norm=1.0), norms)
   scales, gamma = learned_oracles.adagc(norms.astype(np.float64))
   assert np.max(np.abs(np.minimum(found / norms, 1) / scales - 1)) < 1e-5
   assert np.max(np.abs(state.memory.gamma / gamma - 1)) < 1e-5
@@ -96,7 +96,7 @@ def test_adaclip_and_adagn(seed):
   once = learned_oracles.adaclip(g.astype(np.float64))
   found, _ = learned.run(optax_clip.adaclip(), {"w": jnp.asarray(g)})
   np.testing.assert_allclose(found["w"], once, rtol=1e-5)
-  found, _ = learned.run(optax_clip.stable_spam(), {"w": jnp.asarray(g)})
+  found, _ = learned.run(optax_clip.stable_spam(eps=1e-8), {"w": jnp.asarray(g)})
   np.testing.assert_allclose(found["w"], learned_oracles.adagn(once), rtol=1e-5)
   assert np.mean(once != g) > 0.01
 

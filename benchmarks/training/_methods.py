@@ -55,11 +55,11 @@ METHODS = {
   "layer percentile": Method(
     _first(optax_clip.clip_by_layer_percentile()), "#e67e22", "--"
   ),
-  # By default both hold a constant as well: the norm of 1 that `zclip` never allows
-  # more than, and the one that `adagc` begins with.
-  "zclip": Method(_first(optax_clip.zclip()), "#c0392b"),
-  "zclip, no cap": Method(_first(optax_clip.zclip(max_norm=None)), "#c0392b", "--"),
-  "adagc": Method(_first(optax_clip.adagc()), "#d6569b"),
+  # With the papers' constants, which are not the defaults: the norm of 1 that `zclip`
+  # never allows more than, and the one that `adagc` begins with.
+  "zclip": Method(_first(optax_clip.zclip(max_norm=1.0, eps=1e-6)), "#c0392b"),
+  "zclip, no cap": Method(_first(optax_clip.zclip(eps=1e-6)), "#c0392b", "--"),
+  "adagc": Method(_first(optax_clip.adagc(warmup_norm=1.0)), "#d6569b"),
   "adagc, no cap": Method(
     _first(optax_clip.adagc(warmup_norm=float("inf"))), "#d6569b", "--"
   ),
