@@ -127,12 +127,11 @@ def noted(
   sizes, factors = _side_by_side(sizes), _side_by_side(factors)
   # A limit that is the same for all norms is one scalar.
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
-  above = [
-    (n > x.astype(n.dtype)).astype(jnp.float32)
-    for n, x in zip(sizes, each, strict=True)
-  ]
-  number_above = _fold(jnp.sum, above)
-  happened = [jnp.asarray(True), finite & (number_above > 0), ~finite]
+  above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
+  number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
+  # Of one norm it is known without another comparison.
+  clipped = above[0].reshape(()) if count == 1 else number_above > 0
+  happened = [jnp.asarray(True), finite & clipped, ~finite]
   # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
   counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
   return Record(
