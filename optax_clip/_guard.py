@@ -208,11 +208,8 @@ class Guard:
           f" returned, got a {type(state).__name__}. Pass tx.init(params) of this same"
           " tx; a checkpoint of another chain does not fit it."
         )
-      _validate.remembered(
-        state.memory,
-        functools.partial(judge.init, updates),
-        f"the guard {judge.name!r}",
-      )
+      kind = _validate.Kind(f"the guard {judge.name!r}")
+      kind.check(state.memory, functools.partial(judge.init, updates))
       states.append(state)
       state = state.inner
     return states, state

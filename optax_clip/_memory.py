@@ -81,6 +81,7 @@ def remembering(
       f32[norms], and the memory with these norms learnt. It need not care about
       dtypes, NaN or inf. Where a norm is 0 its memory is thrown away.
   """
+  kind = _validate.Kind("this threshold")
 
   def init(norms: Array) -> MemoryState:
     like = jnp.zeros_like(norms.ravel(), jnp.float32)
@@ -91,7 +92,7 @@ def remembering(
   ) -> tuple[Array, MemoryState]:
     del extra_args
     exact = norms.ravel()
-    _validate.remembered(state, lambda: init(jnp.zeros_like(norms)), "this threshold")
+    kind.check(state, lambda: init(jnp.zeros_like(norms)))
     _same_size(exact.size, state)
     finite = jnp.isfinite(exact)
     n = jnp.where(finite, jnp.minimum(exact, LARGEST), 0).astype(jnp.float32)

@@ -107,23 +107,28 @@ def fraction(**values: Any) -> None:
       )
 
 
-def remembered(state: Any, init: Callable[[], Any], what: str) -> None:
-  """Raises unless a memory is of the kind that `init` returns.
+class Kind:
+  """The kind of memory that something has, looked up once: its structure."""
 
-  Args:
-    state: the memory.
-    init: makes a blank one; evaluated in shapes only.
-    what: for the error, whose memory it is.
-  """
-  wanted = jax.eval_shape(init)
-  ours: Any = jax.tree.structure(_bare(state))
-  if ours != jax.tree.structure(_bare(wanted)):
-    raise TypeError(
-      f"The state of {what} must be a {_kind(wanted)}, got a {_kind(state)}: the"
-      " ClipState or GuardState that it is in was made by another transformation, or"
-      " restored from a checkpoint of one. Pass the state that init of this same"
-      " transformation returned."
-    )
+  def __init__(self, what: str) -> None:
+    """For errors, whose memory it is."""
+    self._what, self._structure = what, None
+
+  def check(self, state: Any, init: Callable[[], Any]) -> None:
+    """Raises unless a memory is of the kind that `init` returns."""
+    if self._structure is None:
+      self._structure = _structure(jax.eval_shape(init))
+    if _structure(state) != self._structure:
+      raise TypeError(
+        f"The state of {self._what} must be a {_kind(jax.eval_shape(init))}, got a"
+        f" {_kind(state)}: the ClipState or GuardState that it is in was made by"
+        " another transformation, or restored from a checkpoint of one. Pass the state"
+        " that init of this same transformation returned."
+      )
+
+
+def _structure(state: Any) -> Any:
+  return jax.tree.structure(_bare(state))
 
 
 def _bare(state: Any) -> Any:

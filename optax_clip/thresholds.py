@@ -87,6 +87,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
   Args:
     schedule: from the number of steps taken, i32[], to a limit.
   """
+  kind = _validate.Kind("this threshold")
 
   def init(norms: Array) -> ScheduleState:
     del norms
@@ -95,7 +96,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
   def update(
     norms: Array, state: ScheduleState, **extra_args: Any
   ) -> tuple[Array, ScheduleState]:
-    _validate.remembered(state, lambda: init(norms), "this threshold")
+    kind.check(state, lambda: init(norms))
     del extra_args
     limits = _filled(norms, schedule(state.step))
     return limits, ScheduleState(optax.safe_increment(state.step))
@@ -128,13 +129,15 @@ def at_most(threshold: Threshold, cap: Any) -> Threshold:
   """
   other = of(cap)
 
+  kind = _validate.Kind("this threshold")
+
   def init(norms: Array) -> PairState:
     return PairState(threshold.init(norms), other.init(norms))
 
   def update(
     norms: Array, state: PairState, **extra_args: Any
   ) -> tuple[Array, PairState]:
-    _validate.remembered(state, lambda: init(norms), "this threshold")
+    kind.check(state, lambda: init(norms))
     limits, memory = threshold.update(norms, state.threshold, **extra_args)
     caps, cap = other.update(norms, state.cap, **extra_args)
     return jnp.minimum(limits, caps), PairState(memory, cap)
@@ -156,6 +159,8 @@ def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold
   steps = _memory.number(steps)
   first = of(limit)
 
+  kind = _validate.Kind("this threshold")
+
   def init(norms: Array) -> WarmupState:
     seen = jnp.zeros_like(norms.ravel(), jnp.int32)
     return WarmupState(seen, threshold.init(norms), first.init(norms))
@@ -163,7 +168,7 @@ def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold
   def update(
     norms: Array, state: WarmupState, **extra_args: Any
   ) -> tuple[Array, WarmupState]:
-    _validate.remembered(state, lambda: init(norms), "this threshold")
+    kind.check(state, lambda: init(norms))
     later, memory = threshold.update(norms, state.threshold, **extra_args)
     early, other = first.update(norms, state.limit, **extra_args)
     warm = state.seen.astype(jnp.float32) < steps
