@@ -175,7 +175,9 @@ def clip_with(
   Returns:
     A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`, or
     `optax.EmptyState` if nothing is recorded or remembered. Its ``update`` takes
-    norms that are known already as ``norms=``, see `given`.
+    norms that are known already as ``norms=``, see `given`. Its ``init`` leaves out
+    what is no float: integers get no updates, which may be `None` or, as JAX has them,
+    of float0; these pass. ``update`` refuses integers.
 
   Raises:
     ValueError: for an unknown `nonfinite` or `record`, or ``record="layers"`` with a
