@@ -121,10 +121,12 @@ def noted(
   count = sum(x.size for x in sizes)
   if not count:
     return last._replace(steps=optax.safe_increment(last.steps))
+  together = _mesh.on_one_device([*sizes, *limits, *factors])
   if any(x.ndim for x in limits):
     pairs = zip(sizes, limits, strict=True)
-    limits = _side_by_side([jnp.broadcast_to(x, n.shape) for n, x in pairs])
-  sizes, factors = _side_by_side(sizes), _side_by_side(factors)
+    whole = [jnp.broadcast_to(x, n.shape) for n, x in pairs]
+    limits = _side_by_side(whole, together)
+  sizes, factors = (_side_by_side(x, together) for x in (sizes, factors))
   # A limit that is the same for all norms is one scalar.
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
@@ -228,15 +230,15 @@ def all_finite(sizes: Sequence[Array]) -> Array:
   if not any(x.size for x in sizes):
     return jnp.asarray(True)
   # The largest is recorded anyway, and NaN is larger than all.
-  return jnp.isfinite(_fold(jnp.max, _side_by_side(sizes)))
+  return jnp.isfinite(_fold(jnp.max, _side_by_side(sizes, _mesh.on_one_device(sizes))))
 
 
-def _side_by_side(arrays: Sequence[Array]) -> list[Array]:
+def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
   """Arrays as one, where that moves no data between devices: it is few kernels."""
   arrays = [x for x in arrays if x.size]
   if len({x.dtype for x in arrays}) > 1:
     arrays = [x.astype(jnp.float64) for x in arrays]
-  if len(arrays) == 1 or not _mesh.on_one_device(arrays):
+  if len(arrays) == 1 or not together:
     return arrays
   # Without the barrier XLA reduces each on its own again.
   joined = jnp.concatenate([x.ravel() for x in arrays])
