@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
+from benchmarks import _programs
 from benchmarks import _steps
 from benchmarks import _timing
 import optax_clip
@@ -33,13 +34,6 @@ METHODS: dict[str, Any] = {
   "adagc": optax_clip.adagc,
 }
 
-COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-)
 COUNTS = (1, 2, 4, 8)
 
 
@@ -94,7 +88,7 @@ def measured(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
         "step_over_none": _timing.ratio(times[name], times["none"]),
         **{
           kind: _count(text, kind) - _count(steps["none"][1], kind)
-          for kind in COLLECTIVES
+          for kind in _programs.COLLECTIVES
         },
       }
       for name, (_, text) in steps.items()

@@ -15,14 +15,13 @@ every step. What costs nothing instead depends on the compiler:
   1/64 of it, and there the sum of whole arrays is `tripled`: an estimate stands in
   ``benchmarks/NOTES.md``.
 * TPU, `tripled`: three sums with constant units, from one read, of which one is
-  chosen. A TPU has no float64. It compiles to fewer kernels than a plain sum, since
-  scalars that leave a reduction with several results stay vectors.
+  chosen. A TPU has no float64. It compiles to fewer kernels than a plain sum with a
+  branch.
 
 What one read cannot do, powers above 2, whose terms leave any range, is measured twice
 everywhere, `scaled`: the largest element first.
 
-All agree with the sum in float64 to 1e-6, relative; a `Moments` is ``value * unit **
-ord``.
+All agree with the sum in float64 to 1e-6, relative.
 """
 
 from collections.abc import Callable
