@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_clip import _extended
 from optax_clip import _memory
 from optax_clip import _validate
 from optax_clip._core import Threshold
@@ -286,7 +287,9 @@ def mean_over_rms(
     mean = memory.mean + first * (x - memory.mean)
     rms = _memory.root_mean(second, memory.rms, x)
     known = rms > 0
-    limits = jnp.where(known, mean / (jnp.where(known, rms, 1) + eps), 1)
+    # Its derivative squares nothing, however small the norms are.
+    ratio = _extended.quotient(mean, jnp.where(known, rms, 1) + eps)
+    limits = jnp.where(known, _extended.as_float(ratio), 1)
     return limits, RatioMemory(mean, rms)
 
   return _memory.remembering(start, rule)

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import _charts
+from benchmarks import _programs
 from benchmarks import mesh
 from benchmarks import overhead
 from benchmarks import precision
@@ -44,7 +45,7 @@ def test_collectives_of_a_mesh(monkeypatch):
     if ours and row["devices"] > 1:
       assert row["all-reduce"] == 1, row
     if ours:
-      assert not any(row[k] for k in mesh.COLLECTIVES if k != "all-reduce"), row
+      assert not any(row[k] for k in _programs.COLLECTIVES if k != "all-reduce"), row
 
 
 def test_collectives_in_a_branch_are_not_counted():

@@ -164,7 +164,7 @@ def test_a_run_that_diverges_is_reported(tmp_path, capsys):
     ("--max-ratio", "-2", "'-2' is not a number"),
     ("--max-value", "", "'' is not a number"),
     ("--percentile", "101", "between 0 and 100, got 101.0"),
-    ("--max-norm-decay", "1", "decay must be at least 0 and below 1, got 1.0"),
+    ("--max-norm-decay", "1", "decay_max must be at least 0 and below 1, got 1.0"),
     ("--lr", "0", "'0' is not a positive number"),
     ("--lr", "inf", "'inf' is not a positive number"),
     ("--steps", "0", "'0' is not a whole number of at least 1"),

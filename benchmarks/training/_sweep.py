@@ -115,7 +115,7 @@ def _portion(task: Task, make: Any, every: int) -> Any:
     finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)])
     clipped = [
       value
-      for key, value in optax_clip.metrics(state).items()
+      for key, value in optax_clip.metrics(state, allow_empty=True).items()
       if key.endswith("/steps_clipped")
     ]
     return (params, state, idle), {
