@@ -41,6 +41,7 @@ from optax_clip import _extended
 from optax_clip import _groups
 from optax_clip import _leaf
 from optax_clip import _record
+from optax_clip import _scalars
 from optax_clip import _validate
 from optax_clip._extended import Extended
 from optax_clip._layout import Layout
@@ -137,7 +138,7 @@ class Norms(NamedTuple):
 
   def sizes(self) -> list[Array]:
     """The norms as floats."""
-    return [_extended.as_float(x) for x in self.blocks]
+    return _scalars.each(_extended.as_float, [(x,) for x in self.blocks])
 
   def largest(self) -> Array:
     """For each layer its norm; of several, the largest."""
@@ -248,10 +249,8 @@ def clip_with(
       found = found._replace(blocks=blocks)
       sizes = found.sizes()
     limits, memory = _limited(threshold, found.layout, sizes, memory, extra_args)
-    coefficients = [
-      action.weigh(norm, limit)
-      for norm, limit in zip(found.blocks, limits, strict=True)
-    ]
+    pairs = list(zip(found.blocks, limits, strict=True))
+    coefficients = _scalars.each(action.weigh, pairs, is_last=True)
     clipped = _applied(action, found.layout, coefficients, limits, updates)
     if nonfinite == "zero":
       clipped = jax.tree.map(lambda x: _where_finite(finite, x), clipped)

@@ -70,17 +70,18 @@ def where(condition: Array, x: Extended, y: Any) -> Extended:
 def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Extended:
   """``numerator / denominator``, whatever their sizes; both of one dtype.
 
-  The mantissas are divided, and the exponents subtracted. The result's value is
-  within a factor of 4 of 1 whenever its unit is not 1, but for quotients that one unit
-  does not hold; below ``2 ** -250`` they are 0. The derivative is that of the
-  mantissas, so that it squares nothing that is large or small.
+  The mantissas are divided, and the exponents subtracted. Where the result's unit is
+  not 1, its value is near ``2 ** 16`` or its inverse, or beyond these for quotients
+  that one unit does not hold: a value of 1 says that nothing is scaled. Below
+  ``2 ** -250`` they are 0. The derivative is that of the mantissas, which squares
+  nothing that is large or small.
   """
   numerator, denominator = of(numerator), of(denominator)
   info = jnp.finfo(numerator.value.dtype)
   (top, high), (bottom, low) = _pairwise(_split, numerator.value, denominator.value)
   more, less = _pairwise(_exponent, numerator.unit, denominator.unit)
   exponent = high - low + more - less
-  near = jnp.clip(exponent, info.minexp + 24, info.maxexp - 24)
+  near = jnp.clip(exponent, -16, 16)
   rest = jnp.clip(exponent - near, info.minexp, info.maxexp - 2)
   # What the unit does not hold, the value does; what neither does is 0.
   near = jnp.minimum(exponent - rest, info.maxexp - 4)
@@ -125,17 +126,25 @@ def divided(x: Extended, y: Array) -> Extended:
   )
 
 
-def from_float(x: Array, dtype: Any) -> Extended:
-  """A wider float, or one of the same width, in a dtype; exact but for rounding."""
+def from_float(x: Array, like: Array, dtype: Any) -> Extended:
+  """A float64 in another dtype; exact but for rounding.
+
+  Args:
+    x: the float, if it is finite at most ``2 ** 250``.
+    like: the same, to choose the unit by.
+    dtype: float32, or float64 itself.
+  """
+  if dtype == x.dtype:
+    return of(x)
   info = jnp.finfo(dtype)
-  ordinary = (x <= float(info.max) / 4) & (x >= float(info.tiny) * 4)
-  # Within the range, and at 0, NaN and inf, the unit is 1.
-  ordinary |= ~((x > 0) & jnp.isfinite(x))
-  exponent = jnp.where(
-    ordinary, 0, jnp.clip(_exponent(x), info.minexp, info.maxexp - 2)
-  )
-  unit = _power(exponent.astype(jnp.int32), x.dtype)
-  return Extended((x / unit).astype(dtype), unit.astype(dtype))
+  power = 2.0 ** (info.maxexp - 2)
+  large, small = like > power, like < 1 / power
+
+  def choice(down: float, up: float, dtype: Any) -> Array:
+    return jnp.where(large, down, jnp.where(small, up, 1.0)).astype(dtype)
+
+  value = x * choice(1 / power, power, x.dtype)
+  return Extended(value.astype(dtype), choice(power, 1 / power, dtype))
 
 
 def power_of_two(x: Array) -> Array:

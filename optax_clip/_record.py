@@ -240,6 +240,8 @@ def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
     arrays = [x.astype(jnp.float64) for x in arrays]
   if len(arrays) == 1 or not together:
     return arrays
+  # Those of one shape after each other: if they are slices of a stack, XLA takes it.
+  arrays = sorted(arrays, key=lambda x: x.shape)
   # Without the barrier XLA reduces each on its own again.
   joined = jnp.concatenate([x.ravel() for x in arrays])
   return [lax.optimization_barrier(joined)]

@@ -37,7 +37,9 @@ import jax.numpy as jnp
 
 from optax_clip import _backend
 from optax_clip import _extended
+from optax_clip import _mesh
 from optax_clip import _moments
+from optax_clip import _scalars
 from optax_clip._extended import Extended
 
 Array = jax.Array
@@ -163,8 +165,21 @@ def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
       return [functools.reduce(jnp.add, [_total(x, part.dims) for x in powers])]
 
     (moments,) = reduction.run(local, lax.psum, _sum, None)
-    roots = [_moments.root(x, ord) for x in moments]
-    return [_extended.from_float(x, reduction.dtype) for x in roots]
+
+    def of_pair(pair: tuple[Array, Array]) -> Extended:
+      one, other = (_moments.root(x, ord) for x in pair)
+      return _extended.from_float(one, other, reduction.dtype)
+
+    def of_stack(x: Array) -> Extended:
+      return of_pair(_written(x))
+
+    def of_one(x: Array) -> Extended:
+      is_stack = x.ndim == 1 and x.size > 1
+      return of_stack(x) if is_stack else of_pair((x, x))
+
+    if not _mesh.on_one_device(moments):
+      return [of_one(x) for x in moments]
+    return _scalars.in_stacks(of_stack, of_one, [(x,) for x in moments])
 
 
 def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
@@ -258,6 +273,24 @@ def _largest(reduction: Reduction) -> list[Array]:
   merge = functools.partial(jnp.max, axis=0)
   (peaks,) = reduction.run(local, lax.pmax, merge, None)
   return peaks
+
+
+def _written(stack: Array) -> tuple[Array, Array]:
+  """The same array twice, which XLA:GPU writes down.
+
+  It would move the stack of the sums of all leaves into the kernel that makes
+  coefficients of them, and that kernel repeats its arithmetic for each leaf: 300 KB of
+  code, and most of the time to compile a step. A reduction with two results it leaves
+  where it is, if both are used.
+  """
+  first = lax.broadcasted_iota(jnp.int32, (2, *stack.shape), 0) == 0
+  none = jnp.zeros_like(stack)[None]
+  both = [jnp.where(x, stack[None], none) for x in (first, ~first)]
+  zero = jnp.zeros((), stack.dtype)
+  one, other = lax.reduce(
+    both, [zero, zero], lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)
+  )
+  return one, other
 
 
 def _total(power: Array, dims: tuple[int, ...] | None) -> Array:

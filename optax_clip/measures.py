@@ -43,6 +43,7 @@ from optax_clip import _mesh
 from optax_clip import _moments
 from optax_clip import _norms
 from optax_clip import _paths
+from optax_clip import _scalars
 from optax_clip import _validate
 from optax_clip._core import Measure
 from optax_clip._core import Parts
@@ -302,11 +303,14 @@ class _Ratio:
     _groups.same_structure(updates, params)
     above = self.of.measure(updates, None, **extra_args)
     below = self.of.measure(params, None, **extra_args)
-    return [self._ratio(*pair) for pair in zip(above, below, strict=True)]
+    weights = _scalars.each(_extended.as_float, [(x,) for x in below])
+    layout, own = self.of.layout(updates), self.of.layout(params)
+    if own.blocks != layout.blocks:  # Of other dtypes.
+      weights = layout.untabled(own.table(weights), [x.value for x in above])
+    return _scalars.each(self._ratio, list(zip(above, weights, strict=True)))
 
-  def _ratio(self, update: Extended, param: Extended) -> Extended:
-    norm = _extended.as_float(param)
-    floor = jnp.maximum(norm, jnp.asarray(self.eps, norm.dtype))
+  def _ratio(self, update: Extended, weight: Array) -> Extended:
+    floor = jnp.maximum(weight, jnp.asarray(self.eps, weight.dtype))
     return _extended.divided(update, floor.astype(update.value.dtype))
 
 

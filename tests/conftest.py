@@ -1,4 +1,9 @@
-"""Settings that every test runs under: many devices, and nothing implicit."""
+"""Settings that every test runs under: many devices, and nothing implicit.
+
+XLA compiles most tests with little optimisation, which takes a third of the time.
+Tests of what it makes of sums and of whole programs are marked `optimized`, and
+`pytest -m optimized` runs them, compiled as users have it.
+"""
 
 import os
 
@@ -30,7 +35,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+# What takes XLA longest on a CPU.
+_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Tests that run only if `-m` says something about them.
+_ASKED_FOR = ("slow", "optimized")
+
+
 def pytest_configure(config):
+  # XLA reads them when it first compiles.
+  flags = os.environ["XLA_FLAGS"]
+  asked = any(name in config.option.markexpr for name in _ASKED_FOR)
+  if not asked and "xla_backend_optimization_level" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {_QUICKLY}"
   config.addinivalue_line(
     "markers",
     "foreign: runs code of others, which promotes dtypes and ranks implicitly",
@@ -40,13 +56,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves tests marked `slow` out unless `-m` says something about them."""
-  if "slow" in config.option.markexpr:
-    return
-  slow = [item for item in items if item.get_closest_marker("slow")]
-  if slow:
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+  """Leaves tests out that run only if `-m` says something about them."""
+  asked = [name for name in _ASKED_FOR if name in config.option.markexpr]
+  left_out = [name for name in _ASKED_FOR if name not in asked]
+  if "slow" in asked:
+    left_out = []
+
+  def is_left_out(item):
+    return any(map(item.get_closest_marker, left_out))
+
+  config.hook.pytest_deselected(items=list(filter(is_left_out, items)))
+  items[:] = [item for item in items if not is_left_out(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.optimized
+
 WIDTH, LAYERS = 256, 30
 
 # SPAM's elements are compared with a memory of each of them. XLA writes the new

@@ -13,6 +13,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.optimized
+
 RELATIVE = 1e-6
 
 # Few, so that few programs are compiled: the values are what varies.

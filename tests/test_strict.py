@@ -12,6 +12,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.optimized
+
 SHAPES = ((4,), (8, 16), (2, 2, 3, 4), (), (32, 32))
 DTYPES = (*oracles.LOW, "complex64", "float64")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

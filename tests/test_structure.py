@@ -12,6 +12,8 @@ from registry import names
 
 import optax_clip
 
+pytestmark = pytest.mark.optimized
+
 WIDTH, LAYERS = 512, 7
 
 
