@@ -136,3 +136,15 @@ def test_no_weight_moves_beyond_its_bound_however_large_the_update(nonfinite):
   wanted = np.where(wanted < 2.0**-250 * pairs[:, 0], 0, wanted)[:, None]
   np.testing.assert_allclose(found, np.broadcast_to(wanted, found.shape), rtol=1e-5)
   assert not np.any(broken)
+
+
+@pytest.mark.parametrize("measure", [measures.layer_norm, measures.unit_norm])
+def test_weights_may_be_of_several_dtypes(measure):
+  with jax.enable_x64(True):
+    updates = {"a": jnp.ones((4, 3), jnp.float32), "b": jnp.ones(4, jnp.float32)}
+    params = {"a": jnp.ones((4, 3), jnp.float32), "b": jnp.full(4, 3.0)}
+    assert params["b"].dtype == jnp.float64
+    tx = of_measure(measure())(1e-3, "propagate")
+    new, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_allclose(new["a"], np.full((4, 3), CLIPPING), rtol=1e-6)
+    np.testing.assert_allclose(new["b"], np.full(4, 3 * CLIPPING), rtol=1e-6)
