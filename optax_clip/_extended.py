@@ -116,14 +116,11 @@ def divided(x: Extended, y: Array) -> Extended:
   value = x.value * above / (y * below)
   # As much as the unit holds goes there, the rest into the value.
   factor, unit = below / above, lax.stop_gradient(x.unit)
-  held = jnp.minimum(factor, most / unit)
-  rest = factor / held
-  far = (value > most / rest) | (~positive & (x.value > 0))
+  held = jnp.clip(factor, 1 / most / unit, most / unit)
+  value = value * (factor / held)
+  far = (value > most) | (~positive & (x.value > 0))
   far = far & jnp.isfinite(x.value)
-  return Extended(
-    jnp.where(far, 1, value * jnp.where(far, 1, rest)),
-    jnp.where(far, beyond(dtype), unit * held),
-  )
+  return Extended(jnp.where(far, 1, value), jnp.where(far, beyond(dtype), unit * held))
 
 
 def from_float(x: Array, like: Array, dtype: Any) -> Extended:

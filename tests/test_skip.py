@@ -530,6 +530,7 @@ def shapes():
   return [*[layer] * 8, jax.ShapeDtypeStruct((256,), jnp.float32)]
 
 
+@pytest.mark.optimized
 class TestCost:
   """From the compiled AdamW step, with donation: no timing."""
 
