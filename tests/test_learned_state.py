@@ -62,7 +62,7 @@ def test_no_two_fields_share_a_buffer_and_states_can_be_donated(name):
   for i in range(20):
     new, state = step(jax.tree.map(lambda x, i=i: x[i], updates), state)
   wanted, reference = learned.run(tx, updates)
-  # In a scan XLA may add to a product without rounding it where the step alone does not.
+  # In a scan XLA may leave out the rounding of a product where the step alone does not.
   memories = map(learned.memory, (state, reference))
   for x, y in zip(*memories, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-6)
