@@ -58,10 +58,11 @@ class TestH100:
 
   def test_agc_has_hardly_more_kernels_than_optax(self, figures):
     peer = figures("h100", OPTAX_UNIT)
-    assert figures("h100", UNIT)["kernels"] <= 1.15 * peer["kernels"]
+    assert figures("h100", UNIT)["kernels"] <= 1.1 * peer["kernels"]
 
   def test_agc_reads_gradients_and_parameters_once(self, figures):
     assert figures("h100", UNIT)["bytes"] <= 9.05
+    assert figures("h100", UNIT, dtype="bfloat16")["bytes"] <= 9.2
 
 
 @needs("tpu-v5e")
