@@ -70,16 +70,20 @@ def each(
     is_last: whether leaves are multiplied with the results.
   """
   arrays = jax.tree.leaves(arguments)
-  if len(by_shape(arguments)) == len(arguments) or not _mesh.on_one_device(arrays):
-    return [f(*x) for x in arguments]
 
   def one_by_one(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [f(*x) for x in arguments]
 
+  def written(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return jax.tree.map(_written, one_by_one(arguments))
+
   def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return in_stacks(jax.vmap(f), f, arguments, is_last)
 
-  return _backend.by_backend(arguments, cpu=one_by_one, gpu=together, tpu=one_by_one)
+  alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
+  cpu = written if is_last and any(x.ndim > 1 for x in arrays) else one_by_one
+  gpu = together if alike else one_by_one
+  return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=one_by_one)
 
 
 def by_shape(arguments: Sequence[Any]) -> list[list[int]]:
@@ -120,12 +124,37 @@ def in_stacks(
 
 
 @jax.custom_jvp
+def _written(x: Array) -> Array:
+  """The same array, which XLA:CPU writes down if it has an entry for each unit.
+
+  It would compute it anew for each element of the leaf that is multiplied with it:
+  all that follows the last division.
+  """
+  if x.ndim < 2:
+    return x
+  # As bits: of a sum XLA:CPU would make a kernel that multiplies the leaf, too.
+  bits = _bits(x)
+  first = lax.broadcasted_iota(jnp.int32, (2, *x.shape), 0) == 0
+  both = jnp.where(first, bits[None], jnp.zeros_like(bits)[None])
+  kept = lax.reduce(both, jnp.zeros((), bits.dtype), lax.bitwise_or, (0,))
+  return lax.bitcast_convert_type(kept, x.dtype)
+
+
+@_written.defjvp
+def _written_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+  return _written(primals[0]), tangents[0]
+
+
+def _bits(x: Array) -> Array:
+  carrier = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
+  return lax.bitcast_convert_type(x, carrier)
+
+
+@jax.custom_jvp
 def _rows(table: Array) -> list[Array]:
   """``list(table)``."""
   # As bits: a sum with zeros would flush subnormals.
-  carrier = jnp.dtype(f"uint{jnp.finfo(table.dtype).bits}")
-  bits = lax.bitcast_convert_type(table, carrier)
-  found = _taken_apart(bits)[: table.shape[0]]
+  found = _taken_apart(_bits(table))[: table.shape[0]]
   return [lax.bitcast_convert_type(x, table.dtype) for x in found]
 
 
