@@ -150,6 +150,17 @@ def test_the_package_says_so_neither():
   assert "one read" not in (ROOT / "pyproject.toml").read_text()
 
 
+# --- Where a line belongs -----------------------------------------------------
+
+
+def test_no_module_is_named_that_is_gone():
+  """In the table of CONTRIBUTING."""
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  modules = {path.name for path in (ROOT / "optax_clip").glob("_*.py")}
+  named = set(re.findall(r"`(?:optax_clip/)?(_\w+\.py)`", text))
+  assert named <= modules, named - modules
+
+
 # --- Examples -----------------------------------------------------------------
 
 
