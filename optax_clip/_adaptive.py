@@ -1,4 +1,4 @@
-"""Transformations whose limit is learnt from running averages of norms."""
+"""Transformations whose limit is learned from running averages of norms."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def zclip(
   Args:
     z_threshold: z >= 0, in standard deviations.
     decay: alpha, from 0 to below 1.
-    warmup: how many steps are learnt from first; clipped to `max_norm` only.
+    warmup: how many steps are learned from first; clipped to `max_norm` only.
     max_norm: c >= 0, in the units of the updates; a float, a schedule or a traced
       scalar; the paper has 1. Not remembered. `None`: no such cap, and nothing bounds
       the warm-up.
@@ -74,7 +74,7 @@ def zclip(
   All numbers may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
     `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
     dtype of the updates.
 
@@ -90,7 +90,7 @@ def zclip(
   all zero                 unchanged, not remembered
   a NaN or inf element     as `nonfinite` says, not remembered
   equal norms, sigma = 0   unchanged, bit for bit
-  one norm of 1e30         clipped; in warm-up learnt as a million times the
+  one norm of 1e30         clipped; in warm-up learned as a million times the
                            mean, which takes 1000 steps to forget
   =======================  ================================================
 
@@ -107,7 +107,7 @@ def zclip(
   Differences: one NaN makes the official mean NaN, and nothing is clipped ever
   after; zeros are remembered there. The official `clip_factor` acts in
   "adaptive_scaling" only. Norms of the warm-up beyond a million times the mean are
-  learnt as that. The recorded limit of a step without a spike is the
+  learned as that. The recorded limit of a step without a spike is the
   norm from which it would have been one.
 
   References:
@@ -163,7 +163,7 @@ def adagc(
     ratio: lambda_rel > 1, the limit over the average; at 1 or below limits can
       only fall.
     decay: beta, from 0 to below 1.
-    warmup: how many steps are learnt from first, at least 1. (The paper counts
+    warmup: how many steps are learned from first, at least 1. (The paper counts
       steps from 1: its T_start is ``warmup + 1``.)
     warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. `None`:
       nothing is clipped in the warm-up.
@@ -184,7 +184,7 @@ def adagc(
   All numbers may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
     `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
     dtype of the updates.
 

@@ -1,4 +1,4 @@
-"""Transformations whose limit is learnt from a window of the last norms."""
+"""Transformations whose limit is learned from a window of the last norms."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def autoclip(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
     `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
     dtype of the updates.
 
@@ -140,7 +140,7 @@ def clip_by_layer_percentile(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
     `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
     dtype of the updates.
 
@@ -221,7 +221,7 @@ def clip_by_history(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
     `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
     dtype of the updates.
 

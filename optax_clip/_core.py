@@ -174,7 +174,7 @@ def clip_with(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`, or
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`, or
     `optax.EmptyState` if nothing is recorded or remembered. Its ``update`` takes
     norms that are known already as ``norms=``, see `given`. Its ``init`` leaves out
     what is no float: integers get no updates, which may be `None` or, as JAX has them,

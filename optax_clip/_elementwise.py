@@ -73,7 +73,7 @@ def clippy(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if a number is negative or NaN; in `update`, if `params` is
@@ -244,7 +244,7 @@ def clip_element_spikes(
   `theta`, `decay` and `warmup` may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`. Its state is an
+    An `optax.GradientTransformationExtraArgs`. Its state is an
     `ElementSpikesState`.
 
   Raises:

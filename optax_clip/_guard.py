@@ -223,7 +223,7 @@ def guarded(inner: Any, judge: Judge) -> optax.GradientTransformationExtraArgs:
     judge: what decides.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs` that `guarded_step` accepts.
+    An `optax.GradientTransformationExtraArgs` that `guarded_step` accepts.
   """
   _validate.instance(
     optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner

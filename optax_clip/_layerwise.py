@@ -55,7 +55,7 @@ def clip_by_layer_norm(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `max_norm` or `eps` is negative or NaN, or `ord` or
@@ -122,7 +122,7 @@ def clip_by_group_norm(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `labels` or `max_norms` is empty, a label has no limit, a
@@ -193,7 +193,7 @@ def clip_by_block_rms(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `threshold` or `eps` is negative or NaN, or `nonfinite` is
@@ -275,7 +275,7 @@ def adaptive_grad_clip(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `clipping` or `eps` is negative or NaN; in

@@ -98,7 +98,7 @@ def zscore(
   Args:
     z_threshold: z >= 0, in standard deviations.
     decay: alpha, from 0 to below 1.
-    warmup: how many norms at first are learnt from without a limit; at least 1.
+    warmup: how many norms at first are learned from without a limit; at least 1.
     mode: what a spike is limited to: "adaptive_scaling", "mean", "percentile".
     clip_factor: f > 0, multiplies the limit of a spike.
     skip_update_on_spike: whether a spike is not remembered at all.
@@ -175,7 +175,7 @@ def adagc(
   Args:
     ratio: lambda_rel > 1; at 1 or below limits can only fall.
     decay: beta, from 0 to below 1.
-    warmup: how many norms at first are learnt from in this way; at least 1. The paper
+    warmup: how many norms at first are learned from in this way; at least 1. The paper
       counts steps from 1, its T_start is ``warmup + 1``.
     warmup_norm: lambda_abs > 0, in the units of the norms; the paper has 1. `None`:
       nothing is clipped in the warm-up.

@@ -71,9 +71,9 @@ def dynamic_loss_scale(
     growth_interval: after so many steps in a row that are finite the scale grows.
     growth_factor: by this factor, at least 1.
     backoff_factor: a step that is not finite multiplies the scale with it; in (0, 1].
-    min_scale: where it stops to fall; 2^-126 if that is less. Data that gives NaN
-      takes it there.
-    max_scale: where it stops to grow; 2^126 if that is more.
+    min_scale: the scale never falls below this, or 2^-126 if that is more. Persistent
+      NaNs drive it here.
+    max_scale: the scale never grows beyond this, or 2^126 if that is less.
     measure: see `skip_nonfinite`. Of the updates alone, and homogeneous: all of
       `optax_clip.measures` are but `relative`.
     record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
@@ -84,7 +84,7 @@ def dynamic_loss_scale(
   All numbers may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
     arguments are passed on to `inner`; a ``loss`` among them is to be unscaled.
 
   Raises:

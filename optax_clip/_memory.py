@@ -14,7 +14,7 @@ owns the rest:
   A norm of 0 (an expert that no token reached, a frozen layer, a partner of LoRA
   that starts at zero, an empty batch) says nothing about how large updates are
   and is left out too, for that norm alone. The count is therefore a vector: how
-  many norms each entry has learnt from, which is what warm-up is counted in.
+  many norms each entry has learned from, which is what warm-up is counted in.
 * *What a rule sees.* Finite float32 norms; 0 stands for "nothing to learn from",
   and the limit is then what the memory alone says.
 * *Range.* Norms of finite gradients reach 3e38, where squares overflow: rules
@@ -59,7 +59,7 @@ class MemoryState(NamedTuple):
   """The state of a threshold that learns.
 
   Attributes:
-    seen: i32[norms], how many norms each entry has learnt from; grows by one
+    seen: i32[norms], how many norms each entry has learned from; grows by one
       unless the step was not finite or the norm 0.
     memory: what the rule remembers: float32 arrays whose first axis is that of
       the norms; changes when `seen` does.
@@ -78,7 +78,7 @@ def remembering(
   Args:
     start: from zeros, f32[norms], to the memory before the first step.
     rule: from norms, f32[norms], the memory and the count, i32[norms], to limits,
-      f32[norms], and the memory with these norms learnt. It need not care about
+      f32[norms], and the memory with these norms learned. It need not care about
       dtypes, NaN or inf. Where a norm is 0 its memory is thrown away.
   """
   kind = _validate.Kind("this threshold")
@@ -116,7 +116,7 @@ def remembering(
 
 
 def learnt(exact: Array) -> Array:
-  """Which of the norms of a step are learnt from: bool[norms]."""
+  """Which of the norms of a step are learned from: bool[norms]."""
   return jnp.all(jnp.isfinite(exact)) & (exact > 0)
 
 
@@ -152,7 +152,7 @@ def number(value: Any) -> Any:
 
 
 def plausible(n: Array, mean: Array, count: Array) -> tuple[Array, Array]:
-  """What of a norm an average of the norms before it should learn.
+  """The part of a new norm that a running average absorbs.
 
   Returns:
     The norm, or a million times the mean if that is less; and whether it shows

@@ -90,7 +90,7 @@ def observe(
     name: the prefix of the metrics' keys, and of this history for `norm_history`.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`; its state is an `ObserveState`. `inner`
+    An `optax.GradientTransformationExtraArgs`; its state is an `ObserveState`. `inner`
     gets what came in, bit for bit, and extra arguments. In the record that `metrics`
     reads the limit is inf and the coefficient 1.
 

@@ -104,7 +104,7 @@ def skip_nonfinite(
     name: the prefix of the metrics' keys: those of `SkipRecord`.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
     arguments are passed on to `inner`.
 
   Raises:
@@ -173,7 +173,7 @@ def skip_spikes(
       (u, s) \leftarrow \begin{cases} \text{inner}(g, s) & \text{if } x \le f L
       \text{ for each signal } x \\ (0, s) & \text{else} \end{cases}
 
-  with the limit :math:`L` that the threshold learnt from the steps *taken*. By
+  with the limit :math:`L` that the threshold learned from the steps *taken*. By
   default that is the mean and 6 standard deviations of the last 128 norms, as
   soon as there are 64 of them (as OLMo, MaxText and Levanter have it, there with
   the skipped steps among them). What is skipped is skipped whole, as in
@@ -191,11 +191,11 @@ def skip_spikes(
       percentile, or a low one with a `factor`.
     signals: ``("norm",)``, ``("loss",)`` or both. The loss is passed to ``update``
       or `guarded_step` as ``loss=``, unscaled and averaged over devices. It may be
-      of any sign: what is judged, and learnt, is its distance from the mean of about
+      of any sign: what is judged, and learned, is its distance from the mean of about
       the last 100 losses of steps taken, and a loss below that is never a spike.
     factor: f > 0, how many times its limit a signal may be.
     warmup: so many steps at first, and after each fresh start, are no spikes
-      (and are learnt from). Thresholds that need values to begin with have no limit
+      (and are learned from). Thresholds that need values to begin with have no limit
       before that, whatever this is.
     cooldown: so many steps after a spike are no spikes: at most every
       ``cooldown + 1``-th step is skipped.
@@ -213,7 +213,7 @@ def skip_spikes(
   All numbers may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
     arguments are passed on to `inner`.
 
   Raises:
@@ -282,7 +282,7 @@ def skip_spikes(
       bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
       # Any sign, any offset: what is judged is the distance from the level.
       distance = jnp.where(memory.learnt > 0, bounded - level, 0)
-      # At least what rounding makes of it: a distance of 0 would not be learnt.
+      # At least what rounding makes of it: a distance of 0 would not be learned.
       least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
       size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learnt > 0, least, 0))
       weight = _memory.debiasing(_LEVEL_DECAY, memory.learnt)
@@ -290,7 +290,7 @@ def skip_spikes(
       values = jnp.concatenate([values, size[None].astype(values.dtype)])
       signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
 
-    # By what was learnt before this step. Nothing is learnt from a 0, so that it is
+    # By what was learned before this step. Nothing is learned from a 0, so that it is
     # the memory alone that answers.
     limits, _ = threshold.update(jnp.zeros_like(values), old)
     limits = jnp.broadcast_to(limits, values.shape)

@@ -56,7 +56,7 @@ def adaclip(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `decay` is not in [0, 1); in `update`, if the state is of a
@@ -82,7 +82,7 @@ def adaclip(
     [ 2. -1.]
 
   Differences: the maxima of leaves of zeros are left out of T, and one beyond a
-  million times the average is learnt as that.
+  million times the average is learned as that.
 
   References:
     Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
@@ -139,7 +139,7 @@ def adagn(
   All numbers may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if a decay is not in [0, 1) or `eps` is negative; in `update`, if
@@ -164,7 +164,7 @@ def adagn(
     [ 0.6 -0.8]
 
   Differences: the norms of leaves of zeros are left out of a and b, and one beyond
-  a million times the average is learnt as that. For the official schedule of
+  a million times the average is learned as that. For the official schedule of
   gamma_1, use `optax.inject_hyperparams`.
 
   References:
@@ -214,7 +214,7 @@ def stable_spam(
   All numbers may be traced.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`, an `optax.chain` of the two.
+    An `optax.GradientTransformationExtraArgs`, an `optax.chain` of the two.
 
   Raises:
     ValueError: as `adaclip` and `adagn` do.

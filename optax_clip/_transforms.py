@@ -40,7 +40,7 @@ def clip(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `max_delta` is negative or NaN, or `nonfinite` is unknown.
@@ -117,7 +117,7 @@ def clip_by_global_norm(
     name: the prefix of the metrics' keys.
 
   Returns:
-    A `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`.
 
   Raises:
     ValueError: if `max_norm` or `eps` is negative or NaN, or `ord` or

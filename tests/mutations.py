@@ -1,0 +1,321 @@
+"""Thirty faults, each of which the tests must find: `python tests/mutations.py`.
+
+A fault is one edit of a copy of the package: a sign, a forgotten `where`, an off-by-one
+in a window, a NaN let into a memory. The tests named beside it run against the copy,
+and one of them has to fail. `--only TEXT` tries those whose description has the text.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+  """One edit.
+
+  Attributes:
+    text: what is wrong with it.
+    file: of the package.
+    old: what stands there, once.
+    new: the fault.
+    tests: files, without `test_` and the ending.
+    names: of which tests of these, as for `pytest -k`.
+  """
+
+  text: str
+  file: str
+  old: str
+  new: str
+  tests: str
+  names: str = ""
+
+
+FAULTS = (
+  Fault(
+    "NaN does not exceed a limit",
+    "_extended.py",
+    "return ~(x.value <= limit / x.unit)",
+    "return x.value > limit / x.unit",
+    "contract",
+    "NonFinite or nan or nonfinite",
+  ),
+  Fault(
+    "a finite norm becomes inf where it is shown",
+    "_extended.py",
+    "saturated = jnp.minimum(x.value * x.unit, most)",
+    "saturated = x.value * x.unit",
+    "contract",
+    "Finite",
+  ),
+  Fault(
+    "the exponent of the denominator has the wrong sign",
+    "_extended.py",
+    "exponent = high - low + more - less",
+    "exponent = high + low + more - less",
+    "contract",
+    "Finite or Limit",
+  ),
+  Fault(
+    "the exponents of a ratio are lost beyond one unit",
+    "_extended.py",
+    "held = jnp.clip(factor, 1 / most / unit, most / unit)",
+    "held = factor",
+    "ratios",
+  ),
+  Fault(
+    "a ratio to a weight of 0 is finite",
+    "_extended.py",
+    "far = (value > most) | (~positive & (x.value > 0))",
+    "far = value > most",
+    "ratios",
+  ),
+  Fault(
+    "eps is subtracted",
+    "_extended.py",
+    "return Extended(x.value + jnp.asarray(addend",
+    "return Extended(x.value - jnp.asarray(addend",
+    "against_optax edge_cases",
+    "eps",
+  ),
+  Fault(
+    "what is within the limit is multiplied all the same",
+    "actions.py",
+    "return jnp.where(value == 1, leaf, new)",
+    "return new",
+    "contract",
+    "PassThrough",
+  ),
+  Fault(
+    "negative elements are clamped to the positive limit",
+    "actions.py",
+    "signed = jnp.where(leaf < 0, -bound, bound)",
+    "signed = jnp.where(leaf < 0, bound, bound)",
+    "contract against_optax",
+    "clip",
+  ),
+  Fault(
+    "normalize scales a norm of zero",
+    "actions.py",
+    "stays = (norm.value == 0) | ((limit == jnp.inf)",
+    "stays = (norm.value < 0) | ((limit == jnp.inf)",
+    "contract learned_vectors",
+    "zero or adagn",
+  ),
+  Fault(
+    "a floor for the coefficient is a ceiling",
+    "actions.py",
+    "enough = ~(_extended.as_float(coefficient) < least)",
+    "enough = ~(_extended.as_float(coefficient) > least)",
+    "contract edge_cases functions",
+    "floor or soft",
+  ),
+  Fault(
+    "the derivative of a norm forgets the sign",
+    "_norms.py",
+    "    return share\n  size = jnp.abs(share)",
+    "    return jnp.abs(share)\n  size = jnp.abs(share)",
+    "derivatives contract functions",
+    "deriv or grad",
+  ),
+  Fault(
+    "the derivative of a norm that is 0 is not looked after",
+    "_norms.py",
+    "usable = jnp.isfinite(norm.value) & (norm.value > 0)",
+    "usable = jnp.isfinite(norm.value)",
+    "contract",
+    "Derivatives",
+  ),
+  Fault(
+    "the parts of a norm are merged without their units",
+    "_norms.py",
+    "scaled = norms.value * (norms.unit / unit)",
+    "scaled = norms.value",
+    "layers contract records",
+  ),
+  Fault(
+    "an overflow of a sum of squares is not looked for",
+    "_sums.py",
+    "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
+    "strayed.append(jnp.any(low))",
+    "contract",
+    "Finite",
+  ),
+  Fault(
+    "an underflow of a sum of squares is not looked for",
+    "_sums.py",
+    "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
+    "strayed.append(jnp.any(~jnp.isfinite(moment)))",
+    "contract functions edge_cases",
+  ),
+  Fault(
+    "a limit of each leaf reaches the leaf after it",
+    "_layout.py",
+    "      start = stop\n",
+    "      start = stop - 1\n",
+    "contract layers learned_vectors",
+    "adagc or layer",
+  ),
+  Fault(
+    "a coefficient reaches the leaf before its own",
+    "_scalars.py",
+    "return [_entries(row) for row in _rows(table)]",
+    "return [_entries(row) for row in reversed(_rows(table))]",
+    "contract layers",
+    "layer",
+  ),
+  Fault(
+    "a NaN is let into a memory",
+    "_memory.py",
+    "return jnp.all(jnp.isfinite(exact)) & (exact > 0)",
+    "return jnp.isfinite(exact) | (exact != 0)",
+    "contract learned_faults",
+    "Memory or nan or finite",
+  ),
+  Fault(
+    "a norm of 0 is learned",
+    "_memory.py",
+    "return jnp.all(jnp.isfinite(exact)) & (exact > 0)",
+    "return jnp.all(jnp.isfinite(exact)) & (exact >= 0)",
+    "learned_faults learned_state learned_vectors contract",
+    "zero",
+  ),
+  Fault(
+    "the bias correction is one step late",
+    "_memory.py",
+    "t = count.astype(jnp.float32) + 1",
+    "t = count.astype(jnp.float32) + 2",
+    "learned_vectors",
+  ),
+  Fault(
+    "a huge finite norm is learned as it is",
+    "_memory.py",
+    "return jnp.minimum(n, most), (count == 1)",
+    "return n, (count == 1)",
+    "learned_traces learned_faults",
+    "huge",
+  ),
+  Fault(
+    "a window is read one place too far",
+    "_learned_windows.py",
+    "[None] == (count % size)[:, None]",
+    "[None] == ((count + 1) % size)[:, None]",
+    "learned_vectors learned_traces",
+  ),
+  Fault(
+    "a percentile is not interpolated",
+    "_learned_windows.py",
+    "return low + fraction * gap",
+    "return low",
+    "learned_vectors learned_traces",
+  ),
+  Fault(
+    "history has a limit one norm too early",
+    "_learned_windows.py",
+    "ready = count >= max(2, size // 2)",
+    "ready = count >= max(2, size // 2) - 1",
+    "learned_vectors learned_traces learned_state",
+  ),
+  Fault(
+    "zclip compares with the wrong side of its limit",
+    "_learned.py",
+    "spike = (n > level) & ~warm",
+    "spike = (n < level) & ~warm",
+    "learned_vectors",
+    "zclip",
+  ),
+  Fault(
+    "adagc learns norms as they come",
+    "_learned.py",
+    "clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)",
+    "clipped = jnp.maximum(n, _TINY)",
+    "learned_vectors",
+    "adagc",
+  ),
+  Fault(
+    "a step that is not taken changes the state",
+    "_branch.py",
+    "jnp.where(take, x, y)\n      for show, x, y in zip(shown, values, old",
+    "x\n      for show, x, y in zip(shown, values, old",
+    "skip records",
+    "",
+  ),
+  Fault(
+    "derivatives go through a step that was not taken",
+    "_leaf.py",
+    "jnp.where(take, dot, jnp.zeros_like(dot))",
+    "dot",
+    "derivatives",
+  ),
+  Fault(
+    "the scale of the loss grows on a step that overflowed",
+    "_loss_scale.py",
+    "jnp.where(finite, jnp.where(grow, larger, scale), smaller)",
+    "jnp.where(finite, jnp.where(grow, larger, scale), larger)",
+    "skip loss_scale",
+    "scale",
+  ),
+  Fault(
+    "a guard counts steps that were taken as skipped",
+    "_guard.py",
+    "skipped = (~verdict.take).astype(jnp.int32)",
+    "skipped = verdict.take.astype(jnp.int32)",
+    "skip",
+    "count or Contract or record",
+  ),
+)
+
+# Forms that only accelerators take are tried as CI tries them.
+FORMS = {"a step that is not taken changes the state": "gpu"}
+
+
+def found(fault: Fault) -> bool:
+  """Whether the tests fail with the fault."""
+  with tempfile.TemporaryDirectory() as folder:
+    root = pathlib.Path(folder)
+    for name in ("optax_clip", "tests", "benchmarks", "examples", "docs"):
+      shutil.copytree(ROOT / name, root / name)
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+      shutil.copy(ROOT / name, root / name)
+    path = root / "optax_clip" / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+      sys.exit(f"{fault.file} has not, once: {fault.old!r}. Adapt the fault.")
+    path.write_text(text.replace(fault.old, fault.new))
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    if fault.text in FORMS:
+      environment["OPTAX_CLIP_FORMS"] = FORMS[fault.text]
+    tests = [f"tests/test_{name}.py" for name in fault.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", *tests]
+    names = ["-k", fault.names] if fault.names else []
+    done = subprocess.run(
+      [*command, *names], cwd=root, env=environment, capture_output=True, text=True
+    )
+    if done.returncode not in (0, 1):
+      sys.exit(f"{fault.text}: the tests did not run.\n{done.stdout}{done.stderr}")
+    return done.returncode == 1
+
+
+def main() -> None:
+  """Tries each fault; ends with 1 if one was not found."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", default="", help="faults whose description has this")
+  only = parser.parse_args().only
+  missed = []
+  for fault in FAULTS:
+    if only in fault.text:
+      caught = found(fault)
+      print(f"{'found ' if caught else 'MISSED'}  {fault.text}", flush=True)
+      missed += [] if caught else [fault.text]
+  print(f"{len(missed)} missed" if missed else "all found")
+  sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+  main()
