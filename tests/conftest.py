@@ -1,8 +1,10 @@
 """Settings that every test runs under: many devices, and nothing implicit.
 
 XLA compiles most tests with little optimisation, which takes a third of the time.
-Tests of what it makes of sums and of whole programs are marked `optimized`, and
-`pytest -m optimized` runs them, compiled as users have it.
+Tests of what it makes of sums and of whole steps are marked `optimized`, and
+`pytest -m optimized` runs them, compiled as users have it. `pytest -m programs` runs
+what takes long and breaks no law: examples, processes that are killed, the tests of
+other libraries, tables of the guide.
 """
 
 import os
@@ -38,13 +40,13 @@ hypothesis.settings.load_profile("default")
 # What takes XLA longest on a CPU.
 _QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # Tests that run only if `-m` says something about them.
-_ASKED_FOR = ("slow", "optimized")
+_ASKED_FOR = ("slow", "optimized", "programs")
 
 
 def pytest_configure(config):
   # XLA reads them when it first compiles.
   flags = os.environ["XLA_FLAGS"]
-  asked = any(name in config.option.markexpr for name in _ASKED_FOR)
+  asked = any(name in config.option.markexpr for name in ("slow", "optimized"))
   if not asked and "xla_backend_optimization_level" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {_QUICKLY}"
   config.addinivalue_line(

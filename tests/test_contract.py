@@ -165,8 +165,10 @@ class TestStructure:
   def test_weak_types_stay(self, row, nonfinite):
     tx = row.make(nonfinite=nonfinite)
     updates = {"weak": jnp.asarray(3.0), "strong": jnp.ones((), jnp.float32)}
-    for update in (tx.update, jax.jit(tx.update)):
-      new, _ = update(updates, tx.init(updates), updates)
+    state = tx.init(updates)
+    eagerly, _ = tx.update(updates, state, updates)
+    traced, _ = jax.eval_shape(tx.update, updates, state, updates)
+    for new in (eagerly, traced):
       assert new["weak"].weak_type
       assert not new["strong"].weak_type
 
@@ -418,13 +420,13 @@ class TestState:
   def test_init_and_update_return_states_of_one_kind(self, row, dtype):
     tx = row.make(record=True)
     updates, params = tree(0, dtype), tree(1, dtype)
-    update = jax.jit(tx.update)
     first = tx.init(params)
-    _, second = update(updates, first, params)
-    _, third = update(updates, second, params)
+    _, second = jax.eval_shape(tx.update, updates, first, params)
+    _, third = jax.eval_shape(tx.update, updates, second, params)
     assert_same_kind(first, second)
     assert_same_kind(second, third)
-    assert_same_kind(first, jax.jit(tx.init)(params))
+    assert_same_kind(first, jax.eval_shape(tx.init, params))
+    assert_same_kind(first, jax.jit(tx.update)(updates, first, params)[1])
 
   @every_row
   def test_states_of_one_kind_without_jit_and_with_float64(self, row):
@@ -529,11 +531,9 @@ class TestTransforms:
     params = [tree(seed + 10) for seed in range(4)]
     stack = functools.partial(jax.tree.map, lambda *xs: jnp.stack(xs))
     states = [tx.init(p) for p in params]
-    new, state = jax.vmap(tx.update)(stack(*members), stack(*states), stack(*params))
-    single = [
-      jax.jit(tx.update)(*arguments)
-      for arguments in zip(members, states, params, strict=True)
-    ]
+    update, many = jax.jit(tx.update), jax.jit(jax.vmap(tx.update))
+    new, state = many(stack(*members), stack(*states), stack(*params))
+    single = [update(*x) for x in zip(members, states, params, strict=True)]
     expected, expected_state = stack(*single)
     assert_close(new, expected)
     assert_close(state, expected_state)

@@ -24,7 +24,7 @@ import threshold_schedule
 import optax_clip
 
 # Flax promotes ranks implicitly.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 
 @pytest.fixture(scope="module", autouse=True)

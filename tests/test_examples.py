@@ -23,7 +23,7 @@ from rich.console import Console
 import train_lm
 
 # Flax promotes ranks implicitly.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 TINY = ("--steps", "3", "--width", "16", "--layers", "1")
 

@@ -20,7 +20,7 @@ from flax import nnx
 import train_lm
 
 # Flax promotes ranks implicitly.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 # As the fixture below, in a process of its own.
 QUICK = f"""

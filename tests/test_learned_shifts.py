@@ -12,6 +12,8 @@ import shifts
 import optax_clip
 from optax_clip import thresholds
 
+pytestmark = pytest.mark.programs
+
 methods = pytest.mark.parametrize("name", shifts.METHODS)
 
 

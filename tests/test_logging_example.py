@@ -20,7 +20,7 @@ import _digits
 import logging_metrics
 
 # AdamW promotes dtypes implicitly.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 STEPS = 23
 

@@ -40,6 +40,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.programs
+
 ROOT = pathlib.Path(optax.__file__).parent
 
 DROP_INS = (

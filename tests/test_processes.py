@@ -10,6 +10,8 @@ import process_worker as worker
 import pytest
 import several
 
+pytestmark = pytest.mark.programs
+
 PROCESSES, DEVICES = 2, 2
 
 # In seconds, for a machine that is very busy.

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 import train_lm
 
 # Flax promotes ranks implicitly.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 EVERY = 5
 TINY = ("--width", "16", "--layers", "1", "--checkpoint-every", str(EVERY))

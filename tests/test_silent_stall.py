@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import silent_stall
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture(scope="module")
 def runs():

@@ -16,7 +16,7 @@ import suggest
 import train_lm
 
 # Flax promotes ranks implicitly.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 load_text = _text.load
 

@@ -23,7 +23,7 @@ from benchmarks.training import shifting_scale
 from benchmarks.training import temporal_order
 
 # The studies are measured as users would run them, not under the rules of the tests.
-pytestmark = pytest.mark.foreign
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 ONE = ("global 1",)
 
 

@@ -15,6 +15,8 @@ import optax_clip
 from optax_clip import measures
 from optax_clip import thresholds
 
+pytestmark = pytest.mark.programs
+
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "skipping.md"
 
 
