@@ -219,6 +219,9 @@ def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
     eps: the least norm a parameter counts with, so that parameters that start
       at zero can move; an absolute constant, in the units of the parameters' norm.
       With 0 they stay at zero.
+
+  Where some leaves are float64 and others are not, each leaf of the updates needs the
+  dtype of its parameters.
   """
   _validate.nonnegative(eps=eps)
   parts = measure.parts
