@@ -3,30 +3,17 @@
 import functools
 
 import jax
-from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_structure import equations
 
 import optax_clip
 from optax_clip import _scalars
 
 P = jax.sharding.PartitionSpec
 SHAPES = [(8, 16)] * 3 + [(16,), (3, 3, 4, 8), (16, 8), (8, 16), (), (5, 8)]
-
-
-def equations(jaxpr):
-  """All equations of a jaxpr, those of calls and branches too."""
-  for eqn in jaxpr.eqns:
-    yield eqn
-    for value in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr):
-      if is_jaxpr(value):
-        yield from equations(getattr(value, "jaxpr", value))
-
-
-def is_jaxpr(x):
-  return isinstance(x, (jex.Jaxpr, jex.ClosedJaxpr))
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 256, 257, 1000])
