@@ -89,7 +89,7 @@ def train(tx: optax.GradientTransformation, flags: argparse.Namespace) -> Run:
 
 
 def draw(
-  path: Path, first: Run, second: Run, found: optax_clip.Suggestion, title: str
+  path: Path, first: Run, second: Run, found: optax_clip.states.Suggestion, title: str
 ) -> None:
   """Draws the norms of the first run with all limits, and the losses of both."""
   matplotlib.use("Agg")
@@ -121,7 +121,7 @@ def draw(
 
 
 def _draw_norms(
-  axis: Any, steps: np.ndarray, norms: np.ndarray, found: optax_clip.Suggestion
+  axis: Any, steps: np.ndarray, norms: np.ndarray, found: optax_clip.states.Suggestion
 ) -> None:
   axis.plot(steps, norms, color=_NORMS, linewidth=0.9, label="norm, not clipped")
   for tx, color, name in (

@@ -1,7 +1,7 @@
 """What differs between backends is chosen when a program is lowered for one.
 
-Two questions have an answer for each: how a sum keeps its range (`_sums`), and how
-a step is not taken (`_branch`).
+Two questions have an answer for each: how a sum keeps its range (`sums`), and how
+a step is not taken (`branch`).
 """
 
 from collections.abc import Callable

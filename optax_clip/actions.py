@@ -16,21 +16,32 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optax_clip import _extended
-from optax_clip import _moments
 from optax_clip import _validate
-from optax_clip._core import Action
-from optax_clip._extended import Extended
+from optax_clip._algebra.types import Action
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import moments as _moments
+from optax_clip._norms.extended import Extended
+from optax_clip._types import Scalar
 
 Array = jax.Array
 
+__all__ = [
+  "clamp",
+  "floored",
+  "normalize",
+  "rational",
+  "rescale",
+  "rescale_elements",
+  "square_root",
+  "tanh",
+]
 # With `strict`, the limit is undershot by this many epsilons of the dtype that
 # norms are kept in: the error of the norm (law: 1e-6 relative in float32), of
 # the limit, the coefficient and two products.
 _STRICT_EPSILONS = 16
 
 
-def rescale(*, eps: Any = 0.0, strict: bool = False) -> Action:
+def rescale(*, eps: Scalar = 0.0, strict: bool = False) -> Action:
   r"""Scales to the limit what exceeds it; all else passes bit for bit.
 
   .. math::
@@ -133,7 +144,7 @@ def tanh() -> Action:
   return _soft(shape)
 
 
-def floored(floor: Any) -> Action:
+def floored(floor: Scalar) -> Action:
   r"""Scales to the limit, but never by less than a factor (delta-GClip).
 
   .. math::

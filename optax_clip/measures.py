@@ -36,39 +36,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clip import _extended
-from optax_clip import _groups
-from optax_clip import _layout
-from optax_clip import _mesh
-from optax_clip import _moments
-from optax_clip import _norms
-from optax_clip import _paths
-from optax_clip import _scalars
 from optax_clip import _validate
-from optax_clip._core import Measure
-from optax_clip._core import Parts
-from optax_clip._extended import Extended
-from optax_clip._layout import Layout
+from optax_clip._algebra.types import Measure
+from optax_clip._algebra.types import Parts
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import layout as _layout
+from optax_clip._norms import mesh as _mesh
+from optax_clip._norms import moments as _moments
+from optax_clip._norms import norm as _norm
+from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.extended import Extended
+from optax_clip._norms.layout import Layout
+from optax_clip._trees import labels as _labels
+from optax_clip._trees import leaves as _leaves
+from optax_clip._trees import paths as _paths
+from optax_clip._trees import units as _units
+from optax_clip._types import AxisName
+from optax_clip._types import Params
+from optax_clip._types import Scalar
+from optax_clip._types import Specs
+from optax_clip._types import Updates
 
 Array = jax.Array
 
+__all__ = [
+  "Layout",
+  "global_norm",
+  "group_norm",
+  "layer_norm",
+  "layer_rms",
+  "relative",
+  "unit_norm",
+]
+
 
 def global_norm(
-  *, ord: float | None = None, axis_name: Any = "auto", specs: Any = None
+  *, ord: float | None = None, axis_name: AxisName = "auto", specs: Specs = None
 ) -> Measure:
   """The norm of all leaves together: one number, of shape ``[]``."""
   p = _validate.order(ord)
 
-  def layout(updates: Any) -> Layout:
-    leaves = _groups.floating_leaves(updates)
+  def layout(updates: Updates) -> Layout:
+    leaves = _leaves.floating_leaves(updates)
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
     cuts = _whole_cuts(updates, axis_name, specs)
     return _layout.whole(0, dtype, [None] * len(leaves), cuts)
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
 
-  def combine(norms: Sequence[Extended], updates: Any) -> list[Extended]:
-    return [_norms.merged(_table(finer, norms, updates), p)]
+  def combine(norms: Sequence[Extended], updates: Updates) -> list[Extended]:
+    return [_norm.merged(_table(finer, norms, updates), p)]
 
   parts = Parts(finer, combine if p >= 1 else None)
   return Measure(layout, _Norm("global", p, (axis_name, specs), layout), parts)
@@ -77,9 +94,9 @@ def global_norm(
 def layer_norm(
   *,
   ord: float | None = None,
-  axis_name: Any = "auto",
-  specs: Any = None,
-  stacked: _groups.Stacked = None,
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+  stacked: _units.Stacked = None,
 ) -> Measure:
   """The norm of each layer: of each leaf, or of each layer of a stacked leaf.
 
@@ -92,13 +109,13 @@ def layer_norm(
   The shape is ``[layers]``.
   """
   p = _validate.order(ord)
-  _groups.checked_stacked(stacked)
+  _units.checked_stacked(stacked)
 
-  def layout(updates: Any) -> Layout:
-    shapes = [x.shape for x in _groups.floating_leaves(updates)]
-    layers = _groups.layer_axes(updates, stacked)
+  def layout(updates: Updates) -> Layout:
+    shapes = [x.shape for x in _leaves.floating_leaves(updates)]
+    layers = _units.layer_axes(updates, stacked)
     dims = [
-      None if layer is None else _groups.stacked_axes(shape, layer)
+      None if layer is None else _units.stacked_axes(shape, layer)
       for shape, layer in zip(shapes, layers, strict=True)
     ]
     return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
@@ -108,7 +125,7 @@ def layer_norm(
 
 
 def layer_rms(
-  *, axis_name: Any = "auto", specs: Any = None, stacked: _groups.Stacked = None
+  *, axis_name: AxisName = "auto", specs: Specs = None, stacked: _units.Stacked = None
 ) -> Measure:
   """The root mean square of each layer, of the shape that `layer_norm` has."""
   norm = layer_norm(axis_name=axis_name, specs=specs, stacked=stacked)
@@ -116,13 +133,13 @@ def layer_rms(
 
 
 def group_norm(
-  labels: _groups.Labels,
+  labels: _labels.Labels,
   names: Sequence[Hashable],
   *,
   ord: float | None = None,
   counted: Any = None,
-  axis_name: Any = "auto",
-  specs: Any = None,
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
 ) -> Measure:
   """The norm of each group of leaves: shape ``[len(names)]``.
 
@@ -137,29 +154,29 @@ def group_norm(
     specs: see there.
   """
   p = _validate.order(ord)
-  _groups.checked_labels(labels, names)
+  _labels.checked_labels(labels, names)
 
-  def layout(updates: Any) -> Layout:
-    leaves = _groups.floating_leaves(updates)
+  def layout(updates: Updates) -> Layout:
+    leaves = _leaves.floating_leaves(updates)
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
-    ids = _groups.label_ids(labels, names, updates)
-    _groups.counted_leaves(counted, updates)  # Errors belong to `init`.
+    ids = _labels.label_ids(labels, names, updates)
+    _labels.counted_leaves(counted, updates)  # Errors belong to `init`.
     cuts = _whole_cuts(updates, axis_name, specs)
     return _layout.whole(len(names), dtype, ids, cuts)
 
-  def counts(updates: Any) -> list[bool]:
-    return _groups.counted_leaves(counted, updates)
+  def counts(updates: Updates) -> list[bool]:
+    return _labels.counted_leaves(counted, updates)
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
 
-  def combine(norms: Sequence[Extended], updates: Any) -> list[Extended]:
+  def combine(norms: Sequence[Extended], updates: Updates) -> list[Extended]:
     table = _table(finer, norms, updates)
     pairs = list(zip(layout(updates).places, counts(updates), strict=True))
     groups = []
     for group in range(len(names)):
       own = [i for i, (q, count) in enumerate(pairs) if q.entry == group and count]
       members = np.asarray(own, np.int32)
-      groups.append(_norms.merged(jax.tree.map(lambda x, m=members: x[m], table), p))
+      groups.append(_norm.merged(jax.tree.map(lambda x, m=members: x[m], table), p))
     return [Extended(*map(jnp.stack, zip(*groups, strict=True)))]
 
   key = (labels, tuple(names), counted, axis_name, specs)
@@ -171,9 +188,9 @@ def unit_norm(
   *,
   axis: Any = None,
   ord: float | None = None,
-  axis_name: Any = "auto",
-  specs: Any = None,
-  stacked: _groups.Stacked = None,
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+  stacked: _units.Stacked = None,
 ) -> Measure:
   """The norm of each unit: shape ``[units]``, leaf by leaf.
 
@@ -192,17 +209,17 @@ def unit_norm(
     stacked: which leaves hold many layers, see there.
   """
   p = _validate.order(ord)
-  _groups.checked_stacked(stacked)
+  _units.checked_stacked(stacked)
 
-  def layout(updates: Any) -> Layout:
+  def layout(updates: Updates) -> Layout:
     # Of whole leaves: of one row of a matrix nobody could say that it is one.
     shapes = _mesh.whole_shapes(updates, specs)
-    layers = _groups.layer_axes(updates, stacked)
+    layers = _units.layer_axes(updates, stacked)
     given = [axis] * len(shapes)
     if callable(axis) or isinstance(axis, Mapping):
       given = _paths.by_path(updates, axis, "axis")
     dims = [
-      _groups.stacked_unit_axes(shape, own, layer)
+      _units.stacked_unit_axes(shape, own, layer)
       for shape, own, layer in zip(shapes, given, layers, strict=True)
     ]
     return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
@@ -211,24 +228,21 @@ def unit_norm(
   return Measure(layout, _Norm("unit", p, key, layout))
 
 
-def relative(measure: Measure, *, eps: float = 1e-3) -> Measure:
+def relative(measure: Measure, *, floor: Scalar = 1e-3) -> Measure:
   """A measure of updates, divided by the same measure of the parameters.
 
   Args:
     measure: what to take of both.
-    eps: the least norm a parameter counts with, so that parameters that start
+    floor: the least norm a parameter counts with, so that parameters that start
       at zero can move; an absolute constant, in the units of the parameters' norm.
       With 0 they stay at zero.
-
-  Where some leaves are float64 and others are not, each leaf of the updates needs the
-  dtype of its parameters.
   """
-  _validate.nonnegative(eps=eps)
+  _validate.nonnegative(floor=floor)
   parts = measure.parts
   if parts is not None:
     # The ratio of two norms is not made of the ratios of their parts.
-    parts = Parts(relative(parts.measure, eps=eps), None)
-  return measure._replace(measure=_Ratio(measure, eps), parts=parts, ord=None)
+    parts = Parts(relative(parts.measure, floor=floor), None)
+  return measure._replace(measure=_Ratio(measure, floor), parts=parts, ord=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,16 +268,16 @@ class _Norm:
   uses_params = False
 
   def __call__(
-    self, updates: Any, params: Any = None, **extra_args: Any
+    self, updates: Updates, params: Params = None, **extra_args: Any
   ) -> list[Extended]:
     del params, extra_args
-    leaves, layout = _groups.floating_leaves(updates), self.layout(updates)
+    leaves, layout = _leaves.floating_leaves(updates), self.layout(updates)
     if self.counts is not None:
       rows = zip(leaves, layout.places, self.counts(updates), strict=True)
       kept = [(x, place) for x, place, counts in rows if counts]
       leaves = [x for x, _ in kept]
       layout = layout._replace(places=tuple(place for _, place in kept))
-    return _norms.of_layout(leaves, layout, self.ord)
+    return _norm.of_layout(leaves, layout, self.ord)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +293,7 @@ class _Rms:
     object.__setattr__(self, "key", self.norm.measure)
 
   def __call__(
-    self, updates: Any, params: Any = None, **extra_args: Any
+    self, updates: Updates, params: Params = None, **extra_args: Any
   ) -> list[Extended]:
     layout = self.norm.layout(updates)
     norms = self.norm.measure(updates, params, **extra_args)
@@ -294,30 +308,31 @@ class _Ratio:
   """Measures updates in units of the same measure of the parameters."""
 
   of: Measure = dataclasses.field(compare=False)
-  eps: float
+  floor: Scalar
   key: Any = None
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "key", self.of.measure)
 
   def __call__(
-    self, updates: Any, params: Any = None, **extra_args: Any
+    self, updates: Updates, params: Params = None, **extra_args: Any
   ) -> list[Extended]:
-    _groups.same_structure(updates, params)
+    _leaves.same_structure(updates, params)
     above = self.of.measure(updates, None, **extra_args)
     below = self.of.measure(params, None, **extra_args)
     weights = _scalars.each(_extended.as_float, [(x,) for x in below])
     layout, own = self.of.layout(updates), self.of.layout(params)
-    if own.blocks != layout.blocks:  # Of other dtypes.
+    if (own.blocks, own.positions()) != (layout.blocks, layout.positions()):
+      # Dtypes decide which block a norm is in, and those of parameters are others.
       weights = layout.untabled(own.table(weights), [x.value for x in above])
     return _scalars.each(self._ratio, list(zip(above, weights, strict=True)))
 
   def _ratio(self, update: Extended, weight: Array) -> Extended:
-    floor = jnp.maximum(weight, jnp.asarray(self.eps, weight.dtype))
+    floor = jnp.maximum(weight, jnp.asarray(self.floor, weight.dtype))
     return _extended.divided(update, floor.astype(update.value.dtype))
 
 
-def _table(measure: Measure, norms: Sequence[Extended], updates: Any) -> Extended:
+def _table(measure: Measure, norms: Sequence[Extended], updates: Updates) -> Extended:
   """All norms of a measure in one array."""
   layout = measure.layout(updates)
   return Extended(*(layout.table(column) for column in zip(*norms, strict=True)))
@@ -328,19 +343,19 @@ def _growing(ord: float) -> float | None:
   return None if ord == float("inf") else ord
 
 
-def _whole_cuts(updates: Any, axis_name: Any, specs: Any) -> list[_mesh.Cut]:
+def _whole_cuts(updates: Updates, axis_name: AxisName, specs: Specs) -> list[_mesh.Cut]:
   """How leaves lie on a mesh, where a norm is of all of each."""
   return _mesh.cuts(updates, [None] * len(jax.tree.leaves(updates)), axis_name, specs)
 
 
 def _leaf_by_leaf(
-  updates: Any,
+  updates: Updates,
   dims: Sequence[tuple[int, ...] | None],
   layers: Sequence[int | None],
-  axis_name: Any,
-  specs: Any,
+  axis_name: AxisName,
+  specs: Specs,
 ) -> Layout:
-  leaves = _groups.floating_leaves(updates)
+  leaves = _leaves.floating_leaves(updates)
   cuts = _mesh.cuts(updates, dims, axis_name, specs)
   # A vector of norms that vary over unlike mesh axes would make all of them vary.
   kinds = [

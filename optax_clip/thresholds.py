@@ -6,199 +6,30 @@ learn work with any measure: each of its norms has a memory of its own. A step
 whose norms are not finite is never remembered, nor is a norm of 0.
 """
 
-from collections.abc import Sequence
-import math
-from typing import Any
-from typing import NamedTuple
+from optax_clip._methods.adagc import clipped_mean
+from optax_clip._methods.stable_spam import mean_over_rms
+from optax_clip._methods.zclip import zscore
+from optax_clip._thresholds.average import average
+from optax_clip._thresholds.limits import at_most
+from optax_clip._thresholds.limits import constant
+from optax_clip._thresholds.limits import of
+from optax_clip._thresholds.limits import per_group
+from optax_clip._thresholds.limits import scheduled
+from optax_clip._thresholds.limits import warmup
+from optax_clip._thresholds.window import history
+from optax_clip._thresholds.window import percentile
 
-import jax
-import jax.numpy as jnp
-import optax
-
-from optax_clip import _memory
-from optax_clip import _validate
-from optax_clip._core import Threshold
-from optax_clip._learned import adagc as adagc
-from optax_clip._learned import average as average
-from optax_clip._learned import mean_over_rms as mean_over_rms
-from optax_clip._learned import zscore as zscore
-from optax_clip._learned_windows import history as history
-from optax_clip._learned_windows import percentile as percentile
-
-Array = jax.Array
-
-
-class ScheduleState(NamedTuple):
-  """The state of `scheduled`.
-
-  Attributes:
-    step: i32[], the steps taken; grows by one at every update.
-  """
-
-  step: Array
-
-
-class PairState(NamedTuple):
-  """The state of `at_most`.
-
-  Attributes:
-    threshold: the state of the threshold.
-    cap: the state of the cap.
-  """
-
-  threshold: Any
-  cap: Any
-
-
-class WarmupState(NamedTuple):
-  """The state of `warmup`.
-
-  Attributes:
-    seen: i32[norms], how many norms each entry has seen; stands still where the
-      norm is 0, and for all of them where one is not finite.
-    threshold: the state of the threshold.
-    limit: the state of the limit of the warm-up.
-  """
-
-  seen: Array
-  threshold: Any
-  limit: Any
-
-
-def constant(limit: Any) -> Threshold:
-  """The same limit at every step.
-
-  Args:
-    limit: a non-negative float, or an array that broadcasts to the norms. It
-      may be traced; a negative traced value counts as 0.
-  """
-  _validate.nonnegative(limit=limit)
-
-  def update(norms: Array, state: Any, **extra_args: Any) -> tuple[Array, Any]:
-    del extra_args
-    return _filled(norms, limit), state
-
-  return Threshold(lambda norms: optax.EmptyState(), update)
-
-
-def scheduled(schedule: optax.Schedule) -> Threshold:
-  """A limit that is a function of the step.
-
-  Args:
-    schedule: from the number of steps taken, i32[], to a limit.
-  """
-  kind = _validate.Kind("this threshold")
-
-  def init(norms: Array) -> ScheduleState:
-    del norms
-    return ScheduleState(jnp.zeros((), jnp.int32))
-
-  def update(
-    norms: Array, state: ScheduleState, **extra_args: Any
-  ) -> tuple[Array, ScheduleState]:
-    kind.check(state, lambda: init(norms))
-    del extra_args
-    limits = _filled(norms, schedule(state.step))
-    return limits, ScheduleState(optax.safe_increment(state.step))
-
-  return Threshold(init, update)
-
-
-def per_group(limits: Sequence[Any]) -> Threshold:
-  """One limit, a number or a schedule, for each group of a measure.
-
-  Args:
-    limits: as many as the measure has norms, in their order.
-  """
-  if not any(callable(limit) for limit in limits):
-    _validate.nonnegative(**{f"limits[{i}]": x for i, x in enumerate(limits)})
-    return constant(_stacked(limits))
-  return scheduled(
-    lambda count: _stacked(
-      [limit(count) if callable(limit) else limit for limit in limits]
-    )
-  )
-
-
-def at_most(threshold: Threshold, cap: Any) -> Threshold:
-  """The smaller of two limits; the threshold does not learn of the cap.
-
-  Args:
-    threshold: any threshold.
-    cap: a non-negative float, a schedule, a traced scalar or a `Threshold`.
-  """
-  other = of(cap)
-
-  kind = _validate.Kind("this threshold")
-
-  def init(norms: Array) -> PairState:
-    return PairState(threshold.init(norms), other.init(norms))
-
-  def update(
-    norms: Array, state: PairState, **extra_args: Any
-  ) -> tuple[Array, PairState]:
-    kind.check(state, lambda: init(norms))
-    limits, memory = threshold.update(norms, state.threshold, **extra_args)
-    caps, cap = other.update(norms, state.cap, **extra_args)
-    return jnp.minimum(limits, caps), PairState(memory, cap)
-
-  return Threshold(init, update)
-
-
-def warmup(threshold: Threshold, steps: Any, limit: Any = math.inf) -> Threshold:
-  """Another limit, or none, for the first steps; the threshold learns meanwhile.
-
-  Args:
-    threshold: any threshold.
-    steps: how many; an integer, which may be traced. Steps that are not finite,
-      and norms of 0, do not count.
-    limit: for the first steps: a non-negative float, a schedule, a traced scalar
-      or a `Threshold`. None by default.
-  """
-  _validate.nonnegative(steps=steps)
-  steps = _memory.number(steps)
-  first = of(limit)
-
-  kind = _validate.Kind("this threshold")
-
-  def init(norms: Array) -> WarmupState:
-    seen = jnp.zeros_like(norms.ravel(), jnp.int32)
-    return WarmupState(seen, threshold.init(norms), first.init(norms))
-
-  def update(
-    norms: Array, state: WarmupState, **extra_args: Any
-  ) -> tuple[Array, WarmupState]:
-    kind.check(state, lambda: init(norms))
-    later, memory = threshold.update(norms, state.threshold, **extra_args)
-    early, other = first.update(norms, state.limit, **extra_args)
-    warm = state.seen.astype(jnp.float32) < steps
-    limits = jnp.where(warm.reshape(norms.shape), early, later)
-    more = _memory.learnt(norms.ravel())
-    seen = jnp.where(more, optax.safe_increment(state.seen), state.seen)
-    return limits, WarmupState(seen, memory, other)
-
-  return Threshold(init, update)
-
-
-def of(limit: Any) -> Threshold:
-  """The threshold for what users pass: a number, an array or a schedule.
-
-  Args:
-    limit: any of these, or a `Threshold`, which is returned as it is.
-  """
-  if isinstance(limit, Threshold):
-    return limit
-  return scheduled(limit) if callable(limit) else constant(limit)
-
-
-def _stacked(limits: Sequence[Any]) -> Any:
-  # The default float: limits of several dtypes have no common one in strict mode.
-  dtype = jnp.result_type(float)
-  return jnp.stack([jnp.asarray(limit).astype(dtype) for limit in limits])
-
-
-def _filled(norms: Array, limit: Any) -> Array:
-  """`limit` in the dtype of the norms; never below 0. A scalar stays one."""
-  # Cast late: a Python float keeps its precision for float64 norms.
-  exact = jnp.maximum(jnp.asarray(limit, norms.dtype), 0)
-  return jnp.broadcast_to(exact, norms.shape) if exact.ndim else exact
+__all__ = [
+  "at_most",
+  "average",
+  "clipped_mean",
+  "constant",
+  "history",
+  "mean_over_rms",
+  "of",
+  "per_group",
+  "percentile",
+  "scheduled",
+  "warmup",
+  "zscore",
+]

@@ -40,7 +40,7 @@ class Fault(NamedTuple):
 FAULTS = (
   Fault(
     "NaN does not exceed a limit",
-    "_extended.py",
+    "_norms/extended.py",
     "return ~(x.value <= limit / x.unit)",
     "return x.value > limit / x.unit",
     "functions edge_cases",
@@ -48,7 +48,7 @@ FAULTS = (
   ),
   Fault(
     "a finite norm becomes inf where it is shown",
-    "_extended.py",
+    "_norms/extended.py",
     "saturated = jnp.minimum(x.value * x.unit, most)",
     "saturated = x.value * x.unit",
     "contract",
@@ -56,7 +56,7 @@ FAULTS = (
   ),
   Fault(
     "the exponent of the denominator has the wrong sign",
-    "_extended.py",
+    "_norms/extended.py",
     "exponent = high - low + more - less",
     "exponent = high + low + more - less",
     "contract",
@@ -64,21 +64,21 @@ FAULTS = (
   ),
   Fault(
     "the exponents of a ratio are lost beyond one unit",
-    "_extended.py",
+    "_norms/extended.py",
     "held = jnp.clip(factor, 1 / most / unit, most / unit)",
     "held = factor",
     "ratios",
   ),
   Fault(
     "a ratio to a weight of 0 is finite",
-    "_extended.py",
+    "_norms/extended.py",
     "far = (value > most) | (~positive & (x.value > 0))",
     "far = value > most",
     "ratios",
   ),
   Fault(
     "eps is subtracted",
-    "_extended.py",
+    "_norms/extended.py",
     "return Extended(x.value + jnp.asarray(addend",
     "return Extended(x.value - jnp.asarray(addend",
     "against_optax edge_cases",
@@ -118,7 +118,7 @@ FAULTS = (
   ),
   Fault(
     "the derivative of a norm forgets the sign",
-    "_norms.py",
+    "_norms/norm.py",
     "    return share\n  size = jnp.abs(share)",
     "    return jnp.abs(share)\n  size = jnp.abs(share)",
     "derivatives contract functions",
@@ -126,7 +126,7 @@ FAULTS = (
   ),
   Fault(
     "the derivative of a norm that is 0 is not looked after",
-    "_norms.py",
+    "_norms/norm.py",
     "usable = jnp.isfinite(norm.value) & (norm.value > 0)",
     "usable = jnp.isfinite(norm.value)",
     "contract",
@@ -134,14 +134,14 @@ FAULTS = (
   ),
   Fault(
     "the parts of a norm are merged without their units",
-    "_norms.py",
+    "_norms/norm.py",
     "scaled = norms.value * (norms.unit / unit)",
     "scaled = norms.value",
     "layers contract records",
   ),
   Fault(
     "an overflow of a sum of squares is not looked for",
-    "_sums.py",
+    "_norms/sums.py",
     "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
     "strayed.append(jnp.any(low))",
     "contract",
@@ -149,21 +149,21 @@ FAULTS = (
   ),
   Fault(
     "an underflow of a sum of squares is not looked for",
-    "_sums.py",
+    "_norms/sums.py",
     "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
     "strayed.append(jnp.any(~jnp.isfinite(moment)))",
     "norms",
   ),
   Fault(
     "a limit of each leaf reaches the leaf after it",
-    "_layout.py",
+    "_norms/layout.py",
     "      start = stop\n",
     "      start = stop - 1\n",
     "stacked mixed_meshes learned_state",
   ),
   Fault(
     "a coefficient reaches the leaf before its own",
-    "_scalars.py",
+    "_norms/scalars.py",
     "return [_entries(row) for row in _rows(table)]",
     "return [_entries(row) for row in reversed(_rows(table))]",
     "contract layers",
@@ -171,7 +171,7 @@ FAULTS = (
   ),
   Fault(
     "a NaN is let into a memory",
-    "_memory.py",
+    "_thresholds/memory.py",
     "return jnp.all(jnp.isfinite(exact)) & (exact > 0)",
     "return jnp.isfinite(exact) | (exact != 0)",
     "contract learned_faults",
@@ -179,7 +179,7 @@ FAULTS = (
   ),
   Fault(
     "a norm of 0 is learned",
-    "_memory.py",
+    "_thresholds/memory.py",
     "return jnp.all(jnp.isfinite(exact)) & (exact > 0)",
     "return jnp.all(jnp.isfinite(exact)) & (exact >= 0)",
     "learned_faults learned_state learned_vectors contract",
@@ -187,14 +187,14 @@ FAULTS = (
   ),
   Fault(
     "the bias correction is one step late",
-    "_memory.py",
+    "_thresholds/memory.py",
     "t = count.astype(jnp.float32) + 1",
     "t = count.astype(jnp.float32) + 2",
     "learned_vectors",
   ),
   Fault(
     "a huge finite norm is learned as it is",
-    "_memory.py",
+    "_thresholds/memory.py",
     "return jnp.minimum(n, most), (count == 1)",
     "return n, (count == 1)",
     "learned_traces learned_faults",
@@ -202,28 +202,28 @@ FAULTS = (
   ),
   Fault(
     "a window is read one place too far",
-    "_learned_windows.py",
+    "_thresholds/window.py",
     "[None] == (count % size)[:, None]",
     "[None] == ((count + 1) % size)[:, None]",
     "learned_vectors learned_traces",
   ),
   Fault(
     "a percentile is not interpolated",
-    "_learned_windows.py",
+    "_thresholds/window.py",
     "return low + fraction * gap",
     "return low",
     "learned_vectors learned_traces",
   ),
   Fault(
     "history has a limit one norm too early",
-    "_learned_windows.py",
+    "_thresholds/window.py",
     "ready = count >= max(2, size // 2)",
     "ready = count >= max(2, size // 2) - 1",
     "learned_vectors learned_traces learned_state",
   ),
   Fault(
     "zclip compares with the wrong side of its limit",
-    "_learned.py",
+    "_methods/zclip.py",
     "spike = (n > level) & ~warm",
     "spike = (n < level) & ~warm",
     "learned_vectors",
@@ -231,7 +231,7 @@ FAULTS = (
   ),
   Fault(
     "adagc learns norms as they come",
-    "_learned.py",
+    "_methods/adagc.py",
     "clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)",
     "clipped = jnp.maximum(n, _TINY)",
     "learned_vectors",
@@ -239,7 +239,7 @@ FAULTS = (
   ),
   Fault(
     "a step that is not taken changes the state",
-    "_branch.py",
+    "_guards/branch.py",
     "jnp.where(take, x, y)\n      for show, x, y in zip(shown, values, old",
     "x\n      for show, x, y in zip(shown, values, old",
     "skip records",
@@ -247,14 +247,14 @@ FAULTS = (
   ),
   Fault(
     "derivatives go through a step that was not taken",
-    "_leaf.py",
+    "_trees/leaf.py",
     "jnp.where(take, dot, jnp.zeros_like(dot))",
     "dot",
     "derivatives",
   ),
   Fault(
     "the scale of the loss grows on a step that overflowed",
-    "_loss_scale.py",
+    "_guards/loss_scale.py",
     "jnp.where(finite, jnp.where(grow, larger, scale), smaller)",
     "jnp.where(finite, jnp.where(grow, larger, scale), larger)",
     "skip loss_scale",
@@ -262,7 +262,7 @@ FAULTS = (
   ),
   Fault(
     "a guard counts steps that were taken as skipped",
-    "_guard.py",
+    "_guards/guard.py",
     "skipped = (~verdict.take).astype(jnp.int32)",
     "skipped = verdict.take.astype(jnp.int32)",
     "skip",
@@ -290,7 +290,8 @@ def found(fault: Fault) -> bool:
     environment = os.environ | {"PYTHONPATH": str(root)}
     if fault.text in FORMS:
       environment["OPTAX_CLIP_FORMS"] = FORMS[fault.text]
-    tests = [f"tests/test_{name}.py" for name in fault.tests.split()]
+    files = {path.stem: str(path) for path in (root / "tests").rglob("test_*.py")}
+    tests = [files[f"test_{name}"] for name in fault.tests.split()]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", *tests]
     names = ["-k", fault.names] if fault.names else []
     # Also in the README's command.

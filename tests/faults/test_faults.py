@@ -3,9 +3,9 @@
 import pathlib
 
 import harness
+from helpers import learned
 import jax
 import jax.numpy as jnp
-import learned
 import numpy as np
 import optax
 import pytest
@@ -53,7 +53,7 @@ JUDGES = {
   "zscore, mean": {"threshold": thresholds.zscore(6, mode="mean")},
   "zscore, percentile": {"threshold": thresholds.zscore(6, mode="percentile")},
   "adagc": {
-    "threshold": thresholds.adagc(warmup=20, warmup_norm=1e30),
+    "threshold": thresholds.clipped_mean(warmup=20, warmup_norm=1e30),
     "factor": 4,
     "warmup": 20,
   },

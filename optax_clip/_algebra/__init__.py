@@ -1,0 +1,1 @@
+"""How measure, threshold and action join, and what is noted of it."""

@@ -1,0 +1,256 @@
+"""What clipping did: written at every step, with the arithmetic it did anyway."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from optax_clip._norms import mesh as _mesh
+
+Array = jax.Array
+# What follows the name of a record in the key of its record of layers.
+LAYERS = "/layers"
+
+
+class Record(NamedTuple):
+  """What clipping did. Where there are several norms, the worst of them.
+
+  Attributes:
+    norm: f32[], the largest norm of the last step, before clipping.
+    limit: f32[], the smallest limit of the last step.
+    coefficient: f32[], the smallest factor that the last step applied.
+    clipped_fraction: f32[], the share of norms above their limit.
+    steps: i32[], how many updates were seen.
+    steps_clipped: i32[], in how many of them a norm was above its limit.
+    steps_nonfinite: i32[], in how many of them a norm was NaN or inf.
+  """
+
+  norm: Array
+  limit: Array
+  coefficient: Array
+  clipped_fraction: Array
+  steps: Array
+  steps_clipped: Array
+  steps_nonfinite: Array
+
+
+class LayerRecord(NamedTuple):
+  """What clipping did to each layer; `layer_metrics` names them.
+
+  A layer is a leaf, or one layer of a stacked leaf; they stand in the order of the
+  leaves. Vectors, since a state of thousands of scalars is slow to pass around.
+
+  Attributes:
+    stacks: i32[leaves], how many layers are stacked in a leaf; 0 if it is no stack.
+      It never changes.
+    norm: f32[layers], of the last step, before clipping. Where the layer has several
+      norms (units), the largest.
+    limit: f32[layers], what the last step allowed the layer, or the group it is in.
+    coefficient: f32[layers], the smallest factor that the last step applied to it.
+    size: f32[layers], the norm for one element, to compare layers by.
+    steps: i32[], how many updates were seen.
+    steps_clipped: i32[layers], in how many of them it was clipped.
+    nonfinite_layer: i32[], the first layer that was not finite in the last step in
+      which one was not; -1 before.
+    nonfinite_step: i32[], which step that was, counted from 1; 0 before.
+  """
+
+  stacks: Array
+  norm: Array
+  limit: Array
+  coefficient: Array
+  size: Array
+  steps: Array
+  steps_clipped: Array
+  nonfinite_layer: Array
+  nonfinite_step: Array
+
+
+class SkipRecord(NamedTuple):
+  """What a guard did. One inside another counts the steps that the outer one let by.
+
+  Attributes:
+    norm: f32[], the (largest) norm of the last step, taken or not.
+    limit: f32[], the (smallest) limit of these norms; inf if there is none.
+    skipped: i32[], 1 if the last step was not taken, else 0.
+    reason: i32[], the `SkipReason` of the last step that was not taken.
+    consecutive: i32[], how many steps up to the last one were not taken.
+    steps: i32[], how many steps were seen.
+    steps_skipped: i32[], how many of them were not taken.
+  """
+
+  norm: Array
+  limit: Array
+  skipped: Array
+  reason: Array
+  consecutive: Array
+  steps: Array
+  steps_skipped: Array
+
+
+def blank() -> Record:
+  """The record before the first step."""
+  # Separate arrays: a donated state may not hold one buffer twice.
+  floats = [jnp.zeros((), jnp.float32) for _ in range(4)]
+  counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
+
+
+def noted(
+  last: Record,
+  sizes: Sequence[Array],
+  limits: Sequence[Array],
+  factors: Sequence[Array],
+  finite: Array,
+) -> Record:
+  """The record after one more step.
+
+  Args:
+    last: the record before it.
+    sizes: the norms as floats, in arrays.
+    limits: for each of these arrays its limits, which broadcast to it.
+    factors: of the same shapes, what the norms' updates were multiplied with.
+    finite: bool[], whether all norms are finite.
+  """
+  count = sum(x.size for x in sizes)
+  if not count:
+    return last._replace(steps=optax.safe_increment(last.steps))
+  together = _mesh.on_one_device([*sizes, *limits, *factors])
+  if any(x.ndim for x in limits):
+    pairs = zip(sizes, limits, strict=True)
+    whole = [jnp.broadcast_to(x, n.shape) for n, x in pairs]
+    limits = _side_by_side(whole, together)
+  sizes, factors = (_side_by_side(x, together) for x in (sizes, factors))
+  # A limit that is the same for all norms is one scalar.
+  each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
+  above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
+  number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
+  # Of one norm it is known without another comparison.
+  clipped = above[0].reshape(()) if count == 1 else number_above > 0
+  happened = [jnp.asarray(True), finite & clipped, ~finite]
+  # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
+  counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
+  return Record(
+    single(_fold(jnp.max, sizes)),
+    single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits])),
+    single(_fold(jnp.min, factors)),
+    number_above / count,
+    *counts,
+  )
+
+
+def blank_layers(stacks: list[int]) -> LayerRecord:
+  """The record of layers before the first step."""
+  count = sum(max(n, 1) for n in stacks)
+  return LayerRecord(
+    stacks=jnp.asarray(stacks, jnp.int32),
+    norm=jnp.zeros(count, jnp.float32),
+    limit=jnp.zeros(count, jnp.float32),
+    coefficient=jnp.ones(count, jnp.float32),
+    size=jnp.zeros(count, jnp.float32),
+    steps=jnp.zeros((), jnp.int32),
+    steps_clipped=jnp.zeros(count, jnp.int32),
+    nonfinite_layer=jnp.full((), -1, jnp.int32),
+    nonfinite_step=jnp.zeros((), jnp.int32),
+  )
+
+
+def noted_layers(
+  last: LayerRecord,
+  norm: Array,
+  size: Array,
+  limit: Array,
+  coefficient: Array,
+  clipped: Array,
+) -> LayerRecord:
+  """The record of layers after one more step; all arguments are ``[layers]``."""
+  steps = optax.safe_increment(last.steps)
+  if not norm.size:
+    return last._replace(steps=steps)
+  wrong = ~jnp.isfinite(norm)
+  return LayerRecord(
+    stacks=last.stacks,
+    norm=single(norm),
+    limit=single(limit),
+    coefficient=coefficient.astype(jnp.float32),
+    size=single(size),
+    steps=steps,
+    steps_clipped=counted(clipped & ~jnp.any(wrong), last.steps_clipped),
+    nonfinite_layer=jnp.where(
+      jnp.any(wrong), jnp.argmax(wrong).astype(jnp.int32), last.nonfinite_layer
+    ),
+    nonfinite_step=jnp.where(jnp.any(wrong), steps, last.nonfinite_step),
+  )
+
+
+def of_last_step(state: Any) -> list[bool]:
+  """For each leaf of a state whether it shows the last step, taken or not.
+
+  Those are the norms and what was done to them. Counters count steps taken.
+  """
+
+  def marks(node: Any) -> list[bool]:
+    shown = _LAST.get(type(node))
+    return [False] if shown is None else [field in shown for field in node._fields]
+
+  nodes = jax.tree.leaves(state, is_leaf=lambda node: type(node) in _LAST)
+  return [mark for node in nodes for mark in marks(node)]
+
+
+_LAST = {
+  Record: ("norm", "limit", "coefficient", "clipped_fraction"),
+  LayerRecord: ("norm", "limit", "coefficient", "size"),
+  SkipRecord: ("norm", "limit"),
+}
+
+
+def single(x: Array) -> Array:
+  """As float32; a finite number, however large, does not become inf."""
+  if x.dtype == jnp.float32:
+    return x
+  largest = float(jnp.finfo(jnp.float32).max)
+  limited = jnp.clip(x, -largest, largest)
+  return jnp.where(jnp.isfinite(x), limited, x).astype(jnp.float32)
+
+
+def counted(happened: Array, counter: Array) -> Array:
+  """The counter, one higher if it happened."""
+  grows = happened & (counter < jnp.iinfo(jnp.int32).max)
+  return counter + grows.astype(counter.dtype)
+
+
+def all_finite(sizes: Sequence[Array]) -> Array:
+  """Whether all norms are finite; true if there are none."""
+  if not any(x.size for x in sizes):
+    return jnp.asarray(True)
+  # The largest is recorded anyway, and NaN is larger than all.
+  return jnp.isfinite(_fold(jnp.max, _side_by_side(sizes, _mesh.on_one_device(sizes))))
+
+
+def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
+  """Arrays as one, where that moves no data between devices: it is few kernels."""
+  arrays = [x for x in arrays if x.size]
+  if len({x.dtype for x in arrays}) > 1:
+    arrays = [x.astype(jnp.float64) for x in arrays]
+  if len(arrays) == 1 or not together:
+    return arrays
+  # Those of one shape after each other: if they are slices of a stack, XLA takes it.
+  arrays = sorted(arrays, key=lambda x: x.shape)
+  # Without the barrier XLA reduces each on its own again.
+  joined = jnp.concatenate([x.ravel() for x in arrays])
+  return [lax.optimization_barrier(joined)]
+
+
+def _fold(reduce: Callable[[Array], Array], arrays: Sequence[Array]) -> Array:
+  """Reduces arrays to one scalar.
+
+  Each array first, so that no two that are sharded differently meet.
+  """
+  if len(arrays) == 1:
+    return reduce(arrays[0])
+  return reduce(jnp.stack([reduce(x) for x in arrays]))

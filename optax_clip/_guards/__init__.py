@@ -1,0 +1,1 @@
+"""Whether a step is taken at all."""

@@ -1,0 +1,392 @@
+"""Guards: whether a step is taken at all, decided before it is.
+
+A guard is a transformation around another one. Its *judges* measure the updates and
+decide; if one of them says no, nothing changes: no update, no moment, no counter, no
+memory of a threshold::
+
+    updates, params, loss
+          |  judges         see what the clip sees, and hand on what they measured
+          v
+       verdicts             take the step or not, and why
+          |  _branch        by the means of the backend
+          v
+    inner.update, and with `guarded_step` also the addition to the parameters
+
+Guards directly inside one another become one guard with several judges, the outermost
+first: a judge does not learn of steps that one before it refused, nor count them.
+
+On CPU, updates that leave the branch are a buffer of their own, as large as the
+gradients. Parameters and state that leave it are written in place of the old ones.
+Hence the two ways to take a guarded step: as any optax transformation, or whole.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import enum
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _validate
+from optax_clip._algebra import record as _record
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.given import LayerNorms
+from optax_clip._algebra.record import SkipRecord
+from optax_clip._algebra.record import counted
+from optax_clip._guards import branch as _branch
+from optax_clip._norms import moments as _moments
+from optax_clip._norms.extended import Extended
+from optax_clip._repr import short
+from optax_clip._trees import leaves as _leaves
+from optax_clip._types import OptState
+from optax_clip._types import Params
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+class SkipReason(enum.IntEnum):
+  """Why a step was not taken, as in ``metrics(...)["<name>/reason"]``."""
+
+  NONE = 0
+  NONFINITE_NORM = 1
+  NONFINITE_LOSS = 2
+  NORM_SPIKE = 3
+  LOSS_SPIKE = 4
+
+
+class GuardState(NamedTuple):
+  """The state of a guard.
+
+  Attributes:
+    inner: the state of the transformation inside; changes with steps taken, but for
+      the norms, limits and coefficients in its records, which are of the last step.
+    memory: what the judge remembers.
+    record: ``{name: SkipRecord}``; with ``record="layers"`` also
+      ``{name/layers: LayerRecord}``, of all steps.
+  """
+
+  inner: Any
+  memory: Any
+  record: dict[str, Any]
+
+  def __repr__(self) -> str:
+    return short(self)
+
+
+class Verdict(NamedTuple):
+  """What a judge says of a step.
+
+  Attributes:
+    take: bool[], whether it is taken.
+    reason: i32[], why not; NONE if it is.
+    norm: f32[], for the record.
+    limit: f32[], for the record.
+    memory: of the judge, after the step.
+    known: what was measured of the updates.
+    layers: what of each layer, if that is recorded.
+    scale: `None`, or f32[]: what comes after this judge is given the updates divided
+      by it.
+  """
+
+  take: Array
+  reason: Array
+  norm: Array
+  limit: Array
+  memory: Any
+  known: Given
+  layers: LayerNorms | None = None
+  scale: Array | None = None
+
+
+class Judge(NamedTuple):
+  """What decides whether a step is taken.
+
+  Attributes:
+    name: the prefix of its metrics' keys.
+    init: ``init(params)``: the memory before the first step.
+    judge: ``judge(updates, params, memory, record, known, extra_args)``: a `Verdict`.
+    stacks: from parameters to the layers that are recorded; `None`: none are.
+  """
+
+  name: str
+  init: Callable[[Any], Any]
+  judge: Callable[[Any, Any, Any, SkipRecord, Given, dict[str, Any]], Verdict]
+  stacks: Callable[[Any], list[int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+  """The `update` of a guarded transformation, which can also take a whole step.
+
+  Attributes:
+    inner: what all judges stand around.
+    judges: the outermost first.
+  """
+
+  inner: optax.GradientTransformation
+  judges: tuple[Judge, ...]
+
+  def init(self, params: Params) -> GuardState:
+    state = self.inner.init(params)
+    params = _leaves.floats_only(params)
+    for judge in reversed(self.judges):
+      record: dict[str, Any] = {judge.name: _blank()}
+      if judge.stacks is not None:
+        layers = _record.blank_layers(judge.stacks(params))
+        record[judge.name + _record.LAYERS] = layers
+      state = GuardState(state, judge.init(params), record)
+    return state
+
+  def __call__(
+    self, updates: Updates, state: GuardState, params: Params = None, **extra_args: Any
+  ) -> tuple[Any, GuardState]:
+    new, later = self.step(
+      _leaves.with_values, None, updates, state, params, extra_args
+    )
+    return _leaves.restored(new, updates), later
+
+  def step(
+    self,
+    finish: Callable[[Any], Any],
+    kept: Any,
+    updates: Updates,
+    state: GuardState,
+    params: Params,
+    extra_args: dict[str, Any],
+  ) -> tuple[Any, GuardState]:
+    """One step.
+
+    Args:
+      finish: from updates to the result.
+      kept: the result of a step that is not taken; `None`: zeros.
+      updates: as for `__call__`, and so on.
+      state: of this guard.
+      params: or `None`.
+      extra_args: for the transformation inside, and ``loss`` for the judges.
+    """
+    # Leaves of float0 have no values, and pass by the branch.
+    given_updates, updates = updates, _leaves.with_values(updates)
+    weights = _leaves.floats_only(params)
+    states, inner_state = self._apart(state, updates)
+    extra_args = dict(extra_args)
+    known = extra_args.pop("norms", None) or Given()
+    seen, take = updates, jnp.asarray(True)
+    reached, verdicts, scales = [], [], []
+    for judge, own in zip(self.judges, states, strict=True):
+      verdict = judge.judge(seen, weights, own.memory, _own(own), known, extra_args)
+      reached.append(take)
+      verdicts.append(verdict)
+      take = take & verdict.take
+      scales.append(verdict.scale)
+      known, seen = _unscaled(verdict.known, seen, weights, verdict.scale)
+    inner = optax.with_extra_args_support(self.inner)
+
+    def step(updates: Updates) -> tuple[Any, Any]:
+      # Divided anew: XLA would hold what goes into a branch in a buffer.
+      for scale in scales:
+        updates = _divided(updates, scale)
+      norms = known.moved(seen, updates, weights)
+      updates = _leaves.restored(updates, given_updates)
+      new, later = inner.update(updates, inner_state, params, norms=norms, **extra_args)
+      return finish(new), later
+
+    result, later = _branch.taken_or_kept(take, step, updates, kept, inner_state)
+    steps = list(zip(states, verdicts, reached, strict=True))
+    for own, verdict, before in reversed(steps):
+      noted = {key: _noted(entry, verdict) for key, entry in own.record.items()}
+      after = (verdict.memory, noted)
+      if own is not states[0]:
+        after = _unless_refused(before, after, (own.memory, own.record))
+      later = GuardState(later, *after)
+    return result, later
+
+  def _apart(self, state: Any, updates: Updates) -> tuple[list[GuardState], Any]:
+    """The state of each judge, and that of what they stand around."""
+    states = []
+    for judge in self.judges:
+      if not isinstance(state, GuardState) or not isinstance(state.record, dict):
+        raise TypeError(
+          f"The state of the guard {judge.name!r} must be the GuardState that its init"
+          f" returned, got a {type(state).__name__}. Pass tx.init(params) of this same"
+          " tx; a checkpoint of another chain does not fit it."
+        )
+      kind = _validate.Kind(f"the guard {judge.name!r}")
+      kind.check(state.memory, functools.partial(judge.init, updates))
+      states.append(state)
+      state = state.inner
+    return states, state
+
+
+def guarded(inner: Any, judge: Judge) -> optax.GradientTransformationExtraArgs:
+  """The transformation that does what `inner` does when `judge` lets it.
+
+  Args:
+    inner: any transformation; a guard too.
+    judge: what decides.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` that `guarded_step` accepts.
+  """
+  _validate.instance(
+    optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
+  )
+  judges = (judge,)
+  if isinstance(inner.update, Guard):
+    inner, judges = inner.update.inner, (judge, *inner.update.judges)
+  guard = Guard(inner, judges)
+  return optax.GradientTransformationExtraArgs(guard.init, guard)
+
+
+def guarded_step(
+  tx: optax.GradientTransformation,
+  grads: Updates,
+  state: OptState,
+  params: Params,
+  **extra_args: Any,
+) -> tuple[Params, OptState]:
+  r"""A whole step of a guarded optimizer: new parameters and state, or the old.
+
+  .. math::
+      (p, s) \leftarrow \begin{cases} (p + u, s') & \text{if the step is taken,
+      with } u, s' = \text{tx.update}(g, s, p) \\ (p, s) & \text{else} \end{cases}
+
+  The same as ``tx.update`` and `optax.apply_updates`, but in one branch: the updates
+  never leave it. In a jitted AdamW step with donated parameters and state it holds
+  and reads what clipping alone does, where ``tx.update`` of the same `tx` needs a
+  temporary of the size of the gradients. Use ``tx.update`` where something stands
+  between the two: a framework that calls it for you, `optax.MultiSteps` or another
+  wrapper around `tx`.
+
+  Args:
+    tx: what `skip_nonfinite`, `skip_spikes` or `dynamic_loss_scale` returned.
+      Guards directly inside one another are taken whole together.
+    grads: as for ``tx.update``.
+    state: as ``tx.init(params)`` returned it; the same as for ``tx.update``.
+    params: the parameters.
+    **extra_args: as for ``tx.update``, for example ``loss=``.
+
+  Returns:
+    The parameters, of the dtypes they had, and the state.
+
+  Raises:
+    TypeError: if `tx` is not a guard.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax_clip.skip_nonfinite(
+    ...     optax.chain(optax_clip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    ... )
+    >>> params = {"w": jnp.ones(2)}
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state, grads):
+    ...   return optax_clip.guarded_step(tx, grads, state, params)
+    >>> params, state = step(params, state, {"w": jnp.array([jnp.nan, 1.0])})
+    >>> print(params["w"], optax_clip.metrics(state)["skip_nonfinite/skipped"])
+    [1. 1.] 1
+  """
+  guard = getattr(tx, "update", None)
+  if not isinstance(guard, Guard):
+    raise TypeError(
+      "tx must be what skip_nonfinite, skip_spikes or dynamic_loss_scale returned,"
+      f" got {tx!r}. Put the guard outermost, as in"
+      " skip_nonfinite(optax.chain(...))."
+    )
+  if params is None:
+    raise ValueError("params must be the parameters that the step changes, got None.")
+
+  def finish(updates: Updates) -> Any:
+    return optax.apply_updates(params, updates)
+
+  return guard.step(finish, params, grads, state, params, extra_args)
+
+
+def _own(state: GuardState) -> SkipRecord:
+  return next(x for x in state.record.values() if isinstance(x, SkipRecord))
+
+
+def _unless_refused(before: Array, new: Any, old: Any) -> Any:
+  """What a judge has after a step, or had, if one further out had refused it.
+
+  Its record shows what was measured of the last step in either case.
+  """
+  leaves, treedef = jax.tree.flatten(new)
+  chosen = [
+    x if shown else jnp.where(before, x, y)
+    for shown, x, y in zip(
+      _record.of_last_step(new), leaves, jax.tree.leaves(old), strict=True
+    )
+  ]
+  return jax.tree.unflatten(treedef, chosen)
+
+
+def _divided(updates: Updates, scale: Array | None) -> Any:
+  if scale is None:
+    return updates
+
+  def divided(x: Array) -> Array:
+    wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
+    inverse = (1 / scale).astype(jnp.finfo(wide).dtype)
+    return (x.astype(wide) * inverse).astype(x.dtype)
+
+  return jax.tree.map(divided, updates)
+
+
+def _unscaled(
+  known: Given, updates: Updates, params: Params, scale: Array | None
+) -> tuple[Given, Any]:
+  """The updates divided by a scale, and what is known of them then."""
+  if scale is None:
+    return known, updates
+  new = _divided(updates, scale)
+  if any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(updates)):
+    # Rounded to few digits after they were measured: measured again where needed.
+    return Given(), new
+
+  def change(blocks: list[Extended]) -> list[Extended]:
+    return [x._replace(value=x.value / scale.astype(x.value.dtype)) for x in blocks]
+
+  return known.moved(updates, new, params, change), new
+
+
+def _blank() -> SkipRecord:
+  # Separate arrays: a donated state may not hold one buffer twice.
+  counts = [jnp.zeros((), jnp.int32) for _ in range(5)]
+  return SkipRecord(
+    jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32), *counts
+  )
+
+
+def _noted(last: Any, verdict: Verdict) -> Any:
+  """One of the records after one more step."""
+  if isinstance(last, SkipRecord):
+    return _skip_noted(last, verdict)
+  if verdict.layers is None:
+    return last  # The state is of a guard with record="layers", and this is not.
+  norm, size = verdict.layers
+  return _record.noted_layers(
+    last,
+    norm,
+    size,
+    limit=jnp.broadcast_to(verdict.limit, norm.shape),
+    coefficient=jnp.broadcast_to(verdict.take.astype(norm.dtype), norm.shape),
+    clipped=jnp.broadcast_to(~verdict.take, norm.shape),
+  )
+
+
+def _skip_noted(last: SkipRecord, verdict: Verdict) -> SkipRecord:
+  skipped = (~verdict.take).astype(jnp.int32)
+  return SkipRecord(
+    norm=_record.single(verdict.norm),
+    limit=_record.single(verdict.limit),
+    skipped=skipped,
+    reason=jnp.where(verdict.take, last.reason, verdict.reason),
+    consecutive=jnp.where(verdict.take, 0, optax.safe_increment(last.consecutive)),
+    steps=optax.safe_increment(last.steps),
+    steps_skipped=counted(~verdict.take, last.steps_skipped),
+  )

@@ -1,0 +1,169 @@
+"""Loss scaling: float16 gradients that neither underflow nor end a run."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _validate
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.record import SkipRecord
+from optax_clip._algebra.types import Measure
+from optax_clip._guards import guard as _guard
+from optax_clip._guards.measuring import Measuring
+from optax_clip._repr import named
+from optax_clip._types import GuardRecording
+from optax_clip._types import Params
+from optax_clip._types import Scalar
+from optax_clip._types import Updates
+
+Array = jax.Array
+# Beyond it the inverse of a scale is no normal float, and unscaled updates are 0.
+_LARGEST = 2.0**126
+
+
+class LossScale(NamedTuple):
+  """What `dynamic_loss_scale` remembers.
+
+  Attributes:
+    scale: f32[], what the next loss is to be multiplied with.
+    finite_steps: i32[], steps taken since the scale last changed.
+  """
+
+  scale: Array
+  finite_steps: Array
+
+
+@named
+def dynamic_loss_scale(
+  inner: optax.GradientTransformation,
+  init_scale: Scalar = 2.0**15,
+  *,
+  growth_interval: Scalar = 2000,
+  growth_factor: Scalar = 2.0,
+  backoff_factor: Scalar = 0.5,
+  min_scale: Scalar = 1.0,
+  max_scale: Scalar = 2.0**24,
+  measure: Measure | None = None,
+  record: GuardRecording = True,
+  name: str = "dynamic_loss_scale",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Undoes a loss scale, skips steps that overflowed, and adapts the scale.
+
+  With :math:`g` the gradient of :math:`S \cdot \text{loss}`:
+
+  .. math::
+      u, S \leftarrow \begin{cases} \text{inner}(g / S),\ S & \|g\| \text{ finite} \\
+      \text{inner}(g / S),\ \min(2 S, S_{max}) & \text{... for the 2000th time in a
+      row} \\ 0,\ \max(S / 2, S_{min}) & \text{else} \end{cases}
+
+  float16 holds nothing between 6e-8 and 0, so gradients are computed of a loss
+  that is a large number of times itself: of ``loss * loss_scale(state)``. In one
+  pass over the gradients this unscales them, measures, clips (in `inner`, by
+  limits in the units of the unscaled gradients), and skips. The norm is that of the
+  scaled gradients, divided by the scale: no float16 is rounded for it.
+
+  Keep parameters in float32 and cast them to float16 in the forward pass, as usual
+  in mixed precision: gradients are then float32 here. Those in float16 are unscaled
+  in float32 and rounded back, which may lose what the scale has saved.
+
+  Args:
+    inner: the transformation, usually a chain of a clip and an optimizer. May be
+      `skip_spikes`, which then judges unscaled norms.
+    init_scale: the first scale. Powers of two, here and below, are exact.
+    growth_interval: after so many steps in a row that are finite the scale grows.
+    growth_factor: by this factor, at least 1.
+    backoff_factor: a step that is not finite multiplies the scale with it; in (0, 1].
+    min_scale: the scale never falls below this, or 2^-126 if that is more. Persistent
+      NaNs drive it here.
+    max_scale: the scale never grows beyond this, or 2^126 if that is less.
+    measure: see `skip_nonfinite`. Of the updates alone, and homogeneous: all of
+      `optax_clip.measures` are but `relative`.
+    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
+      for `layer_metrics`, which names the layer that was not finite; there
+      ``clipped`` are skipped steps.
+    name: the prefix of the metrics' keys: those of `SkipRecord` and `LossScale`.
+
+  All numbers may be traced.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
+    arguments are passed on to `inner`; a ``loss`` among them is to be unscaled.
+
+  Raises:
+    TypeError: if `inner` is not a transformation.
+    ValueError: for a number out of its range.
+
+  Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax_clip.dynamic_loss_scale(
+    ...     optax.chain(optax_clip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    ... )
+    >>> params = {"w": jnp.ones(2)}
+    >>> state = tx.init(params)
+    >>> def loss(params, x):
+    ...   half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
+    ...   return jnp.sum(half["w"] * x).astype(jnp.float32)
+    >>> @jax.jit
+    ... def step(params, state, x):
+    ...   grads = jax.grad(lambda p: loss(p, x) * optax_clip.loss_scale(state))(params)
+    ...   return optax_clip.guarded_step(tx, grads, state, params)
+    >>> params, state = step(params, state, jnp.array([0.5, 0.5], jnp.float16))
+    >>> print(params["w"], optax_clip.loss_scale(state))
+    [0.95 0.95] 32768.0
+  """
+  _validate.positive(
+    init_scale=init_scale,
+    growth_interval=growth_interval,
+    min_scale=min_scale,
+    max_scale=max_scale,
+  )
+  if isinstance(min_scale, (int, float)) and isinstance(max_scale, (int, float)):
+    _validate.within(min_scale, max_scale, init_scale=init_scale)
+  _validate.within(1, float("inf"), growth_factor=growth_factor)
+  _validate.positive(backoff_factor=backoff_factor)
+  _validate.within(0, 1, backoff_factor=backoff_factor)
+  measuring = Measuring.of(measure, record)
+
+  def init(params: Params) -> dict[str, LossScale]:
+    del params
+    scale = jnp.array(init_scale, jnp.float32)
+    return {name: LossScale(scale, jnp.zeros((), jnp.int32))}
+
+  def judge(
+    updates: Updates,
+    params: Params,
+    memory: dict[str, LossScale],
+    record: SkipRecord,
+    known: Given,
+    extra_args: dict[str, Any],
+  ) -> _guard.Verdict:
+    del record
+    ((key, (scale, finite_steps)),) = memory.items()
+    seen = measuring.measured(updates, params, known, extra_args)
+    layers = None if seen.layers is None else seen.layers.divided(scale)
+    finite = jnp.all(jnp.isfinite(seen.sizes))
+
+    steps = jnp.where(finite, optax.safe_increment(finite_steps), 0)
+    grow = steps >= growth_interval
+    larger = jnp.minimum(scale * growth_factor, jnp.minimum(max_scale, _LARGEST))
+    smaller = jnp.maximum(scale * backoff_factor, jnp.maximum(min_scale, 1 / _LARGEST))
+    new_scale = jnp.where(finite, jnp.where(grow, larger, scale), smaller)
+    return _guard.Verdict(
+      take=finite,
+      reason=jnp.where(
+        finite, _guard.SkipReason.NONE, _guard.SkipReason.NONFINITE_NORM
+      ),
+      norm=jnp.max(seen.sizes, initial=0) / scale.astype(seen.sizes.dtype),
+      limit=jnp.full((), jnp.inf, jnp.float32),
+      memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
+      known=seen.known,
+      layers=layers,
+      scale=scale,
+    )
+
+  return _guard.guarded(inner, _guard.Judge(name, init, judge, measuring.stacks))

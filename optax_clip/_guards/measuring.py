@@ -1,0 +1,79 @@
+"""What a guard measures, and hands on."""
+
+from typing import Any
+from typing import NamedTuple
+from typing import cast
+
+import jax
+
+from optax_clip import _validate
+from optax_clip import measures
+from optax_clip._algebra import given as _given
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.given import LayerNorms
+from optax_clip._algebra.types import Measure
+from optax_clip._types import Params
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+class Seen(NamedTuple):
+  """What a guard measured.
+
+  Attributes:
+    sizes: f[norms], all norms of its measure.
+    known: what need not be measured again.
+    layers: the norms of layers, if these are recorded.
+  """
+
+  sizes: Array
+  known: Given
+  layers: LayerNorms | None
+
+
+class Measuring(NamedTuple):
+  """What a guard measures; its own record it always needs.
+
+  Attributes:
+    measure: of what its judge sees.
+    by_layer: whether it records layers.
+  """
+
+  measure: Measure
+  by_layer: bool
+
+  @classmethod
+  def of(cls, measure: Any, record: Any) -> "Measuring":
+    """From the arguments of a guard."""
+    _validate.choice((True, "layers"), record=record)
+    return cls(checked_measure(measure), record == "layers")
+
+  @property
+  def stacks(self) -> Any:
+    """From parameters to the layers that are recorded; `None` if none are."""
+    if not self.by_layer:
+      return None
+    return lambda params: _given.of_layers(self.measure, params).layout(params).stacks()
+
+  def measured(
+    self, updates: Updates, params: Params, known: Given, extra_args: dict[str, Any]
+  ) -> Seen:
+    """Measures the updates, once for the guard and for what stands in it."""
+    norms, layers = _given.measured(
+      self.measure, self.by_layer, updates, params, known, extra_args
+    )
+    handed = _given.known_of(self.measure, updates, params, norms, layers)
+    return Seen(
+      sizes=norms.layout.table(norms.sizes()).ravel(),
+      known=handed,
+      layers=None if layers is None else _given.layer_norms(self.measure, layers),
+    )
+
+
+def checked_measure(measure: Any) -> Measure:
+  """A measure; the global norm if it is `None`."""
+  if measure is None:
+    return measures.global_norm()
+  _validate.instance(Measure, "optax_clip.measures", measure=measure)
+  return cast(Measure, measure)

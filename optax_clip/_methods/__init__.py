@@ -1,0 +1,1 @@
+"""The named transformations: one file for each paper."""

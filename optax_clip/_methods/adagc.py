@@ -1,0 +1,233 @@
+"""AdaGC: each layer by the running mean of its clipped norms."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _validate
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip._algebra.clip_with import clip_with
+from optax_clip._algebra.types import Threshold
+from optax_clip._repr import named
+from optax_clip._thresholds import memory as _memory
+from optax_clip._trees import units as _units
+from optax_clip._types import AxisName
+from optax_clip._types import Nonfinite
+from optax_clip._types import Recording
+from optax_clip._types import Scalar
+from optax_clip._types import Specs
+
+Array = jax.Array
+
+
+_INF = float("inf")
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+class BoundMemory(NamedTuple):
+  """What `clipped_mean` remembers.
+
+  Attributes:
+    gamma: f32[norms], the running mean of clipped norms; during warm-up their
+      least.
+    calmest: f32[norms], the least global norm of the warm-up.
+  """
+
+  gamma: Array
+  calmest: Array
+
+
+def clipped_mean(
+  ratio: Scalar = 1.05,
+  decay: Scalar = 0.98,
+  warmup: Scalar = 100,
+  warmup_norm: Scalar | None = None,
+  ord: float | None = None,
+) -> Threshold:
+  r"""A little above the running mean of each entry's clipped norms (AdaGC).
+
+  .. math::
+      L_i = \lambda_{rel} \gamma_i, \quad
+      \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) \min(n_i, L_i)
+
+  after `warmup` norms, during which :math:`\gamma_i` is the least of the norms of its
+  entry; with a `warmup_norm` all entries together are clipped to that until then.
+
+  Args:
+    ratio: lambda_rel > 1; at 1 or below limits can only fall.
+    decay: beta, from 0 to below 1.
+    warmup: how many norms at first are learned from in this way; at least 1. The paper
+      counts steps from 1, its T_start is ``warmup + 1``.
+    warmup_norm: lambda_abs > 0, in the units of the norms; the paper has 1. `None`:
+      nothing is clipped in the warm-up.
+    ord: the order of the measure's norms, to take the global norm of them.
+
+  All numbers but `ord` may be traced.
+  """
+  _validate.positive(ratio=ratio, warmup=warmup)
+  if warmup_norm is not None:
+    _validate.positive(warmup_norm=warmup_norm)
+  _validate.fraction(decay=decay)
+  p = _validate.order(ord)
+  most = None if warmup_norm is None else _memory.number(warmup_norm)
+  ratio, beta, warmup = map(_memory.number, (ratio, decay, warmup))
+
+  def start(norms: Array) -> BoundMemory:
+    return BoundMemory(
+      jnp.full_like(norms, _memory.LARGEST),
+      jnp.full_like(norms, _memory.LARGEST),
+    )
+
+  def rule(n: Array, memory: BoundMemory, count: Array) -> tuple[Array, BoundMemory]:
+    gamma, calmest = memory
+    warm = count.astype(jnp.float32) < jnp.maximum(warmup, 1)
+    total = jnp.minimum(_total(n, p), _memory.LARGEST)
+    # n first: most / total may be too small for a float.
+    total = jnp.where(total > 0, total, 1)
+    # In a unit that cancels: the derivative of n / total may not be a float.
+    unit = jax.lax.stop_gradient(total)
+    share = jnp.where(n > 0, (n / unit) / (total / unit), 1)
+    early = _INF if most is None else share * most
+    limits = jnp.where(warm, early, ratio * gamma)
+    clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
+
+    # A spike in the warm-up would leave all other entries a bound near 0.
+    spike = total > _memory.LEAP * calmest
+    after_spikes = calmest > _memory.LEAP * total
+    least = jnp.where(
+      spike,
+      gamma,
+      jnp.where(after_spikes, clipped, jnp.minimum(gamma, clipped)),
+    )
+    return limits, BoundMemory(
+      jnp.where(warm, least, gamma + (1 - beta) * (clipped - gamma)),
+      jnp.where(warm, jnp.minimum(calmest, total), calmest),
+    )
+
+  return _memory.remembering(start, rule)
+
+
+def _total(norms: Array, ord: float) -> Array:
+  """The norm of all entries together, from their norms."""
+  if not norms.size:
+    return jnp.zeros((), norms.dtype)
+  if ord == _INF:
+    return jnp.max(norms)
+  # The unit cancels, and its derivative is left out.
+  largest = jax.lax.stop_gradient(jnp.max(norms))
+  unit = jnp.where(largest > 0, largest, 1)
+  share = norms / unit
+  # The largest share is 1, which keeps the root's derivative finite.
+  present = share > 0
+  moment = jnp.sum(jnp.where(present, jnp.where(present, share, 1) ** ord, 0))
+  root = jnp.where(largest > 0, moment, 1) ** (1 / ord)
+  return jnp.where(largest > 0, unit * root, 0)
+
+
+@named
+def adagc(
+  ratio: Scalar = 1.05,
+  decay: Scalar = 0.98,
+  warmup: Scalar = 100,
+  warmup_norm: Scalar | None = None,
+  *,
+  ord: float | None = None,
+  eps: Scalar = 0.0,
+  nonfinite: Nonfinite = "propagate",
+  strict: bool = False,
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+  stacked: _units.Stacked = None,
+  record: Recording = True,
+  name: str = "adagc",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Clips each leaf to a little above its own average (AdaGC).
+
+  .. math::
+      u_i \leftarrow h_i u_i, \quad
+      h_i = \min\left(1, \lambda_{rel} \frac{\gamma_i}{n_i}\right), \quad
+      \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) h_i n_i
+
+  In the first `warmup` steps :math:`\gamma_i` is the least of the norms of its leaf.
+  With a `warmup_norm` all leaves are clipped together in them, :math:`h = \min(1,
+  \lambda_{abs} / n)` with n the global norm; else nothing is. After them limits
+  rise by at most ``(1 - decay) * (ratio - 1)`` of themselves per step, 0.1% with
+  the defaults: a rise of 30 times takes 3400 steps.
+
+  Args:
+    ratio: lambda_rel > 1, the limit over the average; at 1 or below limits can
+      only fall.
+    decay: beta, from 0 to below 1.
+    warmup: how many steps are learned from first, at least 1. (The paper counts
+      steps from 1: its T_start is ``warmup + 1``.)
+    warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. `None`:
+      nothing is clipped in the warm-up.
+    ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
+    eps: added to the norm in the denominator.
+    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
+      inf; ``"propagate"`` lets NaN through, so that it is seen.
+    strict: whether no norm of the result may exceed its limit in exact
+      arithmetic, as in `clip_by_global_norm`.
+    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
+    name: the prefix of the metrics' keys.
+
+  All numbers may be traced.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
+    `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
+    dtype of the updates.
+
+  Raises:
+    ValueError: if `ratio`, `warmup` or `warmup_norm` is not positive or `decay`
+      is not in [0, 1); in `update`, if the state is of a tree with another number
+      of leaves.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  ======================  =================================================
+  input                   result
+  ======================  =================================================
+  a leaf of zeros         unchanged, not remembered; its warm-up is counted
+                          in steps where it is not zero
+  a NaN or inf element    as `nonfinite` says; no leaf remembers the step
+  equal norms             unchanged, bit for bit, after the warm-up
+  one norm of 1e30        clipped; in warm-up it leaves the bounds of the
+                          other leaves as they were
+  ======================  =================================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.adagc(2.0, warmup=1, warmup_norm=5.0)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for scale in (1.0, 100.0):
+    ...   g = {"w": scale * jnp.array([3.0, 4.0])}
+    ...   updates, state = tx.update(g, state)
+    >>> print(updates["w"])
+    [6. 8.]
+
+  Differences: in the paper a leaf whose gradient is zero once in the warm-up is
+  frozen for ever (an expert that no token reached, the second factor of LoRA); we
+  leave zeros out. We also leave out steps of the warm-up whose global norm is a
+  million times the least one, which would have the same effect on all other
+  leaves. Averages are float32; in bfloat16 they would not move.
+
+  References:
+    Wang et al., AdaGC: Improving Training Stability for Large Language Model
+    Pretraining, 2025, arXiv:2502.11034.
+  """
+  return clip_with(
+    measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
+    clipped_mean(ratio, decay, warmup, warmup_norm, ord),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
+  )

@@ -1,0 +1,245 @@
+"""SPAM: single elements far above their second moment."""
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _validate
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip._algebra import record as _record
+from optax_clip._algebra.clip_with import clip_with
+from optax_clip._algebra.types import Action
+from optax_clip._methods.functions import given
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import moments as _moments
+from optax_clip._repr import named
+from optax_clip._repr import short
+from optax_clip._thresholds import limits as _limits
+from optax_clip._thresholds import memory as _memory
+from optax_clip._trees import leaf as _leaf
+from optax_clip._trees import leaves as _leaves
+from optax_clip._types import AxisName
+from optax_clip._types import Nonfinite
+from optax_clip._types import Params
+from optax_clip._types import Recording
+from optax_clip._types import Scalar
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+class ElementSpikesState(NamedTuple):
+  """The state of `clip_element_spikes`.
+
+  Attributes:
+    seen: i32[], the finite steps so far.
+    rms: a tree of the updates' shapes, float32: the root of the running mean of
+      squares; stands still in a step that is not finite. `None` if it is given.
+    clip: `optax_clip.states.ClipState` or `optax.EmptyState`, the record.
+  """
+
+  seen: Array
+  rms: Any
+  clip: Any
+
+  def __repr__(self) -> str:
+    return short(self)
+
+
+@named
+def clip_element_spikes(
+  theta: Scalar = 5000.0,
+  decay: Scalar = 0.999,
+  warmup: Scalar = 1,
+  *,
+  nonfinite: Nonfinite = "propagate",
+  axis_name: AxisName = "auto",
+  record: Recording = True,
+  name: str = "clip_element_spikes",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Clips elements that are far beyond what they were before (SPAM).
+
+  .. math::
+      g_i \leftarrow \text{sign}(g_i) \sqrt{\theta v_i}
+      \text{ where } g_i^2 > \theta v_i, \quad
+      v \leftarrow \beta v + (1 - \beta) g^2
+
+  v is Adam's second moment before this step, without bias correction. By default
+  this transformation keeps its own (4 bytes for each parameter), which is Adam's
+  if it directly precedes `optax.adam` with ``b2=decay``. Elements whose v is 0
+  were never moved, and pass.
+
+  Args:
+    theta: positive; 5000 is a factor of 71 over the root mean square.
+    decay: beta, from 0 to below 1. `None`: keep no v, but take it in `update` as
+      ``second_moment=v``, as in ``tx.update(grads, state, params,
+      second_moment=optax.tree.get(adam_state, "nu"))``.
+    warmup: how many steps pass at first; with ``decay=None`` it says nothing.
+    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
+      inf.
+    axis_name: mesh axes to collect the record over, see `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does. The recorded norm is the largest ratio of an element to
+      its limit, and the limit 1; the fraction is that of leaves with a spike.
+    name: the prefix of the metrics' keys.
+
+  `theta`, `decay` and `warmup` may be traced.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`. Its state is an
+    `ElementSpikesState`.
+
+  Raises:
+    ValueError: if `theta` is not positive, `decay` not in [0, 1) or `warmup`
+      negative; in `update`, if `second_moment` is needed and missing.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  ======================  =================================================
+  input                   result
+  ======================  =================================================
+  the first `warmup`      unchanged, remembered
+  all zero                unchanged; remembered, as Adam does
+  a NaN element           NaN; with ``"zero"`` all are zero; not remembered
+  an inf element          its limit, with its sign; with ``"zero"`` all are
+                          zero; not remembered
+  an element of 1e30      clipped to its limit; v stays finite
+  ======================  =================================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.clip_element_spikes(theta=4.0, decay=0.0)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for g in (jnp.array([1.0, 1.0]), jnp.array([-100.0, 1.5])):
+    ...   updates, state = tx.update({"w": g}, state)
+    >>> print(updates["w"])
+    [-2.   1.5]
+
+  Differences: the official code clips from step 20 after each reset of the
+  momentum on (``warmup=20``), and then zeroes elements whose v is 0. SPAM's
+  resets of the momentum are not part of this. We keep the root of v: the square of
+  1e20 is no float32.
+
+  References:
+    Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
+    Training, 2025, arXiv:2501.06842.
+  """
+  _validate.positive(theta=theta)
+  _validate.nonnegative(warmup=warmup)
+  if decay is not None:
+    _validate.fraction(decay=decay)
+    decay = _memory.number(decay)
+  warmup = _memory.number(warmup)
+  root = jnp.sqrt(jnp.asarray(theta, jnp.float32))
+  peak = measures.layer_norm(ord=math.inf, axis_name=axis_name)
+
+  # Writes norms down, and leaves the updates alone.
+  recorded = clip_with(
+    peak,
+    _limits.constant(1.0),
+    Action(actions.rescale().weigh, lambda leaf, coefficient, limit: leaf),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
+  )
+
+  def init(params: Params) -> ElementSpikesState:
+    params = _leaves.floats_only(params)
+    _leaves.floating_leaves(params)
+    rms = None
+    if decay is not None:
+      rms = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    clip = recorded.init(params)
+    return ElementSpikesState(jnp.zeros((), jnp.int32), rms, clip)
+
+  def clipped(g: Array, rms: Array, ready: Any) -> tuple[Array, Array, Array]:
+    """The clipped element, its size, and its share of the limit before."""
+    size = jnp.abs(g).astype(_moments.accumulator(g.dtype))
+    limit = root.astype(size.dtype) * rms.astype(size.dtype)
+    known = (limit > 0) & ready
+    share = jnp.where(known, size, 0) / jnp.where(known, limit, 1)
+    spike = known & (size > limit)
+    if jnp.iscomplexobj(g):
+      factor = jnp.where(spike, limit, 1) / jnp.where(spike, size, 1)
+      new = (g * factor.astype(g.dtype)).astype(g.dtype)
+    else:
+      new = jnp.copysign(limit, g.astype(limit.dtype)).astype(g.dtype)
+    share = jnp.minimum(share, jnp.finfo(share.dtype).max)
+    return (
+      jnp.where(spike, new, g),
+      jnp.where(spike, limit, size),
+      jnp.where(jnp.isfinite(size), share, size),
+    )
+
+  def update(
+    updates: Updates,
+    state: ElementSpikesState,
+    params: Params = None,
+    *,
+    second_moment: Any = None,
+    **extra_args: Any,
+  ) -> tuple[Any, ElementSpikesState]:
+    del extra_args
+    if not isinstance(state, ElementSpikesState):
+      raise TypeError(
+        f"The state of {name!r} must be the ElementSpikesState that its init returned,"
+        f" got a {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _leaves.with_values(updates)
+    leaves = _leaves.floating_leaves(updates)
+    if decay is None:
+      if second_moment is None:
+        raise ValueError(
+          "With decay=None, pass the second moment, as in"
+          " tx.update(updates, state, second_moment=v)."
+        )
+      moments = _leaves.floating_leaves(second_moment)
+      old, ready = [jnp.sqrt(v) for v in moments], jnp.asarray(True)
+    else:
+      old = jax.tree.leaves(state.rms)
+      if [x.shape for x in old] != [x.shape for x in leaves]:
+        raise ValueError(
+          f"The state of clip_element_spikes is of {len(old)} leaves, the"
+          f" updates have {len(leaves)} or other shapes: it is of another model"
+          " (a checkpoint of it, perhaps). Make a new state with tx.init."
+        )
+      ready = state.seen.astype(jnp.float32) >= warmup
+    new, sizes, shares = (
+      zip(
+        *(clipped(g, r, ready) for g, r in zip(leaves, old, strict=True)),
+        strict=True,
+      )
+      if leaves
+      else ((), (), ())
+    )
+
+    treedef = jax.tree.structure(updates)
+    norms = peak.measure(jax.tree.unflatten(treedef, list(shares)))
+    finite = _record.all_finite([_extended.as_float(x) for x in norms])
+    rms = state.rms
+    if decay is not None:
+      rms = jax.tree.unflatten(
+        treedef,
+        [
+          jnp.where(finite, _next_rms(1 - decay, r, size), r)
+          for r, size in zip(old, sizes, strict=True)
+        ],
+      )
+    seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
+    kept = [_leaf.keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
+    clipped_tree = jax.tree.unflatten(treedef, kept)
+    known = given(clipped_tree, norms, peak)
+    result, clip = recorded.update(clipped_tree, state.clip, params, norms=known)
+    result = _leaves.restored(result, given_updates)
+    return result, ElementSpikesState(seen, rms, clip)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _next_rms(weight: Any, rms: Array, size: Array) -> Array:
+  size = jnp.minimum(size, _memory.LARGEST).astype(jnp.float32)
+  return _memory.root_mean(weight, rms, size)

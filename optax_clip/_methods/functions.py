@@ -1,0 +1,173 @@
+"""Norms and clipping as plain functions, for code without an optax chain."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _validate
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip._algebra.clip_with import clip_with
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.given import as_blocks
+from optax_clip._algebra.types import Measure
+from optax_clip._norms import extended as _extended
+from optax_clip._thresholds import limits as _limits
+from optax_clip._trees import leaves as _leaves
+from optax_clip._types import AxisName
+from optax_clip._types import Nonfinite
+from optax_clip._types import Params
+from optax_clip._types import Scalar
+from optax_clip._types import Specs
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+def global_norm(
+  tree: Any,
+  *,
+  ord: float | None = None,
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+) -> Array:
+  r"""The norm of all elements of a tree.
+
+  .. math::
+      n = \Big(\sum_i |x_i|^p\Big)^{1/p}
+
+  Accumulated in float32 (float64 where a leaf is float64) whatever the dtypes,
+  and right over the whole range of floats: neither the squares of 3e38 nor
+  those of 1e-37 are lost. One read of the leaves; a second one only when the
+  plain sum left the safe range.
+
+  Args:
+    tree: any tree of floating or complex arrays.
+    ord: p: 2 by default, `float('inf')` for the largest modulus.
+    axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+
+  Returns:
+    f32[], or f64[] if a leaf is float64. 0 for an empty tree, NaN if an element
+    is NaN, inf if one is inf; otherwise finite: a norm beyond the largest float
+    is returned as the largest float.
+
+  Raises:
+    TypeError: if a leaf is an integer or a boolean; names its path.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> print(optax_clip.global_norm({"w": jnp.full(4, 300.0, jnp.float16)}))
+    600.0
+  """
+  measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
+  (norm,) = measure.measure(_leaves.with_values(tree))
+  return _extended.as_float(norm)
+
+
+def clip_tree(
+  tree: Any,
+  max_norm: Scalar,
+  *,
+  norm: Any = None,
+  ord: float | None = None,
+  eps: Scalar = 0.0,
+  nonfinite: Nonfinite = "propagate",
+  strict: bool = False,
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+) -> tuple[Any, Array]:
+  r"""Clips a tree by its global norm, and returns both.
+
+  .. math::
+      x \leftarrow x \cdot \min\left(1, \frac{c}{n + \epsilon}\right)
+
+  The functional form of `optax_clip.clip_by_global_norm`.
+
+  Args:
+    tree: any tree of floating or complex arrays.
+    max_norm: c, a non-negative float or a traced scalar.
+    norm: the norm, if it is already known: of more than this tree, say, where
+      a model is split over pipelines. Measured if `None`.
+    ord: the order of the norm, 2 by default.
+    eps: added to the norm in the denominator.
+    nonfinite: ``"zero"`` returns zeros if the norm is NaN or inf.
+    strict: whether the result's norm must not exceed c in exact arithmetic.
+    axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+
+  Returns:
+    The clipped tree and its norm before clipping, f32[] (or f64[]).
+
+  Raises:
+    ValueError: if `max_norm` or `eps` is negative or NaN.
+    TypeError: if a leaf is an integer or a boolean; names its path.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> grads, norm = optax_clip.clip_tree({"w": jnp.array([3.0, 4.0])}, 1.0)
+    >>> print(grads["w"], norm)
+    [0.6 0.8] 5.0
+  """
+  given_tree, tree = tree, _leaves.with_values(tree)
+  _validate.nonnegative(max_norm=max_norm)
+  _validate.scalar(max_norm=max_norm)
+  measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
+  if norm is None:
+    (known,) = measure.measure(tree)
+  else:
+    _leaves.floating_leaves(tree)
+    _validate.known_norm(norm)
+    known = _extended.of(jnp.asarray(norm, measure.layout(tree).blocks[0].dtype))
+  tx = clip_with(
+    measure,
+    _limits.constant(max_norm),
+    actions.rescale(eps=eps, strict=strict),
+    nonfinite=nonfinite,
+    record=False,
+  )
+  handed = given(tree, known, measure)
+  clipped, _ = tx.update(tree, optax.EmptyState(), norms=handed)
+  return _leaves.restored(clipped, given_tree), _extended.as_float(known)
+
+
+def given(
+  updates: Updates, norms: Any, measure: Measure | None = None, params: Params = None
+) -> Given:
+  r"""Hands norms that are known already to the clip that would measure them.
+
+  For a norm of more than the updates at hand (of a model that is split over
+  pipelines), or one that was measured for another purpose. The clip takes it instead
+  of reading the updates, if it measures what `measure` does and gets these arrays.
+
+  Args:
+    updates: the updates the norms are of: the tree that is passed to ``tx.update``.
+    norms: the norms: an array with one entry for each norm of `measure`, a scalar for
+      the global norm, or an `Extended`.
+    measure: what they are, from `optax_clip.measures`; the global norm by default.
+    params: with a measure that compares with parameters, these.
+
+  Returns:
+    What to pass as ``tx.update(updates, state, params, norms=...)``. `optax.chain`,
+    `optax.masked` and guards pass it on.
+
+  Raises:
+    ValueError: if `norms` have not the shape of the norms of `measure`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax.chain(optax_clip.clip_by_global_norm(1.0), optax.sgd(1.0))
+    >>> g = {"w": jnp.array([3.0, 4.0])}
+    >>> norm = jnp.array(10.0)  # With the other half of the model.
+    >>> updates, _ = tx.update(g, tx.init(g), norms=optax_clip.given(g, norm))
+    >>> print(updates["w"])
+    [-0.3 -0.4]
+  """
+  if measure is None:
+    measure = measures.global_norm()
+  updates, params = _leaves.with_values(updates), _leaves.floats_only(params)
+  blocks = as_blocks(norms, measure.layout(updates))
+  leaves, weights = jax.tree.leaves(updates), jax.tree.leaves(params)
+  return Given(leaves, weights, [(measure.measure, blocks)])

@@ -1,0 +1,151 @@
+"""Clipping of each example's gradient before they are summed."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip import _validate
+from optax_clip import actions
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import moments as _moments
+from optax_clip._norms import norm as _norm
+from optax_clip._norms.extended import Extended
+from optax_clip._trees import leaves as _leaves
+from optax_clip._types import Scalar
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+def per_example_global_norm_clip(
+  grads: Updates, l2_norm_clip: Scalar
+) -> tuple[Any, Array]:
+  r"""Clips each example's gradient by its norm over all leaves, and sums.
+
+  .. math::
+      \bar g = \sum_b g_b \min\left(1, \frac{C}{\|g_b\|_2}\right)
+
+  Args:
+    grads: a tree of arrays whose axis 0 is the batch.
+    l2_norm_clip: C, non-negative.
+
+  Returns:
+    The sum over the batch, in the dtypes of `grads` (accumulated in float32),
+    and i32[], how many examples were clipped.
+
+  Raises:
+    ValueError: if the leaves do not share a leading batch axis, or
+      `l2_norm_clip` is negative or NaN.
+    TypeError: if a leaf is an integer or a boolean; names its path.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> grads = [jnp.array([[0.0, 0, 0], [0, 3, 4], [4, 0, 3], [3, 4, 0]])]
+    >>> (total,), clipped = optax_clip.per_example_global_norm_clip(grads, 1.25)
+    >>> print(total, clipped)
+    [1.75 1.75 1.75] 3
+
+  References:
+    Abadi et al., Deep Learning with Differential Privacy, 2016,
+    arXiv:1607.00133.
+  """
+  _validate.nonnegative(l2_norm_clip=l2_norm_clip)
+  leaves = _batched_leaves(grads)
+  treedef = jax.tree.structure(grads)
+  sums, count = _clipped_sum(leaves, l2_norm_clip)
+  return jax.tree.unflatten(treedef, sums), count
+
+
+def per_example_layer_norm_clip(
+  grads: Updates, global_l2_norm_clip: Scalar, uniform: bool = True
+) -> tuple[Any, Any]:
+  r"""Clips each example's gradient by its norm in each leaf, and sums.
+
+  .. math::
+      \bar g_k = \sum_b g_{b,k} \min\left(1, \frac{C_k}{\|g_{b,k}\|_2}\right),
+      \quad C_k = C \sqrt{1 / K} \text{ or } C \sqrt{D_k / D}
+
+  Args:
+    grads: a tree of K arrays whose axis 0 is the batch.
+    global_l2_norm_clip: C, non-negative: the norm of an example's clipped
+      gradient over all leaves is at most C.
+    uniform: whether all leaves get the same bound, or one by their share
+      D_k / D of the parameters.
+
+  Returns:
+    The sum over the batch, and a tree of i32[]: how many examples were clipped
+    in each leaf.
+
+  Raises:
+    ValueError: if the leaves do not share a leading batch axis, or
+      `global_l2_norm_clip` is negative or NaN.
+    TypeError: if a leaf is an integer or a boolean; names its path.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> grads = [jnp.array([[3.0, 4.0]]), jnp.array([[0.1, 0.0]])]
+    >>> total, counts = optax_clip.per_example_layer_norm_clip(grads, 2**0.5)
+    >>> print(total[0], total[1], counts[0], counts[1])
+    [0.6 0.8] [0.1 0. ] 1 0
+
+  References:
+    McMahan et al., Learning Differentially Private Recurrent Language Models,
+    2017, arXiv:1710.06963.
+  """
+  _validate.nonnegative(global_l2_norm_clip=global_l2_norm_clip)
+  leaves = _batched_leaves(grads)
+  treedef = jax.tree.structure(grads)
+  sizes = [math.prod(x.shape[1:]) for x in leaves]
+  total = sum(sizes)
+  shares = [1 / len(leaves) if uniform else size / total for size in sizes]
+  clipped = [
+    _clipped_sum([x], global_l2_norm_clip * share**0.5)
+    for x, share in zip(leaves, shares, strict=True)
+  ]
+  sums = [leaf for (leaf,), _ in clipped]
+  counts = [count for _, count in clipped]
+  return jax.tree.unflatten(treedef, sums), jax.tree.unflatten(treedef, counts)
+
+
+def _batched_leaves(grads: Updates) -> list[Array]:
+  leaves = _leaves.floating_leaves(grads)
+  batches = {x.shape[0] if x.ndim else None for x in leaves}
+  if len(batches) != 1 or None in batches:
+    raise ValueError(
+      "Every leaf of grads must have the batch as its axis 0, got the shapes"
+      f" {[x.shape for x in leaves]}. Take the gradients with"
+      " jax.vmap(jax.grad(loss), in_axes=(None, 0))."
+    )
+  return leaves
+
+
+def _clipped_sum(leaves: list[Array], limit: Scalar) -> tuple[list[Array], Array]:
+  norm = _example_norms(leaves)
+  action = actions.rescale()
+  bound = jnp.asarray(limit, norm.value.dtype)
+  coefficient = action.weigh(norm, jnp.broadcast_to(bound, norm.value.shape))
+
+  def total(x: Array) -> Array:
+    per_example = jax.tree.map(
+      lambda c: c.reshape(c.shape + (1,) * (x.ndim - 1)), coefficient
+    )
+    # The parts of complex64 are float32 already.
+    wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
+    clipped = action.apply(x.astype(wide), per_example, bound)
+    return jnp.sum(clipped, axis=0).astype(x.dtype)
+
+  count = jnp.sum(_extended.as_float(norm) > bound, dtype=jnp.int32)
+  return [total(x) for x in leaves], count
+
+
+def _example_norms(leaves: list[Array]) -> Extended:
+  """The norm of each example over all leaves, f32[batch]."""
+  per_leaf = _norm.over_dims(leaves, [tuple(range(1, x.ndim)) for x in leaves])
+  dtype = _moments.accumulator(*(norm.value.dtype for norm in per_leaf))
+  columns = [
+    jnp.stack([x.ravel().astype(dtype) for x in column])
+    for column in zip(*per_leaf, strict=True)
+  ]
+  return _norm.merged(Extended(*columns), 2.0)

@@ -1,0 +1,398 @@
+"""Stable-SPAM: AdaClip, AdaGN, and both in a row."""
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _validate
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip._algebra.clip_with import clip_with
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.types import Threshold
+from optax_clip._methods.functions import given
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import mesh as _mesh
+from optax_clip._norms import moments as _moments
+from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.extended import Extended
+from optax_clip._repr import named
+from optax_clip._thresholds import memory as _memory
+from optax_clip._thresholds.average import average
+from optax_clip._trees import leaves as _leaves
+from optax_clip._trees import units as _units
+from optax_clip._types import AxisName
+from optax_clip._types import Nonfinite
+from optax_clip._types import Params
+from optax_clip._types import Recording
+from optax_clip._types import Scalar
+from optax_clip._types import Specs
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+class RatioMemory(NamedTuple):
+  """What `mean_over_rms` remembers.
+
+  Attributes:
+    mean: f32[norms], the bias-corrected running mean.
+    rms: f32[norms], the root of the bias-corrected running mean of squares.
+  """
+
+  mean: Array
+  rms: Array
+
+
+def mean_over_rms(
+  decay_mean: Scalar = 0.7, decay_square: Scalar = 0.9, eps: Scalar = 0.0
+) -> Threshold:
+  r"""The ratio of a running mean to a running root mean square (AdaGN).
+
+  .. math::
+      a \leftarrow \gamma_1 a + (1 - \gamma_1) n, \quad
+      b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
+      L = \hat a / (\sqrt{\hat b} + \epsilon)
+
+  A number around 1, whatever the units of the norms: it is for
+  `optax_clip.actions.normalize`, as updates have no units after it.
+
+  Args:
+    decay_mean: gamma_1, from 0 to below 1.
+    decay_square: gamma_2, from 0 to below 1.
+    eps: epsilon >= 0, in the units of the norms. The paper has 1e-8.
+
+  All numbers may be traced.
+  """
+  _validate.fraction(decay_mean=decay_mean, decay_square=decay_square)
+  _validate.nonnegative(eps=eps)
+  decays = [_memory.number(x) for x in (decay_mean, decay_square)]
+  eps = _memory.number(eps)
+
+  def start(norms: Array) -> RatioMemory:
+    return RatioMemory(jnp.zeros_like(norms), jnp.zeros_like(norms))
+
+  def rule(n: Array, memory: RatioMemory, count: Array) -> tuple[Array, RatioMemory]:
+    x, restart = _memory.plausible(n, memory.rms, count)
+    first, second = (
+      jnp.where(restart, 1, _memory.debiasing(decay, count)) for decay in decays
+    )
+    mean = memory.mean + first * (x - memory.mean)
+    rms = _memory.root_mean(second, memory.rms, x)
+    known = rms > 0
+    # Its derivative squares nothing, however small the norms are.
+    ratio = _extended.quotient(mean, jnp.where(known, rms, 1) + eps)
+    limits = jnp.where(known, _extended.as_float(ratio), 1)
+    return limits, RatioMemory(mean, rms)
+
+  return _memory.remembering(start, rule)
+
+
+@named
+def adaclip(
+  decay: Scalar = 0.999,
+  *,
+  nonfinite: Nonfinite = "propagate",
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+  stacked: _units.Stacked = None,
+  record: Recording = True,
+  name: str = "adaclip",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales elements beyond the average of their leaf's largest (AdaClip).
+
+  .. math::
+      m = \max_i |g_i|, \quad T \leftarrow \gamma T + (1 - \gamma) m, \quad
+      g_i \leftarrow g_i \frac{\hat T}{m} \text{ where } |g_i| > \hat T
+
+  for each leaf, :math:`\hat T = T / (1 - \gamma^t)`. The first of the two parts of
+  `stable_spam`.
+
+  Args:
+    decay: gamma, from 0 to below 1. May be traced.
+    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
+      inf; ``"propagate"`` lets them through.
+    axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does. The recorded norm is the largest modulus.
+    name: the prefix of the metrics' keys.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    ValueError: if `decay` is not in [0, 1); in `update`, if the state is of a
+      tree with another number of leaves.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  =====================  ==================================================
+  input                  result
+  =====================  ==================================================
+  the first step         unchanged
+  a leaf of zeros        unchanged, not remembered
+  a NaN or inf element   as `nonfinite` says; no leaf remembers the step
+  equal maxima           unchanged, bit for bit
+  =====================  ==================================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.adaclip(0.5)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for g in (jnp.array([1.0, 1.0]), jnp.array([2.5, -1.0])):
+    ...   updates, state = tx.update({"w": g}, state)
+    >>> print(updates["w"])
+    [ 2. -1.]
+
+  Differences: the maxima of leaves of zeros are left out of T, and one beyond a
+  million times the average is learned as that.
+
+  References:
+    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+    2025, arXiv:2502.17055. Not the AdaCliP of differential privacy.
+  """
+  return clip_with(
+    measures.layer_norm(
+      ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
+    ),
+    average(decay),
+    actions.rescale_elements(),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
+  )
+
+
+@named
+def adagn(
+  decay_mean: Scalar = 0.7,
+  decay_square: Scalar = 0.9,
+  eps: Scalar = 0.0,
+  *,
+  nonfinite: Nonfinite = "propagate",
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+  stacked: _units.Stacked = None,
+  record: Recording = True,
+  name: str = "adagn",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Normalizes each leaf to the ratio of its norm's running moments (AdaGN).
+
+  .. math::
+      a \leftarrow \gamma_1 a + (1 - \gamma_1) n, \quad
+      b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
+      g \leftarrow \frac{g}{n} \cdot \frac{\hat a}{\sqrt{\hat b} + \epsilon}
+
+  for each leaf, with n its norm. All leaves come out with norms around 1. The
+  second of the two parts of `stable_spam`.
+
+  Args:
+    decay_mean: gamma_1, from 0 to below 1.
+    decay_square: gamma_2, from 0 to below 1.
+    eps: epsilon >= 0, in the units of the updates. The paper has 1e-8.
+    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
+      inf; ``"propagate"`` lets them through.
+    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
+      `layer_metrics` does.
+    name: the prefix of the metrics' keys.
+
+  All numbers may be traced.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    ValueError: if a decay is not in [0, 1) or `eps` is negative; in `update`, if
+      the state is of a tree with another number of leaves.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  =====================  ==================================================
+  input                  result
+  =====================  ==================================================
+  the first step         norm 1 for each leaf
+  a leaf of zeros        unchanged, not remembered
+  a NaN or inf element   as `nonfinite` says; no leaf remembers the step
+  norms of 1e30          norm 1: nothing is squared
+  =====================  ==================================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.adagn()
+    >>> g = {"w": jnp.array([3.0, -4.0])}
+    >>> updates, _ = tx.update(g, tx.init(g))
+    >>> print(updates["w"])
+    [ 0.6 -0.8]
+
+  Differences: the norms of leaves of zeros are left out of a and b, and one beyond
+  a million times the average is learned as that. For the official schedule of
+  gamma_1, use `optax.inject_hyperparams`.
+
+  References:
+    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+    2025, arXiv:2502.17055.
+  """
+  return clip_with(
+    measures.layer_norm(axis_name=axis_name, specs=specs, stacked=stacked),
+    mean_over_rms(decay_mean, decay_square, eps),
+    actions.normalize(),
+    nonfinite=nonfinite,
+    record=record,
+    name=name,
+  )
+
+
+@named
+def stable_spam(
+  decay_max: Scalar = 0.999,
+  decay_mean: Scalar = 0.7,
+  decay_square: Scalar = 0.9,
+  eps: Scalar = 0.0,
+  *,
+  nonfinite: Nonfinite = "propagate",
+  axis_name: AxisName = "auto",
+  specs: Specs = None,
+  stacked: _units.Stacked = None,
+  record: Recording = True,
+  name: str = "stable_spam",
+) -> optax.GradientTransformationExtraArgs:
+  """`adaclip`, then `adagn`: what Stable-SPAM does to gradients before Adam.
+
+  Args:
+    decay_max: the decay of `adaclip`, from 0 to below 1.
+    decay_mean: of `adagn`, from 0 to below 1.
+    decay_square: of `adagn`, from 0 to below 1.
+    eps: of `adagn`, in the units of the updates. The paper has 1e-8.
+    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
+      inf; ``"propagate"`` lets them through.
+    axis_name: mesh axes to collect over, see `optax_clip.measures`.
+    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    stacked: which leaves hold many layers, and along which axis, see
+      `optax_clip.measures`.
+    record: whether the state keeps what `metrics` reads, of both.
+    name: the prefix of the metrics' keys, ``<name>_adaclip`` and
+      ``<name>_adagn``.
+
+  All numbers may be traced.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`, an `optax.chain` of the two.
+
+  Raises:
+    ValueError: as `adaclip` and `adagn` do.
+    TypeError: in `update`, if a leaf is an integer or a boolean.
+
+  The edge cases are those of the two.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> tx = optax_clip.stable_spam()
+    >>> state = tx.init({"w": jnp.zeros(3)})
+    >>> for g in ([3.0, -4.0, 0.0], [0.3, -0.4, 0.0], [30.0, -0.4, 0.1]):
+    ...   updates, state = tx.update({"w": jnp.array(g)}, state)
+    >>> print(updates["w"].round(4))
+    [ 0.8693 -0.0303  0.0076]
+
+  Differences: Stable-SPAM's resets of the momentum are not part of this. The norms
+  that `adagn` normalizes by are of the clipped elements before they are rounded to
+  the leaf's dtype, which for bfloat16 moves the result by up to one rounding.
+
+  References:
+    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+    2025, arXiv:2502.17055.
+  """
+  _validate.fraction(decay_max=decay_max)
+  common: dict[str, Any] = {
+    "nonfinite": nonfinite,
+    "axis_name": axis_name,
+    "specs": specs,
+    "stacked": stacked,
+    "record": record,
+  }
+  first = adaclip(decay_max, name=f"{name}_adaclip", **common)
+  second = adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common)
+  where: dict[str, Any] = {"axis_name": axis_name, "specs": specs, "stacked": stacked}
+  peak = measures.layer_norm(ord=math.inf, **where)
+  norm = measures.layer_norm(**where)
+  largest = average(decay_max)
+
+  def init(params: Params) -> Any:
+    return first.init(params), second.init(params)
+
+  def update(
+    updates: Updates, state: Any, params: Params = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    del extra_args
+    if not isinstance(state, tuple) or len(state) != 2:
+      raise TypeError(
+        f"The state of {name!r} must be the pair that its init returned, got a"
+        f" {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _leaves.with_values(updates)
+    layout, peaks = peak.layout(updates), list(peak.measure(updates))
+    handed = given(updates, peaks, peak)
+    clipped, first_state = first.update(updates, state[0], params, norms=handed)
+    known = Given()
+    # Not of leaves of several dtypes, stacked ones, or that differ over a mesh.
+    if specs is None and len(layout.blocks) == 1 and layout.places[0].dims is None:
+      sizes = _extended.as_float(peaks[0])
+      limits, _ = largest.update(sizes, state[0].threshold)
+      leaves = _leaves.floating_leaves(updates)
+      norms = _clipped_norms(leaves, peaks[0], limits, axis_name)
+      if nonfinite == "zero":
+        # So are then the updates that AdaGN sees.
+        finite = jnp.all(jnp.isfinite(peaks[0].value))
+        norms = norms._replace(value=jnp.where(finite, norms.value, 0))
+      known = given(clipped, norms, norm)
+    result, second_state = second.update(clipped, state[1], params, norms=known)
+    return _leaves.restored(result, given_updates), (first_state, second_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clipped_norms(
+  leaves: list[Array], peaks: Extended, limits: Array, axis_name: AxisName
+) -> Extended:
+  """The norms of leaves after `actions.rescale_elements`, from those before it.
+
+  As the largest modulus is known, so is the unit to sum in, and no second
+  measurement is held ready: its `lax.cond` would need the clipped leaves as
+  arrays. Nor does XLA's CPU backend take a selection into a sum of squares,
+  and would write its result down; arithmetic with 0 and 1 it does.
+  """
+  factor, shift = actions.rescale().weigh(peaks, limits)
+  unit = _extended.power_of_two(jnp.minimum(_extended.as_float(peaks), limits))
+
+  # Numbers that XLA does not know: constants as large as the leaves, which those
+  # of one shape would share, are written down too.
+  zero, one = jnp.zeros_like(limits), jnp.ones_like(limits)
+
+  def moment(leaf: Array, column: list[Array]) -> Array:
+    limit, factor, shift, unit, zero, one = column
+    # Not by the modulus, which is written down if it is taken for two purposes.
+    x = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
+    x = x.astype(limit.dtype)
+    beyond = jnp.maximum(x - limit, zero) + jnp.maximum(-x - limit, zero)
+    large = jnp.sign(beyond)
+    clipped = x * (one - large) + large * x * shift * factor
+    # The derivative of a quotient divides by a square, even for a constant unit.
+    unit = jax.lax.stop_gradient(unit)
+    return _moments.power_sum(clipped, 2, limit.dtype, unit)
+
+  found = _scalars.columns([limits, factor, shift, unit, zero, one])
+  moments = [moment(x, column) for x, column in zip(leaves, found, strict=True)]
+  axes = [_mesh.collected_axes(x, axis_name) for x in leaves]
+  total = jnp.stack(_mesh.collect_each(moments, axes, jax.lax.psum))
+  # With a finite derivative at 0.
+  zero = total == 0
+  root = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
+  return Extended(root, unit)

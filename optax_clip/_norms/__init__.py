@@ -1,0 +1,1 @@
+"""How large, exactly, in every dtype, on every mesh and backend."""

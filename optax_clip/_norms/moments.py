@@ -1,0 +1,123 @@
+"""Moments: the arithmetic below the norms, in the accumulator's dtype.
+
+A moment is a sum of ``|x|^ord``. On CPU, XLA vectorises a reduction of
+``x * x`` and of little else: adding one comparison to it makes it eight times
+slower. Keep the plain path plain.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import mesh as _mesh
+
+Array = jax.Array
+# Arrays of at most so many elements are summed as products.
+_SMALL = 1 << 14
+# Units stay below this, a power of two.
+_HIGH = 2.0**126
+
+
+def accumulator(*dtypes: Any) -> Any:
+  """The dtype that sums of these dtypes are kept in: float64 or float32."""
+  double = any(jnp.finfo(d).dtype == jnp.float64 for d in dtypes)
+  return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def power_sum(
+  x: Array,
+  ord: float,
+  dtype: Any,
+  unit: Array | None = None,
+  axes: tuple[int, ...] | None = None,
+) -> Array:
+  """Sum (|x| / unit)^ord over some axes, which stay with size 1, or over all.
+
+  XLA's CPU backend adds up to a thousand elements of a small array one after the
+  other, which costs a digit. A product of vectors does not, and unlike `ravel` it
+  moves no data of a sharded array. (With explicit sharding it may be refused.)
+  """
+  small = axes is None and 1 < x.size <= _SMALL
+  if ord != 2 or not small or _mesh.is_explicitly_sharded(x):
+    return over_axes(jnp.sum, power(x, ord, dtype, unit), axes)
+  if jnp.iscomplexobj(x):
+    re, im = (power_sum(part, ord, dtype, unit) for part in (x.real, x.imag))
+    return re + im
+  x = x.astype(dtype)
+  x = x if unit is None else x / unit
+  every = tuple(range(x.ndim))
+  return lax.dot_general(
+    x, x, ((every, every), ((), ())), precision=lax.Precision.HIGHEST
+  )
+
+
+def over_axes(
+  reduce: Callable[..., Array], x: Array, axes: tuple[int, ...] | None
+) -> Array:
+  # Zero-size leaves have the norm 0; all moduli and powers are at least that.
+  return reduce(x, axis=axes, keepdims=axes is not None, initial=0)
+
+
+def modulus(x: Array, dtype: Any) -> Array:
+  return jnp.abs(x).astype(dtype)
+
+
+def power(x: Array, ord: float, dtype: Any, unit: Array | None = None) -> Array:
+  """(|x| / unit)^ord, elementwise."""
+  if ord != 2:
+    x = modulus(x, dtype)
+  elif jnp.iscomplexobj(x):
+    # |z|^2 without the square root.
+    re, im = (power(part, ord, dtype, unit) for part in (x.real, x.imag))
+    return re + im
+  x = x.astype(dtype)
+  if unit is not None:
+    x = x / unit
+  if ord == 1:
+    return x
+  return x * x if ord == 2 else x**ord
+
+
+def root(moment: Array, ord: float) -> Array:
+  """moment^(1/ord)."""
+  if ord == 1:
+    return moment
+  return jnp.sqrt(moment) if ord == 2 else moment ** (1 / ord)
+
+
+def root_and_unit(moment: Array, unit: Array, ord: float) -> tuple[Array, Array]:
+  """The norm of a moment in units, as value and unit."""
+  if ord >= 1:
+    return root(moment, ord), unit
+  # The root is a power above 1 here, and need not be a float: its own root is.
+  half = root(moment, 2 * ord)
+  size = jnp.minimum(_extended.power_of_two(half), _HIGH / unit)
+  size = jnp.where(half > 0, size, 1)
+  return half * (half / size), unit * size
+
+
+def segment(
+  reduce: Callable[[Array], Array],
+  values: Array,
+  index: Sequence[int],
+  count: int,
+) -> Array:
+  """Merges the values of each group along axis 0: blocked reductions, no scatter."""
+  if list(index) == list(range(count)):
+    return values
+  if count == 1:
+    return reduce(values)[None]
+  members: list[list[int]] = [[] for _ in range(count)]
+  for position, group in enumerate(index):
+    members[group].append(position)
+  return jnp.stack(
+    [
+      reduce(values[jnp.asarray(m)]) if m else jnp.zeros_like(values[0])
+      for m in members
+    ]
+  )

@@ -1,0 +1,348 @@
+"""How a sum of powers keeps its range: one form for each backend.
+
+A sum of squares of float32 values over- and underflows for values beyond about 1e19
+and below about 1e-19. Measuring the largest element first would be a second read at
+every step. What costs nothing instead depends on the compiler:
+
+* CPU, `rescued`: the plain sum; and *only if it left the safe range*, a second
+  measurement in units of the largest element replaces it (`lax.cond`). XLA:CPU
+  vectorises the sum of ``x * x`` and of little else, and a branch that is not taken
+  costs nothing there.
+* GPU, `doubled`: the sum in float64, which no square of a float32 leaves. Elements are
+  read in their own dtype. A `cond` would copy its predicate to the host and stop it
+  in every step (and XLA runs both branches of some). Float64 runs at half the float32
+  rate on data-centre cards, far above what their memory delivers. Other cards have
+  1/64 of it, and there the sum of whole arrays is `tripled`: an estimate stands in
+  ``benchmarks/NOTES.md``.
+* TPU, `tripled`: three sums with constant units, from one read, of which one is
+  chosen. A TPU has no float64. It compiles to fewer kernels than a plain sum with a
+  branch.
+
+What one read cannot do, powers above 2, whose terms leave any range, is measured twice
+everywhere, `scaled`: the largest element first.
+
+All agree with the sum in float64 to 1e-6, relative.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from optax_clip import _backend
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import mesh as _mesh
+from optax_clip._norms import moments as _moments
+from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.extended import Extended
+
+Array = jax.Array
+# Cards that add float64 fast enough; `_doubled` says what for.
+_FAST_FLOAT64 = ("6.0", "7.0", "8.0", "9.0", "10.0")
+
+
+class Part(NamedTuple):
+  """Arrays that are reduced together, to one entry of a block or to all of it.
+
+  Attributes:
+    arrays: of one kind, real or complex.
+    dims: the dimensions that are reduced and stay with size 1; `None`: all, to a
+      scalar.
+  """
+
+  arrays: Sequence[Array]
+  dims: tuple[int, ...] | None
+
+
+# From a part, and its unit or `None`, to one array or several of one shape.
+Local = Callable[[Part, Array | None], Sequence[Array]]
+
+
+class Reduction(NamedTuple):
+  """How parts of arrays become blocks of norms; `norm` makes it.
+
+  Attributes:
+    run: ``run(local, collective, merge, units)``: for each array that ``local``
+      returns the blocks of them, merged over parts and collected over the mesh.
+      ``units`` is `None`, or a block of units for each block.
+    sizes: for each block of how many elements an entry is.
+    dtypes: those of the arrays.
+    dtype: float32 or float64: that of the norms.
+    is_whole: whether every part is reduced to a scalar.
+  """
+
+  run: Callable[..., list[list[Array]]]
+  sizes: Sequence[Any]
+  dtypes: Sequence[Any]
+  dtype: Any
+  is_whole: bool
+
+
+def norms(reduction: Reduction, ord: float) -> list[Extended]:
+  """The norms of each block, in the form of the backend that is lowered for."""
+  square = ord == 2
+  if ord == math.inf:
+    cpu = gpu = tpu = _peaks
+  elif ord > 2:
+    cpu = gpu = tpu = _scaled
+  elif ord >= 1 and all(dtype == jnp.float16 for dtype in reduction.dtypes):
+    # No sum of these leaves the range of float32.
+    cpu = gpu = tpu = _plain
+  else:
+    cpu = _rescued
+    tpu = _tripled if square else _rescued
+    if reduction.dtype == jnp.float64:
+      gpu = _tripled if square else _scaled
+    else:
+      slow = square and reduction.is_whole and not _has_fast_float64()
+      gpu = _tripled if slow else _doubled
+  forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
+  # A product of vectors, on a GPU, would be a call of a library. (A form that is
+  # forced runs on a CPU, whose short sums are serial.)
+  forced = _backend.forced() is not None
+  bound = {
+    backend: functools.partial(form, reduction, ord, forced or backend == "cpu")
+    for backend, form in forms.items()
+  }
+  return _backend.by_backend(**bound)
+
+
+def _has_fast_float64() -> bool:
+  """Whether the GPUs of this process add float64 at half their rate of float32."""
+  try:
+    devices = jax.local_devices(backend="gpu")
+  except RuntimeError:
+    return True  # Compiled for another machine: a data centre's.
+  found = {str(getattr(device, "compute_capability", "")) for device in devices}
+  return all(x in _FAST_FLOAT64 or not x[:1].isdigit() for x in found)
+
+
+def _peaks(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+  del ord, products
+  return [_extended.of(x) for x in _largest(reduction)]
+
+
+def _plain(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+  moments = _power_sums(reduction, ord, products)
+  return [_root(x, jnp.ones_like(x), ord) for x in moments]
+
+
+def _scaled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+  pairs = _in_units(reduction, ord, products)
+  return [_root(moment, unit, ord) for moment, unit in pairs]
+
+
+def _rescued(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+  moments = _power_sums(reduction, ord, products)
+
+  def rescue() -> list[tuple[Array, Array]]:
+    # XLA runs both branches where one holds nothing but reductions and arithmetic,
+    # unless it cannot look behind what it returns.
+    pairs = _in_units(reduction, ord, products)
+    return list(lax.optimization_barrier(pairs))
+
+  def keep() -> list[tuple[Array, Array]]:
+    return [(x, jnp.ones_like(x)) for x in moments]
+
+  unsafe = _out_of_range(moments, reduction.sizes)
+  return [_root(x, unit, ord) for x, unit in lax.cond(unsafe, rescue, keep)]
+
+
+def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+  del products
+  with jax.enable_x64(True):
+
+    def local(part: Part, unit: Any) -> list[Array]:
+      del unit
+      sums = [_sum_in_float64(x, ord, part.dims) for x in part.arrays]
+      return [functools.reduce(jnp.add, sums)]
+
+    (moments,) = reduction.run(local, lax.psum, _sum, None)
+
+    def of_pair(pair: tuple[Array, Array]) -> Extended:
+      one, other = (_moments.root(x, ord) for x in pair)
+      return _extended.from_float(one, other, reduction.dtype)
+
+    def of_stack(x: Array) -> Extended:
+      return of_pair(_written(x))
+
+    def of_one(x: Array) -> Extended:
+      is_stack = x.ndim == 1 and x.size > 1
+      return of_stack(x) if is_stack else of_pair((x, x))
+
+    if not _mesh.on_one_device(moments):
+      return [of_one(x) for x in moments]
+    return _scalars.in_stacks(of_stack, of_one, [(x,) for x in moments])
+
+
+def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+  dtype = reduction.dtype
+  info = jnp.finfo(dtype)
+  # 2^-90 and 2^70 for float32: no square of an element leaves the range of floats
+  # in all three units, and where one sum is unsafe, its neighbour is not.
+  down, up = 2.0 ** -(info.maxexp * 45 // 64), 2.0 ** (info.maxexp * 35 // 64)
+
+  def local(part: Part, unit: Any) -> list[Array]:
+    del unit
+    sums = [_three_sums(x, dtype, part.dims, down, up, products) for x in part.arrays]
+    return [functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)]
+
+  def merge(parts: Array) -> Array:
+    # Without the barrier XLA adds scalar to scalar, on a TPU a kernel for each.
+    return _sum(lax.optimization_barrier(parts))
+
+  columns = reduction.run(local, lax.psum, merge, None)
+  found = []
+  for x, small, large, size in zip(*columns, reduction.sizes, strict=True):
+    too_large = ~(x <= float(info.max) / 2)
+    too_small = x < _least(dtype, size)
+    moment = jnp.where(too_large, small, jnp.where(too_small, large, x))
+    unit = jnp.where(too_large, 1 / down, jnp.where(too_small, 1 / up, 1))
+    found.append(_root(moment, unit.astype(dtype), 2))
+  return found
+
+
+def _three_sums(
+  x: Array,
+  dtype: Any,
+  dims: tuple[int, ...] | None,
+  down: float,
+  up: float,
+  products: bool,
+) -> list[Array]:
+  """The sums of squares of ``|x|``, and of it in two scales; XLA reads x once."""
+  # Not as one reduction with three results: where it is sharded along what is reduced,
+  # XLA would gather it.
+  parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+  def total(scaled: Callable[[Array], Array]) -> Array:
+    wide = [scaled(y.astype(dtype)) for y in parts]
+    if products and dims is None:
+      return functools.reduce(jnp.add, [_moments.power_sum(y, 2, dtype) for y in wide])
+    return _total(functools.reduce(jnp.add, map(jnp.square, wide)), dims)
+
+  # The bounds change no sum that is chosen. They keep XLA from squaring first, and
+  # multiplying with the square of the scale, which is no float.
+  return [
+    total(lambda y: y),
+    total(lambda y: jnp.maximum(jnp.abs(y) * down, down)),
+    total(lambda y: jnp.minimum(jnp.abs(y) * up, up)),
+  ]
+
+
+def _power_sums(
+  reduction: Reduction, ord: float, products: bool, units: Any = None
+) -> list[Array]:
+  def local(part: Part, unit: Array | None) -> list[Array]:
+    def total(x: Array) -> Array:
+      if products and part.dims is None:
+        return _moments.power_sum(x, ord, reduction.dtype, unit)
+      return _total(_moments.power(x, ord, reduction.dtype, unit), part.dims)
+
+    return [functools.reduce(jnp.add, map(total, part.arrays))]
+
+  (moments,) = reduction.run(local, lax.psum, _sum, units)
+  return moments
+
+
+def _in_units(
+  reduction: Reduction, ord: float, products: bool
+) -> list[tuple[Array, Array]]:
+  """The moments in units of the largest elements, and these."""
+  units = [_extended.power_of_two(x) for x in _largest(reduction)]
+  moments = _power_sums(reduction, ord, products, units)
+  return list(zip(moments, units, strict=True))
+
+
+def _largest(reduction: Reduction) -> list[Array]:
+  def local(part: Part, unit: Any) -> list[Array]:
+    del unit
+    peaks = [
+      _moments.over_axes(jnp.max, _moments.modulus(x, reduction.dtype), part.dims)
+      for x in part.arrays
+    ]
+    return [functools.reduce(jnp.maximum, peaks)]
+
+  merge = functools.partial(jnp.max, axis=0)
+  (peaks,) = reduction.run(local, lax.pmax, merge, None)
+  return peaks
+
+
+def _sum_in_float64(x: Array, ord: float, dims: tuple[int, ...] | None) -> Array:
+  """The sum of ``|x| ** ord``.
+
+  Of few columns of 16-bit floats XLA:GPU writes the float64 powers down, to convert
+  them by more threads than it adds them: eight more reads. Then sixteen sums of each
+  column come first, which it takes apart no more.
+  """
+  if dims is not None and x.dtype.itemsize == 2 and _mesh.on_one_device([x]):
+    rows, rest = math.prod(x.shape[: len(dims)]), x.shape[len(dims) :]
+    narrow = dims == tuple(range(len(dims))) and 0 < math.prod(rest) <= 2048
+    if narrow and rows % 16 == 0 and x.size > 1 << 16:
+      blocks = x.reshape(16, rows // 16, *rest)
+      sums = jnp.sum(_moments.power(blocks, ord, jnp.float64), axis=1)
+      total = jnp.sum(lax.optimization_barrier(sums), axis=0)
+      return total.reshape((1,) * len(dims) + rest)
+  return _total(_moments.power(x, ord, jnp.float64), dims)
+
+
+def _written(stack: Array) -> tuple[Array, Array]:
+  """The same array twice, which XLA:GPU writes down.
+
+  It would move the stack of the sums of all leaves into the kernel that makes
+  coefficients of them, and that kernel repeats its arithmetic for each leaf: 300 KB of
+  code, and most of the time to compile a step. A reduction with two results it leaves
+  where it is, if both are used.
+  """
+  first = lax.broadcasted_iota(jnp.int32, (2, *stack.shape), 0) == 0
+  none = jnp.zeros_like(stack)[None]
+  both = [jnp.where(x, stack[None], none) for x in (first, ~first)]
+  zero = jnp.zeros((), stack.dtype)
+  one, other = lax.reduce(
+    both, [zero, zero], lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)
+  )
+  return one, other
+
+
+def _total(power: Array, dims: tuple[int, ...] | None) -> Array:
+  return _moments.over_axes(jnp.sum, power, dims)
+
+
+_sum = functools.partial(jnp.sum, axis=0)
+
+
+def _root(moment: Array, unit: Array, ord: float) -> Extended:
+  return Extended(*_moments.root_and_unit(moment, unit, ord))
+
+
+def _least(dtype: Any, size: Any) -> Array:
+  """Below it a sum of so many powers has lost precision to underflow.
+
+  Every term may have lost up to the smallest normal float: that much more than it,
+  and the loss is at most one rounding error of the sum.
+  """
+  info = jnp.finfo(dtype)
+  return jnp.asarray(size, dtype) * (info.tiny / info.eps)
+
+
+def _out_of_range(moments: Sequence[Array], sizes: Sequence[Any]) -> Array:
+  """Whether any moment overflowed, or is so small that it lost precision.
+
+  A zero beside moments that are not zero is taken for a true zero (an expert that
+  no token reached, a dead unit), not for an underflow: it stands for elements below
+  about 1e-19 at most. When all are zero, it is looked into.
+  """
+  strayed, zero = [jnp.asarray(False)], []
+  for moment, size in zip(moments, sizes, strict=True):
+    if moment.size:
+      low = (moment > 0) & (moment < _least(moment.dtype, size))
+      strayed.append(jnp.any(~jnp.isfinite(moment) | low))
+      zero.append(jnp.all(moment == 0))
+  nothing = jnp.all(jnp.stack(zero)) if zero else jnp.asarray(False)
+  return jnp.any(jnp.stack(strayed)) | nothing

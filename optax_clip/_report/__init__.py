@@ -1,0 +1,1 @@
+"""What happened: metrics, layers, histories, suggestions."""

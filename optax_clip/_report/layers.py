@@ -1,0 +1,258 @@
+"""Reading what clipping did to each layer out of any optimizer state, by name."""
+
+import collections
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from optax_clip import _validate
+from optax_clip._algebra import record as _record
+from optax_clip._report import metrics as _metrics
+from optax_clip._trees import leaves as _leaves
+from optax_clip._trees import paths as _paths
+from optax_clip._types import OptState
+from optax_clip._types import Params
+
+
+class LayerMetrics(NamedTuple):
+  """What clipping did to one layer.
+
+  Attributes:
+    norm: of the last step, before clipping; of units, the largest.
+    limit: what the last step allowed the layer, or the group that it is clipped with.
+    coefficient: what the last step multiplied it with; of units, the smallest.
+    size: the norm for one element, its root mean square for norms of order 2. By it
+      layers are compared. Ratios and RMS are as they are.
+    clipped: the share of all steps in which it was clipped.
+  """
+
+  norm: float
+  limit: float
+  coefficient: float
+  size: float
+  clipped: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+  """What clipping did to each layer; printed, a table of it.
+
+  Attributes:
+    layers: by path, in the order of the parameters. Layers of a stacked leaf are
+      ``path[0]``, ``path[1]``, and so on.
+    steps: how many updates were seen.
+    nonfinite: the first layer with a NaN or an inf, in the last step that had one;
+      `None` if there was no such step.
+    nonfinite_step: which step that was, counted from 1; 0 if there was none.
+    exploding: layers whose size was more than `factor` times the median size of the
+      others in the last step, or not finite; the largest first.
+    vanishing: layers whose size was less than the median over `factor`, or 0; the
+      smallest first.
+  """
+
+  layers: dict[str, LayerMetrics]
+  steps: int
+  nonfinite: str | None
+  nonfinite_step: int
+  exploding: list[str]
+  vanishing: list[str]
+
+  def scalars(self) -> dict[str, float]:
+    """All numbers in one flat dictionary, as ``<path>/norm``, for a logger."""
+    return {
+      f"{path}/{field}": value
+      for path, layer in self.layers.items()
+      for field, value in layer._asdict().items()
+    }
+
+  def __str__(self) -> str:
+    """A line for each layer, the largest norm first, of at most 80 columns."""
+    # A NaN is larger than all.
+    order = sorted(
+      self.layers, key=lambda path: (-_order(self.layers[path].norm), path)
+    )
+    width = min(max(map(len, ["layer", *order])), 28)
+    heading = "".join(f"{x:>10}" for x in ("norm", "limit", "coeff", "clipped"))
+    lines = [f"{'layer':{width}}{heading}"]
+    for path in order:
+      x = self.layers[path]
+      # The end of a path says more than its start.
+      shown = path if len(path) <= width else "..." + path[3 - width :]
+      mark = ""
+      if path in self.exploding:
+        mark = "  EXPLODES" if np.isfinite(x.norm) else "  NOT FINITE"
+      elif path in self.vanishing:
+        mark = "  VANISHES"
+      lines.append(
+        f"{shown:{width}}{x.norm:10.3g}{x.limit:10.3g}{x.coefficient:10.3g}"
+        f"{x.clipped:10.1%}{mark}"
+      )
+    if self.nonfinite is not None:
+      lines.append(f"not finite in step {self.nonfinite_step}: first {self.nonfinite}")
+    return "\n".join(lines)
+
+
+def layer_metrics(
+  opt_state: OptState, params: Params, *, name: str | None = None, factor: float = 1e3
+) -> LayerReport:
+  r"""What a transformation with ``record="layers"`` did to each layer, by name.
+
+  A layer explodes, or vanishes, if its size :math:`s_l`, the norm for one element,
+  leaves those of the others behind in the last step:
+
+  .. math::
+      s_l > F \cdot \text{median}_k(s_k), \quad s_l < \text{median}_k(s_k) / F
+
+  The norms are those that clipping needed anyway, or of the same read: none of the
+  gradients is read twice. Call it outside of `jax.jit`, as names are no arrays; it
+  fetches a few vectors from the device.
+
+  Args:
+    opt_state: any optimizer state that holds such a record, however deep: what
+      `metrics` takes.
+    params: the parameters that the transformation was initialised with, or anything
+      of their structure; in Flax NNX ``nnx.state(model, nnx.Param)``, without what
+      BatchNorm and Dropout have. Of a transformation in `optax.masked` or
+      `optax.multi_transform`: the part it sees, with `optax.MaskedNode` for the rest,
+      as ``jax.tree.map(lambda p, l: p if l == "clip" else optax.MaskedNode(), params,
+      labels)``.
+    name: which one, if there are several: the prefix of its metrics' keys.
+    factor: F > 1. Layers differ by some powers of ten without harm; the default of
+      1000 is beyond that.
+
+  Returns:
+    A `LayerReport`.
+
+  Raises:
+    ValueError: if the state holds no such record, or several; if it is of another
+      number of leaves than `params`; if `factor` is not above 1.
+    TypeError: inside `jax.jit`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax.chain(
+    ...     optax_clip.clip_by_global_norm(1.0, record="layers"), optax.sgd(0.1))
+    >>> params = {"body": jnp.ones(4), "head": jnp.ones(4), "stem": jnp.ones(4)}
+    >>> state = tx.init(params)
+    >>> g = {"body": 2 + jnp.zeros(4), "head": 3 + jnp.zeros(4), "stem": jnp.zeros(4)}
+    >>> _, state = tx.update(g, state)
+    >>> report = optax_clip.layer_metrics(state, params)
+    >>> print(report.layers["head"].norm, report.vanishing)
+    6.0 ['stem']
+    >>> print(report)
+    layer      norm     limit     coeff   clipped
+    head          6         1     0.139    100.0%
+    body          4         1     0.139    100.0%
+    stem          0         1     0.139    100.0%  VANISHES
+  """
+  _validate.above(1, factor=factor)
+  record = _metrics.the_entry(
+    opt_state,
+    _record.LayerRecord,
+    name,
+    words=("record of layers", "records of layers"),
+    ask='Ask for one, as in optax_clip.clip_by_global_norm(1.0, record="layers")',
+    suffix=_record.LAYERS,
+  )
+  values: Any = _record.LayerRecord._make(map(_host, record))
+  params = _leaves.floats_only(params)
+  paths, empty = _named(params, values.stacks)
+  rows = zip(
+    values.norm,
+    values.limit,
+    values.coefficient,
+    values.size,
+    values.steps_clipped / max(int(values.steps), 1),
+    strict=True,
+  )
+  layers = {
+    path: LayerMetrics(*map(float, row)) for path, row in zip(paths, rows, strict=True)
+  }
+  wrong = int(values.nonfinite_layer)
+  exploding, vanishing = _apart(layers, factor)
+  return LayerReport(
+    layers=layers,
+    steps=int(values.steps),
+    nonfinite=paths[wrong] if wrong >= 0 else None,
+    nonfinite_step=int(values.nonfinite_step),
+    exploding=exploding,
+    # Before the first step all are 0, and leaves without elements always.
+    vanishing=[path for path in vanishing if values.steps and path not in empty],
+  )
+
+
+def _host(leaf: Any) -> np.ndarray:
+  value = _metrics.array(leaf)
+  if isinstance(value, jax.core.Tracer):
+    raise TypeError(
+      "layer_metrics was called on a traced state, and returns names. Call it outside"
+      " of jax.jit, on the state that the step returned."
+    )
+  return np.asarray(value)
+
+
+def _names(params: Params) -> list[str]:
+  """The paths of leaves, without the field of the variables that Flax puts them in."""
+  paths = _paths.every_path(params)
+  if all(path.endswith("/value") for path in paths):
+    return [path.removesuffix("/value") for path in paths]
+  return paths
+
+
+def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
+  """The names of all layers, and those of leaves without elements."""
+  if stacks.ndim != 1:
+    raise ValueError(
+      f"opt_state is of an ensemble of shape {list(stacks.shape[:-1])}. Pass the state"
+      " of one member, as jax.tree.map(lambda x: x[0], opt_state)."
+    )
+  paths, leaves = _names(params), jax.tree.leaves(params)
+  if len(paths) != len(stacks):
+    raise ValueError(
+      f"The record is of {len(stacks)} leaves, params has {len(paths)}. Pass the"
+      " parameters that the transformation was initialised with: in Flax NNX"
+      " nnx.state(model, nnx.Param); of one in optax.masked, or of one label of"
+      " optax.multi_transform, the part it sees, with optax.MaskedNode() for the rest."
+    )
+  counts = stacks.tolist()
+
+  def layers(path: str, count: int) -> list[str]:
+    return [f"{path}[{i}]" for i in range(count)] if count else [path]
+
+  used = collections.Counter(
+    name for row in zip(paths, counts, strict=True) for name in layers(*row)
+  )
+  # Of leaves whose paths read alike, as of "a/b" and of "b" in "a", with all quotes.
+  exact = [jax.tree_util.keystr(x) for x, _ in jax.tree.leaves_with_path(params)]
+  names, empty = [], set()
+  for path, quoted, leaf, count in zip(paths, exact, leaves, counts, strict=True):
+    own = layers(path, count)
+    if any(used[name] > 1 for name in own):
+      own = layers(quoted, count)
+    names += own
+    if not getattr(leaf, "size", 1):
+      empty |= set(own)
+  return names, empty
+
+
+def _apart(
+  layers: dict[str, LayerMetrics], factor: float
+) -> tuple[list[str], list[str]]:
+  """The layers that are far above, and far below the others."""
+  sizes = {path: layer.size for path, layer in layers.items()}
+  moving = [size for size in sizes.values() if np.isfinite(size) and size > 0]
+  if not moving:
+    return [path for path, size in sizes.items() if not np.isfinite(size)], []
+  middle = float(np.median(moving))
+  order = sorted(sizes, key=lambda path: _order(sizes[path]))
+  high = [path for path in order if _order(sizes[path]) > factor * middle]
+  low = [path for path in order if sizes[path] < middle / factor]
+  return high[::-1], low
+
+
+def _order(size: float) -> float:
+  """A NaN is above all numbers."""
+  return float("inf") if np.isnan(size) else size

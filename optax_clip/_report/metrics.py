@@ -1,0 +1,161 @@
+"""Reading what clipping did out of any optimizer state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip._algebra.record import Record
+from optax_clip._algebra.record import SkipRecord
+from optax_clip._guards.loss_scale import LossScale
+from optax_clip._types import OptState
+
+Array = jax.Array
+_REPORTED = (Record, SkipRecord, LossScale)
+
+
+def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Array]:
+  """What the clipping transformations of an optimizer did at the last step.
+
+  Args:
+    opt_state: any optimizer state that holds states of this package, however
+      deep: in `optax.chain`, `masked`, `multi_transform`, `inject_hyperparams`,
+      `MultiSteps`, `apply_if_finite`; or a Flax NNX `Optimizer` or Linen
+      `TrainState`, whose ``opt_state`` is taken.
+    allow_empty: whether a state in which nothing is recorded has no metrics, instead
+      of being an error.
+
+  Returns:
+    A flat dictionary of scalars. For each transformation, under its name
+    (``clip_by_global_norm``, or what was passed as ``name=``):
+
+    * ``<name>/norm``: f32, before clipping. Of several norms, the largest.
+    * ``<name>/limit``: f32. Of several limits, the smallest.
+    * ``<name>/coefficient``: f32, what the updates were multiplied with. Of
+      several, the smallest.
+    * ``<name>/clipped_fraction``: f32, the share of norms above their limit.
+    * ``<name>/steps``, ``<name>/steps_clipped``, ``<name>/steps_nonfinite``:
+      i32, counted since `init`.
+
+    Of `skip_nonfinite`, `skip_spikes` and `dynamic_loss_scale`, under theirs, the
+    fields of `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``,
+    ``consecutive``, ``steps``, ``steps_skipped``; of the last also ``scale`` and
+    ``finite_steps``. The records of what stands inside a guard are those of the
+    last step taken.
+
+    A second transformation of the same name is ``<name>_1``, and so on, in the
+    order in which they stand in the state.
+
+    It is a pure function of the state: call it inside `jit` and return its
+    result, or outside.
+
+  Raises:
+    ValueError: if nothing is recorded in `opt_state`, unless `allow_empty`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax.chain(optax_clip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, state)
+    >>> print(optax_clip.metrics(state)["clip_by_global_norm/norm"])
+    5.0
+  """
+  found = entries(opt_state, _REPORTED)
+  if not found and not allow_empty:
+    raise ValueError(
+      f"opt_state, a {type(opt_state).__name__}, holds no record of a clip, a guard or"
+      " observe. Pass the state that init or update of such a transformation returned"
+      " (a checkpoint restored as plain dictionaries is none), made without"
+      " record=False; clip records with record=True only. Or pass allow_empty=True."
+    )
+  # A name that a user chose may look like a numbered one.
+  chosen = {name for name, _ in found}
+  result: dict[str, Array] = {}
+  for name, entry in found:
+    prefix, number = name, 0
+    values = entry._asdict()
+    while any(f"{prefix}/{field}" in result for field in values) or (
+      number and prefix in chosen
+    ):
+      number += 1
+      prefix = f"{name}_{number}"
+    for field, value in values.items():
+      result[f"{prefix}/{field}"] = array(value)
+  return result
+
+
+def loss_scale(opt_state: OptState) -> Array:
+  """What to multiply the next loss with, see `dynamic_loss_scale`.
+
+  Args:
+    opt_state: as for `metrics`.
+
+  Returns:
+    f32[].
+
+  Raises:
+    ValueError: if the state holds no loss scale, or several.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax_clip.dynamic_loss_scale(optax.sgd(0.1), init_scale=1024.0)
+    >>> print(optax_clip.loss_scale(tx.init({"w": jnp.zeros(2)})))
+    1024.0
+  """
+  found = entries(opt_state, (LossScale,))
+  if len(found) != 1:
+    raise ValueError(
+      f"The optimizer state holds {len(found)} loss scales. Wrap the optimizer in"
+      " one dynamic_loss_scale, and pass the state that its init returned."
+    )
+  return array(found[0][1].scale)
+
+
+def entries(opt_state: OptState, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+  """The entries of some kinds in a state, with the keys they stand under."""
+  state = getattr(opt_state, "opt_state", opt_state)
+  nodes = jax.tree_util.tree_leaves_with_path(
+    state, is_leaf=lambda node: isinstance(node, kinds)
+  )
+  return [(path[-1].key, node) for path, node in nodes if isinstance(node, kinds)]
+
+
+def the_entry(
+  opt_state: OptState,
+  kind: type,
+  name: str | None,
+  *,
+  words: tuple[str, str],
+  ask: str,
+  suffix: str = "",
+) -> Any:
+  """The only entry of a kind in a state, or the only one of a name.
+
+  Args:
+    opt_state: as for `metrics`.
+    kind: the type of the entry.
+    name: the name that was given to its transformation, or `None`.
+    words: for errors, what one entry is called, and several.
+    ask: for errors, how to have one.
+    suffix: what follows the name in its key.
+  """
+  found = [(key.removesuffix(suffix), x) for key, x in entries(opt_state, (kind,))]
+  if not found:
+    raise ValueError(
+      f"opt_state holds no {words[0]}. {ask}, and pass the state that the last update"
+      " returned."
+    )
+  fitting = [entry for key, entry in found if name in (None, key)]
+  if len(fitting) != 1:
+    names = ", ".join(repr(key) for key, _ in found)
+    raise ValueError(
+      f"opt_state holds {len(fitting)} {words[1]} for name={name!r}, of those named"
+      f" {names}. Pass the name of one, and give each transformation a name of its own."
+    )
+  return fitting[0]
+
+
+def array(leaf: Any) -> Array:
+  """A leaf of a state as an array."""
+  # Flax NNX wraps each leaf of the state in a variable.
+  return jnp.asarray(leaf.get_value() if hasattr(leaf, "get_value") else leaf)

@@ -1,0 +1,291 @@
+"""Watching norms without clipping them: a record, kept where the norms are."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_clip import _validate
+from optax_clip._algebra import record as _record
+from optax_clip._algebra.clip_with import ClipState
+from optax_clip._algebra.clip_with import clip_with
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.types import Action
+from optax_clip._algebra.types import Measure
+from optax_clip._algebra.types import Threshold
+from optax_clip._guards import guard as _guard
+from optax_clip._guards.measuring import Measuring
+from optax_clip._norms import extended as _extended
+from optax_clip._norms import mesh as _mesh
+from optax_clip._norms.extended import Extended
+from optax_clip._report import metrics as _metrics
+from optax_clip._repr import named
+from optax_clip._repr import short
+from optax_clip._trees import leaves as _leaves
+from optax_clip._types import GuardRecording
+from optax_clip._types import OptState
+from optax_clip._types import Params
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+class NormHistory(NamedTuple):
+  """What `observe` remembers; `norm_history` brings it into order.
+
+  Attributes:
+    norms: f32[window], or f32[window, norms] with a measure that has several: a
+      ring, in which the norm of step t, counted from 0, stands at t modulo
+      `window`. Entries that no step has reached are 0.
+    steps: i32[], how many steps were seen; grows by one at every update.
+  """
+
+  norms: Array
+  steps: Array
+
+
+class ObserveState(NamedTuple):
+  """The state of `observe`.
+
+  Attributes:
+    seen: a `ClipState`: ``{name: NormHistory}`` in `threshold`, and the record that
+      `metrics` reads.
+    inner: the state of the transformation that is observed.
+  """
+
+  seen: ClipState
+  inner: Any
+
+  def __repr__(self) -> str:
+    return short(self)
+
+
+@named
+def observe(
+  inner: optax.GradientTransformation,
+  window: int = 10_000,
+  *,
+  measure: Measure | None = None,
+  record: GuardRecording = True,
+  name: str = "observe",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Keeps the last norms of what an optimizer is given, and clips nothing.
+
+  .. math::
+      h_{t \bmod W} \leftarrow n_t, \quad (u, s) \leftarrow \text{inner}(g, s)
+
+  For a first run, before a threshold is chosen: `norm_history` reads the norms out
+  of the optimizer's state, `suggest_max_norm` makes a threshold of them. The norms
+  stay on the device until they are asked for, so that no step waits for Python.
+
+  It costs one read of the gradients, or none around a clip that measures the same
+  and stands first in `inner`: the clip takes the norm over, so that observing may
+  go on for the whole run. That is why it stands around the optimizer, as guards do,
+  and not before it in a chain.
+
+  Args:
+    inner: the optimizer, or a chain of a clip and it.
+    window: W, how many norms are kept, 4 bytes each. Static: with
+      `optax.inject_hyperparams` pass ``static_args=("window",)``.
+    measure: what is measured, the global 2-norm by default. One of
+      `optax_clip.measures`, as `measures.layer_norm()`, or
+      ``measures.global_norm(axis_name=...)`` for `jax.pmap`.
+    record: `True`, or ``"layers"``: also the norm of each layer, for
+      `layer_metrics`, from the same read. Around a guard it says which layer was not
+      finite.
+    name: the prefix of the metrics' keys, and of this history for `norm_history`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; its state is an `ObserveState`. `inner`
+    gets what came in, bit for bit, and extra arguments. In the record that `metrics`
+    reads the limit is inf and the coefficient 1.
+
+  Raises:
+    TypeError: if `inner` is no transformation, `measure` no measure or `window` no
+      Python integer; in `update`, if a leaf is an integer or a boolean.
+    ValueError: if `window` is below 1; in `update`, if the state was made with
+      another window or for another number of norms.
+
+  =========================  ==============================================
+  input                      result
+  =========================  ==============================================
+  a NaN or inf element       passed on; a norm of NaN or inf is kept
+  all zero, or no leaves     passed on; a norm of 0 is kept
+  a finite float64 norm      kept as the largest float32 if above that
+  around `skip_nonfinite`    the norms of all steps
+  inside `skip_nonfinite`    the norms of the steps that were taken; the place
+                             for it with `guarded_step`
+  inside `optax.MultiSteps`  one norm for each mean of gradients
+  =========================  ==============================================
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax_clip.observe(optax.sgd(0.1), window=2)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for scale in (1.0, 2.0, 3.0):
+    ...   updates, state = tx.update({"w": scale * jnp.array([3.0, 4.0])}, state)
+    >>> print(optax_clip.norm_history(state))
+    [10. 15.]
+    >>> print(optax_clip.metrics(state)["observe/norm"])
+    15.0
+  """
+  _validate.instance(
+    optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
+  )
+  inside = optax.with_extra_args_support(inner)
+  measuring = Measuring.of(measure, record)
+  watch = clip_with(
+    measuring.measure,
+    _ring(_validate.size(window=window), name),
+    Action(_weigh, _untouched),
+    record=record,
+    name=name,
+  )
+
+  def init(params: Params) -> ObserveState:
+    return ObserveState(watch.init(params), inside.init(params))
+
+  def update(
+    updates: Updates,
+    state: ObserveState,
+    params: Params = None,
+    *,
+    norms: Given | None = None,
+    **extra_args: Any,
+  ) -> tuple[Any, ObserveState]:
+    if not isinstance(state, ObserveState):
+      raise TypeError(
+        f"The state of {name!r} must be the ObserveState that its init returned, got a"
+        f" {type(state).__name__}: it is of another transformation."
+      )
+    given_updates, updates = updates, _leaves.with_values(updates)
+    weights = _leaves.floats_only(params)
+    known = measuring.measured(updates, weights, norms or Given(), extra_args).known
+    passed, seen = watch.update(updates, state.seen, params, norms=known, **extra_args)
+    if isinstance(inner.update, _guard.Guard):
+      # Into the branch of a guard goes a buffer: what came in is one already.
+      passed = updates
+    handed = known.moved(updates, passed, weights)
+    passed = _leaves.restored(passed, given_updates)
+    result, later = inside.update(
+      passed, state.inner, params, norms=handed, **extra_args
+    )
+    return result, ObserveState(seen, later)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def norm_history(opt_state: OptState, name: str | None = None) -> np.ndarray:
+  """The norms that `observe` kept, the oldest first.
+
+  Call it outside of `jax.jit`: how many norms there are depends on the steps taken.
+
+  Args:
+    opt_state: any optimizer state that holds one of `observe`, however deep: what
+      `metrics` takes. States that `jax.vmap` or `jax.pmap` stacked may be passed
+      whole.
+    name: which one, if there are several: the name that was given to `observe`.
+
+  Returns:
+    f32[steps], or f32[steps, norms] with a measure that has several, in the order
+    of its norms; with the axes of `jax.vmap` in front. There are as many steps as
+    were taken, at most `window`. NaN and inf are among them.
+
+  Raises:
+    ValueError: if the state holds no such history, or several; if members of an
+      ensemble have taken different numbers of steps.
+    TypeError: inside `jax.jit`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_clip
+    >>> tx = optax_clip.observe(optax.sgd(0.1))
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> _, state = tx.update({"w": jnp.array([3.0, jnp.nan])}, state)
+    >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, state)
+    >>> print(optax_clip.norm_history(state))
+    [nan  5.]
+  """
+  history = _metrics.the_entry(
+    opt_state,
+    NormHistory,
+    name,
+    words=("history of norms", "histories"),
+    ask="Wrap the optimizer, as in optax_clip.observe(optax.adamw(1e-3))",
+  )
+  ring, steps = (_metrics.array(x) for x in history)
+  if isinstance(steps, jax.core.Tracer):
+    raise TypeError(
+      "norm_history was called on a traced state, whose number of steps is not"
+      " known. Call it outside of jax.jit, on the state that the step returned."
+    )
+  return _in_order(np.asarray(ring), np.asarray(steps))
+
+
+def _ring(window: int, name: str) -> Threshold:
+  """Remembers norms as they are, and allows all."""
+
+  def init(norms: Array) -> dict[str, NormHistory]:
+    # The name is a key, as in the record: `metrics` says why.
+    ring = jnp.zeros((window, *norms.shape), jnp.float32)
+    return {name: NormHistory(ring, jnp.zeros((), jnp.int32))}
+
+  def update(
+    norms: Array, state: dict[str, NormHistory], **extra_args: Any
+  ) -> tuple[Array, dict[str, NormHistory]]:
+    del extra_args
+    ((key, (ring, steps)),) = state.items()
+    _same_shape(ring, (window, *norms.shape))
+    # inf says that an element was not finite: a large norm must not become it.
+    row = _record.single(norms)
+    ring = _mesh.on_mesh_of(ring, row)
+    # A ring of one row at a time: in place where the state is donated.
+    ring = lax.dynamic_update_index_in_dim(ring, row, steps % window, 0)
+    later = {key: NormHistory(ring, optax.safe_increment(steps))}
+    return jnp.full_like(norms, jnp.inf), later
+
+  return Threshold(init, update)
+
+
+def _same_shape(ring: Array, wanted: tuple[int, ...]) -> None:
+  if ring.shape != wanted:
+    raise ValueError(
+      f"The state of observe keeps norms of shape {list(ring.shape)}, but now"
+      f" (window, norms) is {list(wanted)}: it was made with another window or for"
+      " another model (a checkpoint, perhaps). Pass that window, or make a new"
+      " state with tx.init."
+    )
+
+
+def _weigh(norm: Extended, limit: Array) -> Extended:
+  """Always 1, which XLA must not know: see `_untouched`."""
+  del limit
+  return _extended.where(norm.value != -1, _extended.of(jnp.ones_like(norm.value)), 0)
+
+
+def _untouched(leaf: Array, coefficient: Extended, limit: Array) -> Array:
+  """The leaf, behind a choice that waits for the norm.
+
+  Were it the leaf itself, XLA would merge the squares of the norm with those of
+  Adam, and write them down for both: a copy of all gradients.
+  """
+  del limit
+  return jnp.where(coefficient.value == 1, leaf, jnp.zeros_like(leaf))
+
+
+def _in_order(ring: np.ndarray, steps: np.ndarray) -> np.ndarray:
+  """The rows of a ring that were reached, oldest first; `vmap` adds axes to both."""
+  taken = set(steps.ravel().tolist())
+  if len(taken) != 1:
+    raise ValueError(
+      f"The members of the ensemble have taken {sorted(taken)} steps. Pass the state"
+      " of one of them, as jax.tree.map(lambda x: x[0], opt_state)."
+    )
+  count, axis = taken.pop(), steps.ndim
+  window = ring.shape[axis]
+  if count < window:
+    return ring.take(range(count), axis=axis)
+  return np.roll(ring, -(count % window), axis=axis)

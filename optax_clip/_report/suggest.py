@@ -1,0 +1,335 @@
+"""From the norms of a first run to a threshold. Plain NumPy, on the host."""
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_clip._methods.autoclip import autoclip
+from optax_clip._methods.zclip import zclip
+from optax_clip._report.metrics import metrics
+from optax_clip._thresholds import memory as _memory
+
+Array = jax.Array
+
+
+# Fewer norms say little about which norms are rare.
+_FEWEST = 100
+# Tukey's fence for what is "far out", in interquartile ranges.
+_FENCE = 3.0
+# The start is over once the median of so many norms is near the later level: a
+# spike of up to half as many steps does not move it.
+_RUN = 11
+# Levels that differ by less than this factor are one level.
+_NEAR = 1.1
+# A level that moves by more than this factor is worth a warning.
+_DRIFT = 2.0
+_PERCENTS = (5, 25, 50, 75, 95, 99)
+
+
+class Suggestion(NamedTuple):
+  """What `suggest_max_norm` found. Printed, it is a summary of at most 80 columns.
+
+  Norms and limits are in the units of the updates, shares are from 0 to 1.
+
+  Attributes:
+    max_norm: the suggested threshold.
+    clipped: the share of all finite norms that are above it.
+    clipped_later: the share of the norms after the start that are above it.
+    steps: how many steps the history has.
+    start: how many steps at the beginning were left out; 0 unless their norms were
+      on another level than those after them.
+    start_level: the median of the norms left out; NaN if none were.
+    spikes: how many norms after the start are spikes. All are above `max_norm`.
+    nonfinite: how many norms are NaN or inf.
+    zeros: how many norms are 0.
+    quantiles: of the norms after the start, from percent to norm: 5, 25, 50, 75, 95,
+      99, 100.
+    drift: the median of the last quarter of the norms after the start, divided by
+      that of their first quarter.
+    autoclip: the limit of `autoclip`, with its defaults, at the last step.
+    zclip: that of `zclip`, with its defaults.
+  """
+
+  max_norm: float
+  clipped: float
+  clipped_later: float
+  steps: int
+  start: int
+  start_level: float
+  spikes: int
+  nonfinite: int
+  zeros: int
+  quantiles: dict[int, float]
+  drift: float
+  autoclip: float
+  zclip: float
+
+  def __str__(self) -> str:
+    """A summary for people; the fields hold all digits."""
+    levels = "  ".join(f"{q}% {_digits(self.quantiles[q])}" for q in (5, 50, 95))
+    later = f", {100 * self.clipped_later:.1f}% after the start" if self.start else ""
+    spikes = f"{self.spikes} spike{'' if self.spikes == 1 else 's'}"
+    lines = [
+      f"max_norm {_digits(self.max_norm)} would have clipped"
+      f" {100 * self.clipped:.1f}% of the norms{later}",
+      f"  steps       {self.steps}: {self.nonfinite} not finite, {self.zeros} of norm"
+      f" 0, {spikes}",
+      f"  norms       {levels}  max {_digits(self.quantiles[100])}",
+      f"  at the end  autoclip would allow {_digits(self.autoclip)},"
+      f" zclip {_digits(self.zclip)} (defaults)",
+    ]
+    if self.start:
+      middle = _digits(self.quantiles[50])
+      lines.append(
+        f"  left out    the first {self.start} steps: median"
+        f" {_digits(self.start_level)}, later {middle}"
+      )
+    if not 1 / _DRIFT <= self.drift <= _DRIFT:
+      lines.append(
+        f"  note        the level moved by a factor of {_digits(self.drift)}: observe"
+        " longer,\n              or take a limit that follows, as autoclip"
+      )
+    return "\n".join(lines)
+
+
+def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
+  r"""A `max_norm` that clips all spikes, and few of the other norms.
+
+  .. math::
+      c = \text{quantile}_{1 - s} \{ n_t : t \geq t_0, \; \log n_t \leq Q_3 + 3
+      (Q_3 - Q_1) \}
+
+  with s the `clipped_share` and Q the quartiles of :math:`\log n_t, t \geq t_0`.
+  The usual advice is a threshold that acts rarely in steady state and lies well
+  below the spikes. Here is how each half of it is met:
+
+  * *Spikes* are what Tukey's outer fence says on logarithms (norms are spread by
+    factors): for log-normal norms one in a million is beyond it. They are left out
+    before the quantile is taken, which would otherwise lie among them wherever
+    there are more than s of them. Up to a quarter of the norms may be spikes.
+  * *The start* is left out only if it is on another level, as before a warm-up has
+    ended: :math:`t_0` is the middle of the first 11 norms in a row whose median lies
+    within the 5% to 95% quantiles of the second half's, or within 10% of these. It is
+    0 if that is so at once, and never beyond the half.
+
+  Norms that are not finite, and norms of 0, which say nothing, do not count.
+
+  Args:
+    norms: f[steps], the oldest first, of a run that was not clipped: what
+      `norm_history` returns, or any sequence of numbers. Take one column of norms
+      of layers.
+    clipped_share: s, from 0 to below 1. With 0, `max_norm` is the largest norm that
+      is no spike. Small ones mean little for the direction of training and only
+      protect; large ones make clipping a part of the learning rate.
+
+  Returns:
+    A `Suggestion`: the threshold, what it would have done, and what is worth
+    knowing about the history. It is as good as the history is typical: a run that
+    is clipped may take another course.
+
+  Raises:
+    ValueError: if `norms` is not one-dimensional, has a negative number, is all
+      zero, is not finite for the most part, or has fewer than 100 norms that are
+      finite and above 0, or fewer than 1 / s; or if `clipped_share` is not in [0, 1).
+    TypeError: if `norms` are not real numbers, or are traced.
+
+  ======================  =================================================
+  history                 result
+  ======================  =================================================
+  equal norms             that norm, which clips none of them
+  one spike or many       clipped, and without influence on `max_norm`
+  a level that moves      a quantile over all levels after the start, and a
+                          note: one number does not fit them
+  ======================  =================================================
+
+  Example:
+    >>> import numpy as np, optax_clip
+    >>> norms = np.linspace(0.5, 1.5, 200)[np.arange(200) * 77 % 200]
+    >>> norms[150] = 40.0
+    >>> found = optax_clip.suggest_max_norm(norms)
+    >>> print(round(found.max_norm, 2), found.spikes)
+    1.45 1
+
+  References:
+    Tukey, Exploratory Data Analysis, 1977 (the fences).
+  """
+  if not 0 <= clipped_share < 1:
+    raise ValueError(
+      f"clipped_share must be at least 0 and below 1, got {clipped_share!r}. It is the"
+      " share of steps to clip: 0.05 is one in twenty."
+    )
+  history = _checked_history(norms)
+  finite = np.isfinite(history)
+  places = np.flatnonzero(finite & (history > 0))
+  _require_enough(history, places, clipped_share)
+
+  logs = np.log(history[places])
+  start = _start(logs)
+  settled = history[places[start:]]
+  spikes = logs[start:] > _fence(logs[start:])
+  max_norm = float(np.quantile(settled[~spikes], 1 - clipped_share))
+  quarter = len(settled) // 4
+  quantiles = {q: float(np.percentile(settled, q)) for q in (*_PERCENTS, 100)}
+  return Suggestion(
+    max_norm=max_norm,
+    clipped=float(np.mean(history[finite] > max_norm)),
+    clipped_later=float(np.mean(settled > max_norm)),
+    steps=len(history),
+    start=int(places[start]) if start else 0,
+    start_level=float(np.median(history[places[:start]])) if start else math.nan,
+    spikes=int(spikes.sum()),
+    nonfinite=int((~finite).sum()),
+    zeros=int((history == 0).sum()),
+    quantiles=quantiles,
+    drift=float(np.median(settled[-quarter:]) / np.median(settled[:quarter])),
+    autoclip=float(replay_limits(autoclip(), history)[-1]),
+    zclip=float(replay_limits(zclip(), history)[-1]),
+  )
+
+
+def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
+  r"""The limits that a clip of the global norm would have had on a history.
+
+  .. math::
+      L_t = \text{threshold}(n_0, \dots, n_t)
+
+  To try thresholds that learn on a run that was only observed.
+
+  Args:
+    tx: `autoclip`, `zclip`, `clip_by_history`, or any other transformation made by
+      `clip_with` from a measure that takes one number for its own norm; not a chain
+      of several.
+    norms: as for `suggest_max_norm`; any number of them.
+
+  Returns:
+    f32[steps]; inf where there was no limit yet. Norms of a float64 history count
+    as float32.
+
+  Raises:
+    ValueError: if `norms` is not one-dimensional or has a negative number, or `tx`
+      does not record one limit, or needs more than one number.
+    TypeError: if `tx` is no transformation, or `norms` are not real numbers, or are
+      traced.
+
+  Example:
+    >>> import optax_clip
+    >>> tx = optax_clip.autoclip(50.0)
+    >>> print(optax_clip.replay_limits(tx, [1.0, 3.0, 100.0]))
+    [1. 2. 3.]
+  """
+  history = _checked_history(norms)
+  # A large norm must not become inf, which stands for an element that was not finite.
+  finite = np.isfinite(history)
+  exact = np.where(finite, np.minimum(history, _memory.LARGEST), history)
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(
+      f"tx must be one clip, as optax_clip.autoclip(), got {tx!r} of type"
+      f" {type(tx).__name__}."
+    )
+  one = jnp.zeros((), jnp.float32)
+  try:
+    start = tx.init(one)
+    jax.eval_shape(tx.update, one, start)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      "tx must be one clip of the global norm, as optax_clip.autoclip(), since it is"
+      " given one number for each step, without params. This one raised:"
+      f" {error}"
+    ) from error
+  recorded = metrics(start, allow_empty=True)
+  limits = [key for key in recorded if key.endswith("/limit")]
+  if len(limits) != 1:
+    raise ValueError(
+      f"tx must record one limit, got one that records {len(limits)}: {limits}. Pass"
+      " one clip, as optax_clip.autoclip(), without record=False."
+    )
+
+  def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
+    _, state = tx.update(norm, state)
+    return state, metrics(state)[limits[0]]
+
+  replayed = jax.lax.scan(step, start, jnp.asarray(exact, jnp.float32))[1]
+  return np.asarray(replayed)
+
+
+def _checked_history(norms: Any) -> np.ndarray:
+  """The norms in float64."""
+  if isinstance(norms, jax.core.Tracer):
+    raise TypeError("norms are traced: call this outside of jax.jit, on their values.")
+  try:
+    history = np.asarray(norms)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"norms must be real numbers, got a {type(norms).__name__}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
+    ) from error
+  # bfloat16 is of numpy kind "V".
+  if history.dtype.kind not in "iufV":
+    raise TypeError(
+      f"norms must be real numbers, got {norms!r} of dtype {history.dtype}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
+    )
+  history = history.astype(np.float64)
+  if history.ndim != 1:
+    raise ValueError(
+      f"norms must have one dimension, the steps, got shape {list(history.shape)}."
+      " Of norms of layers pass one column, as norms[:, 0]."
+    )
+  if np.any(history < 0):
+    worst = int(np.argmin(np.where(history < 0, history, 0)))
+    raise ValueError(
+      f"norms must not be negative, got norms[{worst}] = {history[worst]:g}: these"
+      " are no norms. Pass what optax_clip.norm_history(opt_state) returns."
+    )
+  return history
+
+
+def _require_enough(history: np.ndarray, places: np.ndarray, share: float) -> None:
+  wrong = int((~np.isfinite(history)).sum())
+  if len(history) and wrong > len(history) / 2:
+    raise ValueError(
+      f"norms has {wrong} of {len(history)} that are NaN or inf: no threshold helps"
+      " such a run. Lower the learning rate, or, with float16 gradients, scale the"
+      " loss with optax_clip.dynamic_loss_scale; then observe again."
+    )
+  if len(history) and not history.any():
+    raise ValueError(
+      f"norms is zero at all {len(history)} steps: the loss does not depend on the"
+      " parameters, or they are all frozen. Check what is differentiated."
+    )
+  needed = max(_FEWEST, math.ceil(1 / share) if share else 0)
+  if len(places) < needed:
+    reason = f" for clipped_share={share!r}" if needed > _FEWEST else ""
+    raise ValueError(
+      f"norms has {len(places)} that are finite and above 0, of {len(history)}, but"
+      f" {needed} are needed{reason}: observe a longer run."
+    )
+
+
+def _fence(logs: np.ndarray) -> float:
+  """What is above it is a spike; equal norms differ by their rounding errors."""
+  first, third = np.percentile(logs, (25, 75))
+  return float(third + _FENCE * (third - first) + _memory.NOISE)
+
+
+def _start(logs: np.ndarray) -> int:
+  """How many of the first norms are on another level than the second half."""
+  half = len(logs) // 2
+  later = logs[half:]
+  later = later[later <= _fence(later)]
+  low, high = np.percentile(later, (5, 95))
+  near = math.log(_NEAR)
+  runs = np.lib.stride_tricks.sliding_window_view(logs[: half + _RUN - 1], _RUN)
+  level = np.median(runs, axis=1)
+  inside = (level >= low - near) & (level <= high + near)
+  first = int(np.argmax(inside)) if inside.any() else half
+  return min(first + _RUN // 2, half) if first else 0
+
+
+def _digits(value: float) -> str:
+  return f"{value:.3g}"

@@ -1,0 +1,85 @@
+"""Short texts of transformations and states, for logs and notebooks."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+import inspect
+from typing import Any
+from typing import ParamSpec
+
+import jax
+import numpy as np
+import optax
+
+_P = ParamSpec("_P")
+
+
+class Named(optax.GradientTransformationExtraArgs):
+  """A transformation that prints as the call that made it."""
+
+  call: tuple[str, Mapping[str, Any]] | None = None
+
+  def __repr__(self) -> str:
+    """As ``autoclip(percentile=10.0, window=1000)``."""
+    if self.call is None:
+      return super().__repr__()
+    name, arguments = self.call
+    return f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
+
+
+def named(
+  factory: Callable[_P, optax.GradientTransformationExtraArgs],
+) -> Callable[_P, optax.GradientTransformationExtraArgs]:
+  """Gives what a public function returns the text of its call.
+
+  The text has the arguments that may be positional, and of the others those that
+  differ from their default.
+  """
+  parameters = inspect.signature(factory).parameters
+
+  def is_shown(key: str, value: Any) -> bool:
+    own = parameters[key]
+    is_default = value is own.default
+    return not is_default or (own.kind is not own.KEYWORD_ONLY and value is not None)
+
+  @functools.wraps(factory)
+  def made(
+    *args: _P.args, **kwargs: _P.kwargs
+  ) -> optax.GradientTransformationExtraArgs:
+    tx = Named(*factory(*args, **kwargs))
+    bound = inspect.signature(factory).bind(*args, **kwargs)
+    bound.apply_defaults()
+    shown = {k: v for k, v in bound.arguments.items() if is_shown(k, v)}
+    tx.call = factory.__name__, shown
+    return tx
+
+  return made
+
+
+def short(node: Any) -> str:
+  """A state with `float32[1000]` for arrays; those of one element by their value."""
+  if isinstance(node, tuple) and hasattr(node, "_fields"):
+    fields = zip(node._fields, node, strict=True)
+    inside = ", ".join(f"{key}={short(value)}" for key, value in fields)
+    return f"{type(node).__name__}({inside})"
+  if isinstance(node, (list, tuple)):
+    inside = ", ".join(map(short, node))
+    return f"[{inside}]" if isinstance(node, list) else f"({inside})"
+  if isinstance(node, dict):
+    return f"{{{', '.join(f'{k!r}: {short(v)}' for k, v in node.items())}}}"
+  if not hasattr(node, "dtype") or not hasattr(node, "shape"):
+    return repr(node)
+  is_number = isinstance(node, (jax.Array, np.ndarray)) and not node.shape
+  if not is_number or isinstance(node, jax.core.Tracer):
+    return f"{node.dtype}{list(node.shape)}"
+  return str(node)
+
+
+def _argument(value: Any) -> str:
+  if isinstance(value, (bool, int, float, str, type(None), Named)):
+    return repr(value)
+  if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+    return repr(value)
+  if isinstance(value, jax.Array):
+    return short(value)
+  return getattr(value, "__name__", "...")

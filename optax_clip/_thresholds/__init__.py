@@ -1,0 +1,1 @@
+"""What limits share: given ones, memory, windows."""

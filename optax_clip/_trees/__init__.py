@@ -1,0 +1,1 @@
+"""Which leaf is which: floats, labels, layers, units."""

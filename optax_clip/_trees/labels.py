@@ -1,0 +1,99 @@
+"""Which leaf belongs to which group."""
+
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+# A tree of labels, a prefix of one, or a function from updates to one.
+Labels = Any | Callable[[Any], Any]
+
+
+def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
+  """Raises, at construction, for labels that can never work."""
+  if callable(labels):
+    return
+  found = _hashable(labels, "labels")
+  if not found:
+    raise ValueError(
+      f"labels={labels!r} holds no label. Pass a tree (or a prefix of one)"
+      " of labels, or a function from updates to one."
+    )
+  _all_known(found, names)
+
+
+def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
+  """For each leaf of `tree`, the index of its label in `names`."""
+  found = _each_leaf(labels, tree, "labels")
+  _hashable(found, "labels")
+  _all_known(set(found), names)
+  index = {name: i for i, name in enumerate(names)}
+  return [index[label] for label in found]
+
+
+def counted_leaves(counted: Any, tree: Any) -> list[bool]:
+  """For each leaf of `tree` whether its elements count in the norm of its group."""
+  if counted is None:
+    return [True] * len(jax.tree.leaves(tree))
+  found = _each_leaf(counted, tree, "counted")
+  for value in found:
+    if not isinstance(value, bool):
+      raise TypeError(f"counted must hold True and False, got {value!r}.")
+  return found
+
+
+def _each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
+  """What a tree, a prefix of one, or a function to either says of each leaf."""
+  resolved = given(tree) if callable(given) else given
+  try:
+    return jax.tree.leaves(jax.tree.broadcast(resolved, tree))
+  except ValueError as error:
+    raise ValueError(
+      f"{what} must be a tree prefix of the updates, got"
+      f" {jax.tree.structure(resolved)} for updates of structure"
+      f" {jax.tree.structure(tree)}."
+    ) from error
+
+
+def _hashable(labels: Any, what: str) -> set[Any]:
+  for path, label in jax.tree_util.tree_leaves_with_path(labels):
+    if not isinstance(label, Hashable):
+      raise TypeError(
+        f"{what}{jax.tree_util.keystr(path)} must be a string or another hashable"
+        f" label, got {label!r}."
+      )
+  return set(jax.tree.leaves(labels))
+
+
+def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:
+  unknown = sorted(map(repr, found - set(names)))
+  if unknown:
+    raise ValueError(
+      f"max_norms has no limit for the labels {', '.join(unknown)}; it has"
+      f" {', '.join(sorted(map(repr, names)))}. Use float('inf') for a group"
+      " that is never clipped."
+    )
+
+
+def named_limits(max_norms: Mapping[Hashable, Any]) -> list[Hashable]:
+  """The names of the groups, in a stable order."""
+  if not isinstance(max_norms, Mapping):
+    raise TypeError(
+      "max_norms must map labels to limits, as in {'encoder': 1.0, 'head': 0.1}, got"
+      f" {max_norms!r}."
+    )
+  for label in max_norms:
+    if not jax.tree_util.all_leaves([label]):
+      raise TypeError(
+        f"The labels of max_norms must be strings, or other leaves of a tree, got the"
+        f" {type(label).__name__} {label!r}: in a tree of labels it would be several."
+      )
+  if not max_norms:
+    raise ValueError(
+      "max_norms is empty: pass one limit for each label, as in"
+      " {'encoder': 1.0, 'head': 0.1}."
+    )
+  return sorted(max_norms, key=repr)

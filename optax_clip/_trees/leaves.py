@@ -1,0 +1,113 @@
+"""Which leaves of a tree are clipped: those that hold floats."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip._types import Params
+from optax_clip._types import Updates
+
+Array = jax.Array
+
+
+def floats_only(tree: Any) -> Any:
+  """A tree with `None` for leaves that get no updates: integers, flags and keys.
+
+  What is no array at all stays, for an error that says so.
+  """
+  return _without(tree, lambda dtype: not jnp.issubdtype(dtype, jnp.inexact))
+
+
+def with_values(updates: Updates) -> Any:
+  """Updates with `None` for leaves of float0, which JAX has for those of integers."""
+  return _without(updates, lambda dtype: dtype == jax.dtypes.float0)
+
+
+def restored(new: Any, updates: Updates) -> Any:
+  """What became of `with_values`, with the leaves of float0 where they were."""
+  leaves, treedef = jax.tree.flatten(updates)
+  if not any(map(_is_float0, leaves)):
+    return new
+  values = iter(jax.tree.leaves(new))
+  return jax.tree.unflatten(
+    treedef, [x if _is_float0(x) else next(values) for x in leaves]
+  )
+
+
+def _is_float0(leaf: Any) -> bool:
+  return bool(getattr(leaf, "dtype", None) == jax.dtypes.float0)
+
+
+def _without(tree: Any, leaves_out: Callable[[Any], bool]) -> Any:
+  def goes(leaf: Any) -> bool:
+    if isinstance(leaf, (bool, int)):
+      return leaves_out(jnp.result_type(leaf))
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and leaves_out(dtype)
+
+  leaves, treedef = jax.tree.flatten(tree)
+  marks = [goes(x) for x in leaves]
+  if not any(marks):
+    return tree
+  kept = [None if gone else x for x, gone in zip(leaves, marks, strict=True)]
+  return jax.tree.unflatten(treedef, kept)
+
+
+def floating_leaves(tree: Any) -> list[Array]:
+  """The leaves of a tree as arrays.
+
+  Raises:
+    TypeError: if a leaf is neither floating nor complex; names its path.
+  """
+  leaves = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    # Without values too: optimizers are initialised with shapes and dtypes.
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+      leaf = _as_array(path, leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise TypeError(
+        f"updates{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which"
+        " cannot be clipped. Only floating and complex leaves can: leave the"
+        " others out with optax.masked."
+      )
+    leaves.append(leaf)
+  return leaves
+
+
+def _as_array(path: Any, leaf: Any) -> Array:
+  try:
+    return jnp.asarray(leaf)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"updates{jax.tree_util.keystr(path)} is {leaf!r}, which is no array and cannot"
+      " be clipped: leave it out with optax.masked, or with equinox.filter."
+    ) from error
+
+
+def same_structure(updates: Updates, params: Params) -> None:
+  """Raises unless two trees match."""
+  if params is None:
+    raise ValueError(
+      "This transformation compares updates with parameters: pass them, as"
+      " in tx.update(updates, state, params)."
+    )
+  ours: Any = jax.tree.structure(updates)
+  theirs: Any = jax.tree.structure(params)
+  if ours != theirs:
+    raise ValueError(
+      f"updates and params must have the same tree structure, got {ours} and {theirs}."
+    )
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(updates),
+    jax.tree.leaves(params),
+    strict=True,
+  )
+  for (path, update), param in pairs:
+    if jnp.shape(update) != jnp.shape(param):
+      raise ValueError(
+        "updates and params must have the same shapes, got"
+        f" {jnp.shape(update)} and {jnp.shape(param)} at"
+        f" updates{jax.tree_util.keystr(path)}."
+      )

@@ -1,0 +1,101 @@
+"""Which axes of a leaf belong to one unit, and which one to layers."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip._trees import paths as _paths
+
+# Path regex to axis, or a function from path and leaf to an axis or `None`.
+Stacked = Mapping[str, int] | Callable[[str, Any], int | None] | None
+
+
+def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
+  """The axes over which a unit's weights lie, by the rule of optax and NFNets.
+
+  Args:
+    shape: the shape of a leaf.
+    axis: these axes; or `None`, to go by rank: all axes of scalars, vectors
+      and what has one axis longer than 1; axis 0 for rank 2 and 3; all but the
+      last for rank 4 (HWIO) and 5 (DHWIO).
+  """
+  rank = len(shape)
+  if axis is not None:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(-rank <= a < rank for a in axes):
+      raise ValueError(
+        f"axis={axis!r} is out of range for a leaf of shape {tuple(shape)}."
+      )
+    distinct = {a % rank for a in axes}
+    if len(distinct) < len(axes):
+      raise ValueError(f"axis={axis!r} names an axis twice.")
+    return tuple(sorted(distinct))
+  if sum(n != 1 for n in shape) <= 1:
+    return tuple(range(rank))
+  if rank <= 3:
+    return (0,)
+  if rank <= 5:
+    return tuple(range(rank - 1))
+  raise ValueError(
+    f"A leaf of shape {tuple(shape)} has rank {rank}; units are known up to"
+    " rank 5. Pass axis= to say which axes belong to one unit."
+  )
+
+
+def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
+  """For each leaf of a tree the axis along which layers are stacked in it.
+
+  Args:
+    tree: parameters or updates.
+    stacked: rules as of `paths.by_path`, to axes.
+
+  Raises:
+    ValueError: if an expression is found in no path, or an axis is out of range.
+  """
+  leaves = jax.tree.leaves(tree)
+  axes = _paths.by_path(tree, stacked, "stacked")
+  for path, leaf, axis in zip(_paths.every_path(tree), leaves, axes, strict=True):
+    rank = jnp.ndim(leaf)
+    if axis is not None and not -rank <= axis < rank:
+      raise ValueError(
+        f"stacked: axis {axis} is out of range for {path}, which has the shape"
+        f" {jnp.shape(leaf)}."
+      )
+  return [
+    axis if axis is None else axis % jnp.ndim(leaf)
+    for axis, leaf in zip(axes, leaves, strict=True)
+  ]
+
+
+def stacked_axes(shape: Sequence[int], layer: int) -> tuple[int, ...]:
+  """The axes of one layer: all but the one along which they are stacked."""
+  return tuple(i for i in range(len(shape)) if i != layer)
+
+
+def stacked_unit_axes(
+  shape: Sequence[int], axis: Any, layer: int | None
+) -> tuple[int, ...]:
+  """`unit_axes` of what one layer of a stack is, as axes of the stack."""
+  if layer is None:
+    return unit_axes(shape, axis)
+  rest = stacked_axes(shape, layer)
+  return tuple(rest[i] for i in unit_axes([shape[i] for i in rest], axis))
+
+
+def checked_stacked(stacked: Any) -> None:
+  """Raises, at construction, for what can never be layer axes."""
+  if stacked is None or callable(stacked):
+    return
+  if not isinstance(stacked, Mapping):
+    raise TypeError(
+      "stacked must map path regexes to axes, as in {'blocks/': 0}, or be a"
+      f" function from path and leaf to an axis or None, got {stacked!r}."
+    )
+  _paths.checked_patterns(stacked, "stacked")
+  for pattern, axis in stacked.items():
+    if not isinstance(axis, int) or isinstance(axis, bool):
+      raise TypeError(f"stacked[{pattern!r}] must be an integer, got {axis!r}.")

@@ -1,0 +1,33 @@
+"""Types of states and results: what transformations keep and functions return.
+
+They are for annotations and for reading. `metrics`, `layer_metrics` and
+`norm_history` read states wherever they stand.
+"""
+
+from optax_clip._algebra.clip_with import ClipState
+from optax_clip._algebra.given import Given
+from optax_clip._algebra.record import LayerRecord
+from optax_clip._algebra.record import Record
+from optax_clip._algebra.record import SkipRecord
+from optax_clip._guards.guard import GuardState
+from optax_clip._guards.loss_scale import LossScale
+from optax_clip._report.layers import LayerMetrics
+from optax_clip._report.layers import LayerReport
+from optax_clip._report.observe import NormHistory
+from optax_clip._report.observe import ObserveState
+from optax_clip._report.suggest import Suggestion
+
+__all__ = [
+  "ClipState",
+  "Given",
+  "GuardState",
+  "LayerMetrics",
+  "LayerRecord",
+  "LayerReport",
+  "LossScale",
+  "NormHistory",
+  "ObserveState",
+  "Record",
+  "SkipRecord",
+  "Suggestion",
+]

@@ -1,0 +1,1 @@
+"""What tests share: oracles, the table of transformations, runs of several kinds."""

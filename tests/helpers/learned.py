@@ -1,0 +1,147 @@
+"""What the tests of learned thresholds share: drivers, traces, and the methods."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import optax_clip
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+# Every transformation with a memory of norms: name, factory, keyword arguments
+# that make its warm-up short, and the steps after which it limits.
+METHODS = {
+  "autoclip": (optax_clip.autoclip, {"window": 50}, 1),
+  "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 10),
+  "zclip_mean": (
+    optax_clip.zclip,
+    {"warmup": 10, "max_norm": None, "mode": "mean"},
+    10,
+  ),
+  "zclip_percentile": (
+    optax_clip.zclip,
+    {"warmup": 10, "max_norm": None, "mode": "percentile"},
+    10,
+  ),
+  "adagc": (optax_clip.adagc, {"warmup": 10}, 10),
+  "clip_by_history": (optax_clip.clip_by_history, {"window": 32}, 16),
+  "clip_by_layer_percentile": (optax_clip.clip_by_layer_percentile, {"window": 50}, 1),
+  "adaclip": (optax_clip.adaclip, {}, 1),
+  "adagn": (optax_clip.adagn, {}, 0),
+  "stable_spam": (optax_clip.stable_spam, {}, 1),
+  "clip_element_spikes": (
+    optax_clip.clip_element_spikes,
+    {"theta": 25.0, "decay": 0.9},
+    1,
+  ),
+}
+
+
+def make(name, **keywords):
+  """The transformation of a row."""
+  factory, defaults, _ = METHODS[name]
+  return factory(**{**defaults, **keywords})
+
+
+def trace(seed, steps, shape=(), spikes=0.02):
+  """Norms around 1 that wander, with spikes of 3 to 1000 times; float32 values."""
+  rng = np.random.default_rng(seed)
+  level = np.exp(0.3 * np.sin(np.arange(steps) / 150.0))
+  norms = np.exp(0.2 * rng.standard_normal((steps, *shape)))
+  norms *= level.reshape(steps, *(1,) * len(shape))
+  spike = rng.random(norms.shape) < spikes
+  norms = np.where(spike, norms * 10 ** rng.uniform(0.5, 3, norms.shape), norms)
+  return np.asarray(norms, np.float32)
+
+
+def limits(threshold, norms, like=None):
+  """The limits of a threshold over a trace of norms, and its last state."""
+  norms = jnp.asarray(norms)
+  state = threshold.init(jnp.zeros_like(norms[0]))
+
+  def body(state, n):
+    new, state = threshold.update(n, state)
+    return state, new
+
+  state, found = jax.jit(functools.partial(jax.lax.scan, body))(state, norms)
+  return np.asarray(found, np.float64), state
+
+
+def run(tx, updates, params=None, state=None):
+  """All updates of a transformation over a stacked sequence, and the last state."""
+  first = jax.tree.map(lambda x: x[0], updates)
+  params = jax.tree.map(jnp.zeros_like, first) if params is None else params
+  state = tx.init(params) if state is None else state
+
+  def body(state, u):
+    new, state = tx.update(u, state, params)
+    return state, new
+
+  state, found = jax.jit(functools.partial(jax.lax.scan, body))(state, updates)
+  return found, state
+
+
+LONGEST = 160
+
+
+@functools.cache
+def _player(name, nonfinite):
+  tx = make(name, nonfinite=nonfinite)
+
+  def play(updates, taken):
+    def body(state, step):
+      u, take = step
+      new, later = tx.update(u, state)
+      return jax.tree.map(lambda a, b: jnp.where(take, a, b), later, state), new
+
+    params = jax.tree.map(lambda x: x[0], updates)
+    return jax.lax.scan(body, tx.init(params), (updates, taken))
+
+  return jax.jit(play)
+
+
+def play(name, *parts, nonfinite="propagate"):
+  """Runs a method over parts of a sequence: (updates, whether they are taken).
+
+  A part that is not taken leaves the state alone. All sequences have one length,
+  so that each method is compiled once for all tests.
+
+  Returns:
+    The updates of all parts, and the last state.
+  """
+  updates = jax.tree.map(lambda *x: np.concatenate(x), *(p for p, _ in parts))
+  taken = np.concatenate(
+    [np.full(len(jax.tree.leaves(p)[0]), take) for p, take in parts]
+  )
+  steps = len(taken)
+  assert steps <= LONGEST
+
+  def padded(x):
+    return np.concatenate([x, np.zeros((LONGEST - steps, *x.shape[1:]), x.dtype)])
+
+  state, found = _player(name, nonfinite)(jax.tree.map(padded, updates), padded(taken))
+  return jax.tree.map(lambda x: np.asarray(x)[:steps], found), state
+
+
+def memory(state):
+  """All a state remembers, without the record: for comparisons bit for bit."""
+
+  def records(node):
+    return isinstance(node, optax_clip.states.Record)
+
+  kept = [x for x in jax.tree.leaves(state, is_leaf=records) if not records(x)]
+  return [np.asarray(x) for x in kept]
+
+
+def assert_same_memory(a, b):
+  """Equal bits."""
+  a, b = memory(a), memory(b)
+  assert a
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    assert x.dtype == y.dtype
+    assert x.shape == y.shape
+    assert x.tobytes() == y.tobytes()

@@ -1,0 +1,204 @@
+"""What README, guide and examples say, against what is measured and what they do."""
+
+import ast
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def page(name):
+  return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def section(text, title):
+  """From a heading to the next one of its level or above."""
+  level = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+  rest = text[level.end() :]
+  end = re.search(rf"^#{{1,{len(level[1])}}} ", rest, re.MULTILINE)
+  return rest[: end.start()] if end else rest
+
+
+def rows(text):
+  """The cells of every row of every table."""
+  return [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in text.splitlines()
+    if line.startswith("|")
+  ]
+
+
+# --- Precision and metrics ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    section(page("precision"), "Known exceptions"),
+    README[README.index("Known exceptions to the precision") :].partition("## What it")[
+      0
+    ],
+  ],
+  ids=["guide", "README"],
+)
+def test_that_backends_flush_subnormals_is_a_known_exception(text):
+  """A limit of 1e-40 lets a float32 of 1e-38 pass, and the norm of it is 0."""
+  assert re.search("subnormal", text)
+  assert re.search("flush", text)
+  assert re.search(r"1e-38|1\.2e-38", text)
+
+
+def test_a_share_of_no_steps_is_a_number():
+  """Between two accumulations of `optax.MultiSteps` there are none."""
+  (code,) = re.findall(
+    r"^def clipped_share.*?\n(?=\n\n|```)", page("metrics"), re.DOTALL | re.MULTILINE
+  )
+  names = {"jnp": jnp, "np": np}
+  exec(code, names)
+
+  def record(steps, clipped):
+    return {
+      "clip_by_global_norm/steps": jnp.int32(steps),
+      "clip_by_global_norm/steps_clipped": jnp.int32(clipped),
+    }
+
+  share = names["clipped_share"]
+  assert share(record(5, 2), record(5, 2)) == 0
+  assert share(record(9, 4), record(5, 2)) == 0.5
+
+
+def test_that_metrics_repeat_between_accumulations_is_said():
+  text = section(page("metrics"), "Shares of steps")
+  assert "MultiSteps" in text
+  assert re.search("repeat|the same|last record", text)
+
+
+# --- Migrating ----------------------------------------------------------------
+
+
+def test_what_is_no_gradient_is_kept_out_of_the_clip_as_before():
+  """MaxText leaves the statistics of fp8 out of its clip."""
+  text = section(page("migrating"), "From MaxText")
+  assert "_overwrite_with_gradient" in text
+  assert "fp8" in text
+
+
+# --- Which clip ---------------------------------------------------------------
+
+
+def evidence(study):
+  """Rows of a study's first table, by method: from column to number."""
+  text = page("evidence")
+  body = text.split(f"<!-- {study} -->")[1].split(f"<!-- {study}: end -->")[0]
+  table = rows(body.strip().split("\n\n")[0])
+  header = table[0][1:]
+  return {
+    row[0]: dict(zip(header, (cell.split(" ")[0] for cell in row[1:]), strict=True))
+    for row in table[2:]
+  }
+
+
+NAMES = {"clip_by_history": "history", "clip_by_layer_percentile": "layer percentile"}
+
+
+def test_what_is_advised_for_a_moving_level_is_what_did_best_on_one():
+  (row,) = [row for row in rows(page("which")) if "level of the norm moves" in row[0]]
+  (name,) = re.findall(r"^`(\w+)\(", row[1])
+  found = evidence("shifting_scale")
+  best = {
+    column: max(float(x[column]) for x in found.values())
+    for column in ("rising", "falling")
+  }
+  for column, most in best.items():
+    assert float(found[NAMES.get(name, name)][column]) >= most - 1, column
+  assert "evidence.md" in row[2]
+
+
+def test_a_pair_that_was_not_measured_is_said_to_be_not():
+  """`skip_spikes` was, and clips were, but not one around the other."""
+  assert re.search(
+    r"skip_spikes`? around a\s+clip .*not\s+measured", page("which"), re.DOTALL
+  )
+
+
+# --- Cost ---------------------------------------------------------------------
+
+
+def test_nothing_is_said_to_cost_one_read_that_costs_more():
+  """Of the library, as long as one row of its own table says more."""
+  table = rows(README.split("<!-- costs -->")[1].split("<!-- costs: end -->")[0])
+  column = table[0].index("added / read")
+  reads = {
+    row[0]: max(float(x) for x in re.findall(r"[\d.]+", row[column]))
+    for row in table[2:]
+    if "optax." not in row[0]
+  }
+  assert max(reads.values()) > 1.2
+  said = re.compile(r"(costs?|adds?|price of) (about )?(one|a) read")
+  for text in (README, page("index")):
+    assert not said.search(" ".join(text.split()))
+
+
+def test_the_package_says_so_neither():
+  tree = ast.parse((ROOT / "optax_clip" / "__init__.py").read_text())
+  assert "one read" not in ast.get_docstring(tree)
+  assert "one read" not in (ROOT / "pyproject.toml").read_text()
+
+
+# --- Where a line belongs -----------------------------------------------------
+
+
+def test_no_module_is_named_that_is_gone():
+  """In CONTRIBUTING and in the notes of the benchmarks."""
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  text += (ROOT / "benchmarks" / "NOTES.md").read_text()
+  named = set(re.findall(r"`(?:optax_clip/)?(_[a-z]\w+/(?:\w+\.py)?)`", text))
+  assert len(named) > 6
+  assert not [name for name in named if not (ROOT / "optax_clip" / name).exists()]
+
+
+# --- Examples -----------------------------------------------------------------
+
+
+def imported(name):
+  """The files beside it that a script imports, and those that they import."""
+  names = set()
+  for node in ast.walk(ast.parse((ROOT / f"examples/{name}.py").read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+      names.add(node.module)
+  here = {name for name in names if (ROOT / f"examples/{name}.py").exists()}
+  return here.union(*map(imported, here))
+
+
+def test_what_has_to_be_copied_with_a_script_is_said():
+  text = section(README, "Scripts to start from")
+  scripts = re.findall(r"\]\(examples/(\w+)\.py\)", text)
+  assert len(scripts) == 6
+  needed = set().union(*map(imported, scripts))
+  assert needed >= {"_digits", "_flags"}
+  for name in needed:
+    assert f"{name}.py" in text, name
+  assert "Each is one file" not in " ".join(text.split())
+
+
+def test_a_script_that_is_tried_writes_into_no_page(monkeypatch, tmp_path):
+  pytest.importorskip("sklearn")
+  pytest.importorskip("matplotlib")
+  monkeypatch.syspath_prepend(str(ROOT / "examples"))
+  import silent_stall
+
+  written = []
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(silent_stall, "train", lambda *args: None)
+  monkeypatch.setattr(silent_stall, "table", lambda runs: "")
+  monkeypatch.setattr(silent_stall, "draw", lambda runs, path: written.append(path))
+  silent_stall.main([])
+  (path,) = written
+  assert not path.resolve().is_relative_to(ROOT)

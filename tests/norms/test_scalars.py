@@ -1,0 +1,101 @@
+"""Arithmetic on a few numbers of each leaf, laid out for the compiler of a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_structure import equations
+
+import optax_clip
+from optax_clip._norms import scalars as _scalars
+
+P = jax.sharding.PartitionSpec
+SHAPES = [(8, 16)] * 3 + [(16,), (3, 3, 4, 8), (16, 8), (8, 16), (), (5, 8)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 256, 257, 1000])
+def test_a_vector_is_taken_apart_bit_for_bit(monkeypatch, count):
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", "gpu")
+  numbers = np.random.default_rng(0).normal(size=(2, count)).astype(np.float32)
+  numbers[:, 0] = 1e-40, np.nan
+  vectors = [jnp.asarray(x) for x in numbers]
+  found = jax.jit(_scalars.columns)(vectors)
+  got = np.asarray(found, np.float32).reshape(count, 2).T
+  assert got.tobytes() == numbers.tobytes()
+  if count > 1:
+    reductions = [
+      len(eqn.outvars)
+      for eqn in equations(jax.make_jaxpr(_scalars.columns)(vectors).jaxpr)
+      if eqn.primitive.name == "reduce"
+    ]
+    # The results of one with 60 do not fit the shared memory of a GPU.
+    assert reductions
+    assert all(n <= 16 for n in reductions)
+
+
+def of_one_device(tx, updates, state, params):
+  """An update within a mesh of one device, where it is known that there is one."""
+  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+
+  @jax.jit
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P())
+  def run(updates, state, params):
+    return tx.update(updates, state, params)
+
+  return run(updates, state, params)
+
+
+@pytest.mark.parametrize("forms", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("record", [True, "layers"])
+def test_units_side_by_side_are_as_leaf_by_leaf(monkeypatch, forms, scale, record):
+  rng = np.random.default_rng(0)
+  params = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in SHAPES]
+  updates = [scale * 10 ** rng.normal() * jnp.abs(p) for p in params]
+  tx = optax_clip.adaptive_grad_clip(0.5 * scale, record=record)
+  state = tx.init(params)
+  want, kept = jax.jit(tx.update)(updates, state, params)
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", forms)
+  got, seen = of_one_device(tx, updates, state, params)
+  pairs = zip(jax.tree.leaves((got, seen)), jax.tree.leaves((want, kept)), strict=True)
+  for x, y in pairs:
+    np.testing.assert_allclose(x, y, rtol=1e-6)
+  if scale == 1:
+    peer = optax.adaptive_grad_clip(0.5)
+    like = peer.update(updates, peer.init(params), params)[0]
+    for x, y in zip(got, like, strict=True):
+      np.testing.assert_allclose(x, y, rtol=2e-6)
+
+
+def test_on_a_gpu_arithmetic_is_done_once_for_each_shape(monkeypatch):
+  def operations(copies):
+    tx = optax_clip.adaptive_grad_clip(0.01, record=False)
+    tree = [jnp.ones(s) for s in [(8, 16), (16, 8)] * copies]
+    jaxpr = jax.make_jaxpr(lambda u: of_one_device(tx, u, tx.init(u), u))(tree)
+    return sum(eqn.primitive.name == "div" for eqn in equations(jaxpr.jaxpr))
+
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", "gpu")
+  assert operations(2) == operations(8) > 0
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", "cpu")
+  assert operations(2) < operations(8)
+
+
+@pytest.mark.parametrize("shape", [(4096, 32), (3, 16, 64, 48), (100, 4096)])
+def test_columns_of_16_bits_are_those_of_float64(monkeypatch, shape):
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", "gpu")
+  values = np.random.default_rng(0).normal(size=shape) * 10 ** np.float64(20)
+  x = jnp.asarray(values, jnp.bfloat16)
+  tx = optax_clip.adaptive_grad_clip(1e-3, record="layers")
+  ones = [jnp.ones(shape, jnp.bfloat16)]
+  got, state = of_one_device(tx, [x], tx.init([x]), ones)
+  axes = tuple(range(len(shape) - 1))
+  wide = np.asarray(x, np.float64)
+  norms = np.sqrt((wide**2).sum(axes, keepdims=True))
+  wanted = wide * 1e-3 * np.sqrt(np.prod(shape[:-1])) / norms
+  np.testing.assert_allclose(np.asarray(got[0], np.float64), wanted, rtol=2.0**-8)
+  largest = (norms / np.sqrt(np.prod(shape[:-1]))).max()
+  found = optax_clip.metrics(state)["adaptive_grad_clip/norm"]
+  np.testing.assert_allclose(found, largest, rtol=1e-6)

@@ -1,0 +1,203 @@
+"""The training script as its user meets it: flags, files, table, errors."""
+
+import csv
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+import _methods
+import _report
+import _text
+from rich.console import Console
+import train_lm
+
+# Flax promotes ranks implicitly.
+pytestmark = [pytest.mark.foreign, pytest.mark.programs]
+
+TINY = ("--steps", "3", "--width", "16", "--layers", "1")
+
+
+load_text = _text.load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+  """Compiles fast, not well; reads the text once."""
+  text = load_text()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_text, "load", lambda: text)
+    patch.setattr(train_lm, "HELD_OUT_BATCHES", 1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(out, *flags):
+  """Runs the script; returns the rows of its CSV."""
+  train_lm.main([*TINY, "--out", str(out), *flags])
+  assert (out / "steps.png").read_bytes().startswith(b"\x89PNG")
+  with (out / "steps.csv").open() as file:
+    return list(csv.DictReader(file))
+
+
+def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
+  names = ["none", "global", "layer", "agc", "value", "layer-percentile"]
+  rows = run(tmp_path, "--clip", ",".join(names))
+  assert [row["run"] for row in rows] == [name for name in names for _ in range(3)]
+  assert list(rows[0]) == ["run", "step", *_report.FIELDS]
+  for number, row in enumerate(rows):
+    assert row["step"] == str(number % 3 + 1)
+    assert all(math.isfinite(float(row[f])) for f in _report.FIELDS if f != "limit")
+    assert math.isinf(float(row["limit"])) == (row["run"] == "none")
+  # The same weights, the same first batch.
+  assert len({row["loss"] for row in rows if row["step"] == "1"}) == 1
+
+  printed = capsys.readouterr().out
+  table = printed[printed.index("method") :].partition("Wrote")[0]
+  for name in names:
+    assert re.search(rf"^ *{name} +0\.2 ", table, re.MULTILINE)
+  assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", train_lm.METHODS)
+def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
+  # Without the model, which takes seconds to compile for each method.
+  method = train_lm.METHODS[name]
+  flags = train_lm.parse([f"--clip={name}", f"--out={tmp_path}"])
+  tx = train_lm.transformation(method, flags)
+  params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  # All have learnt by now, when the spike comes.
+  for size in (*(1 + step % 7 for step in range(130)), 10_000):
+    grads = jax.tree.map(lambda p, size=size: 0.01 * size * p, params)
+    updates, state = update(grads, state, params)
+  seen = _methods.recorded(method, state)
+  assert set(_report.FIELDS) - {"loss"} <= set(seen)
+  assert seen["norm"] > 1
+  # The figure shows both.
+  assert jnp.isfinite(seen["limit"]) or name == "none"
+  assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_a_table_of_the_widest_numbers_fits_80_columns(capsys):
+  step = dict.fromkeys(_report.FIELDS, 1.0) | {"loss": math.nan, "norm": 2.76e10}
+  wide = _report.Run("layer-percentile", "norm", 0.0003, [step], math.nan, 123.0)
+  Console().print(_report.table([wide]))
+  printed = capsys.readouterr().out
+  assert max(map(len, printed.splitlines())) <= 80
+  for cell in ("layer-percentile", "0.0003", "diverged", "2.76e+10", "123"):
+    assert cell in printed
+
+
+def test_thresholds_reach_their_methods(tmp_path):
+  rows = run(
+    tmp_path,
+    *("--clip", "none,layer,global"),
+    *("--max-layer-norm", "inf", "--max-norm", "0.001"),
+  )
+  none, layer, clipped = rows[:3], rows[3:6], rows[6:]
+  for row, same in zip(none, layer, strict=True):  # Nothing exceeds inf.
+    assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=1e-5)
+  for row in clipped:
+    assert float(row["clipped_fraction"]) == 1
+    expected = 0.001 / float(row["norm"])
+    assert float(row["coefficient"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def full_precision(tmp_path_factory):
+  return run(tmp_path_factory.mktemp("full"), "--clip", "global", "--lr", "1e-3")
+
+
+@pytest.mark.parametrize(
+  ("precision", "optimizer"), [("--bf16", "adamw"), ("--fp16", "lion")]
+)
+def test_low_precision_gradients_train_float32_weights(
+  tmp_path, full_precision, precision, optimizer
+):
+  rows = run(
+    tmp_path,
+    precision,
+    "--optimizer",
+    optimizer,
+    "--clip",
+    "global",
+    *("--lr", "1e-3"),
+  )
+  # The first norm is of the same weights; bfloat16 has 8 bits.
+  low, exact = (float(run[0]["norm"]) for run in (rows, full_precision))
+  assert low != exact
+  assert low == pytest.approx(exact, rel=0.02)
+  assert all(math.isfinite(float(row["norm"])) for row in rows)
+  assert float(rows[2]["loss"]) < float(rows[0]["loss"])
+
+
+def test_a_run_that_diverges_is_reported(tmp_path, capsys):
+  rows = run(tmp_path, "--clip", "none", "--lr", "1e30")
+  assert not math.isfinite(float(rows[2]["loss"]))
+  assert "diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("flag", "value", "part"),
+  [
+    ("--clip", "none,globl", "unknown method 'globl'"),
+    ("--clip", "", "unknown method ''"),
+    ("--clip", "global,global", "'global' is named twice"),
+    ("--max-norm", "-1", "'-1' is not a number of at least 0"),
+    ("--max-norm", "nan", "'nan' is not a number of at least 0"),
+    ("--max-norm", "one", "'one' is not a number of at least 0"),
+    ("--max-layer-norm", "-0.5", "'-0.5' is not a number"),
+    ("--max-rms", "x", "'x' is not a number"),
+    ("--max-ratio", "-2", "'-2' is not a number"),
+    ("--max-value", "", "'' is not a number"),
+    ("--percentile", "101", "between 0 and 100, got 101.0"),
+    ("--max-norm-decay", "1", "decay_max must be at least 0 and below 1, got 1.0"),
+    ("--lr", "0", "'0' is not a positive number"),
+    ("--lr", "inf", "'inf' is not a positive number"),
+    ("--steps", "0", "'0' is not a whole number of at least 1"),
+    ("--steps", "2.5", "'2.5' is not a whole number"),
+    ("--width", "50", "'50' is not a positive multiple of 16"),
+    ("--layers", "0", "'0' is not a whole number"),
+    ("--seed", "-1", "'-1' is not a whole number of at least 0"),
+    ("--optimizer", "adam", "'adam'"),
+  ],
+)
+def test_a_bad_flag_is_one_line(one_line_error, flag, value, part):
+  err = one_line_error(train_lm.main, [f"{flag}={value}"])
+  assert f"argument {flag}: " in err
+  assert part in err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, one_line_error):
+  (tmp_path / "file").touch()
+  err = one_line_error(train_lm.main, ["--out", str(tmp_path / "file")])
+  assert "--out" in err
+  assert str(tmp_path / "file") in err
+
+
+def test_the_two_precisions_exclude_each_other(capsys):
+  with pytest.raises(SystemExit):
+    train_lm.main(["--bf16", "--fp16"])
+  assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_is_split_within_each_file(tmp_path):
+  for name in "ab":
+    (tmp_path / f"{name}.py").write_text(name * 1_000_000)
+  text = load_text(tmp_path)
+  assert (np.bincount(text.train)[[97, 98]] == 900_000).all()
+  assert (np.bincount(text.held_out)[[97, 98]] == 100_000).all()
+
+
+def test_no_text_is_an_error_that_names_the_place(tmp_path):
+  with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+    load_text(tmp_path)

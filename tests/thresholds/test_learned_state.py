@@ -1,0 +1,271 @@
+"""The states of learned thresholds: dtypes, transformations of JAX, checkpoints."""
+
+import functools
+
+from helpers import learned
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_clip
+from optax_clip import actions
+from optax_clip import measures
+from optax_clip import thresholds
+
+methods = pytest.mark.parametrize("name", learned.METHODS)
+
+
+def sequence(seed, steps, dtype="float32", leading=()):
+  rng = np.random.default_rng(seed)
+  size = rng.uniform(0.5, 2, (steps, *leading, 1)) * np.where(
+    rng.random((steps, *leading, 1)) < 0.1, 30, 1
+  )
+  return {
+    "a": jnp.asarray(rng.standard_normal((steps, *leading, 3)) * size, dtype),
+    "b": jnp.asarray(rng.standard_normal((steps, *leading, 5)) * size, dtype),
+  }
+
+
+def first(tree):
+  return jax.tree.map(lambda x: x[0], tree)
+
+
+def described(tree):
+  return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+@methods
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_memory_is_float32_whatever_the_updates_are(name, dtype):
+  with jax.enable_x64(dtype == "float64"):
+    updates = sequence(0, 20, dtype)
+    tx = learned.make(name)
+    start = tx.init(first(updates))
+    found, state = learned.run(tx, updates)
+    for x in learned.memory(state):
+      assert x.dtype in (np.float32, np.int32)
+    assert described(state) == described(start)
+    assert described(found) == described(updates)
+
+
+@methods
+def test_no_two_fields_share_a_buffer_and_states_can_be_donated(name):
+  tx = learned.make(name)
+  updates = sequence(0, 20)
+  state = jax.block_until_ready(tx.init(first(updates)))
+  pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+  assert len(set(pointers)) == len(pointers)
+
+  step = jax.jit(lambda u, s: tx.update(u, s), donate_argnums=1)
+  for i in range(20):
+    new, state = step(jax.tree.map(lambda x, i=i: x[i], updates), state)
+  wanted, reference = learned.run(tx, updates)
+  # In a scan XLA may leave out the rounding of a product where the step alone does not.
+  memories = map(learned.memory, (state, reference))
+  for x, y in zip(*memories, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-6)
+  for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y[-1], rtol=1e-6)
+  assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name,
+      # One of each kind of memory; the contract tests have `vmap` for all.
+      marks=() if name in ("autoclip", "zclip", "adagc") else pytest.mark.slow,
+    )
+    for name in learned.METHODS
+  ],
+)
+def test_an_ensemble_is_its_members(name):
+  tx = learned.make(name)
+  updates = sequence(0, 30, leading=(4,))
+  together, _ = jax.vmap(
+    functools.partial(learned.run, tx), in_axes=1, out_axes=(1, 0)
+  )(updates)
+  for i in range(4):
+    alone, _ = learned.run(tx, jax.tree.map(lambda x, i=i: x[:, i], updates))
+    for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+      np.testing.assert_allclose(x[:, i], y, rtol=1e-5, atol=1e-7)
+
+
+@methods
+@pytest.mark.foreign
+def test_multi_steps_learns_once_per_step(name):
+  updates = sequence(0, 24)
+  tx = learned.make(name)
+  steps = optax.MultiSteps(tx, 3)
+  state = steps.init(first(updates))
+  update = jax.jit(steps.update)
+  for i in range(24):
+    _, state = update(jax.tree.map(lambda x, i=i: x[i], updates), state)
+  means = jax.tree.map(lambda x: x.reshape(8, 3, -1).mean(axis=1), updates)
+  _, reference = learned.run(tx, means)
+  for x, y in zip(
+    learned.memory(state.inner_opt_state), learned.memory(reference), strict=True
+  ):
+    np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+STATIC = {"autoclip", "clip_by_history", "clip_by_layer_percentile"}
+
+
+@methods
+@pytest.mark.foreign
+def test_inject_hyperparams_changes_nothing(name):
+  factory, defaults, _ = learned.METHODS[name]
+  static = ("window",) if name in STATIC else ()
+  injected = optax.inject_hyperparams(factory, static_args=static)(**defaults)
+  updates = sequence(0, 30)
+  found, _ = learned.run(injected, updates)
+  wanted, _ = learned.run(learned.make(name), updates)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.foreign
+def test_injected_hyperparameters_act():
+  make = optax.inject_hyperparams(optax_clip.autoclip, static_args=("window",))
+  tx = make(percentile=0.0, window=9)
+  updates = {"w": jnp.array([1.0])}
+  state = tx.init(updates)
+  for n in (1.0, 2.0):
+    new, state = tx.update({"w": jnp.array([n])}, state)
+  np.testing.assert_allclose(new["w"], [1.0])
+  state.hyperparams["percentile"] = jnp.asarray(100.0)
+  new, state = tx.update({"w": jnp.array([2.0])}, state)
+  np.testing.assert_allclose(new["w"], [2.0])
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("name", sorted(STATIC))
+def test_a_traced_window_says_what_to_do(name):
+  factory, defaults, _ = learned.METHODS[name]
+  with pytest.raises(TypeError, match=r"static_args=\('window',\)"):
+    optax.inject_hyperparams(factory)(**defaults).init({"w": jnp.ones(1)})
+
+
+@methods
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.foreign
+def test_a_restored_checkpoint_continues_bit_for_bit(name, tmp_path):
+  checkpoint = pytest.importorskip("orbax.checkpoint")
+  tx = learned.make(name)
+  updates = sequence(0, 40)
+  half = [
+    jax.tree.map(lambda x, s=s: x[s], updates) for s in (slice(0, 20), slice(20, 40))
+  ]
+  _, middle = learned.run(tx, half[0])
+  with checkpoint.StandardCheckpointer() as saver:
+    saver.save(tmp_path / "state", middle)
+    saver.wait_until_finished()
+    blank = jax.tree.map(jnp.zeros_like, tx.init(first(updates)))
+    restored = saver.restore(tmp_path / "state", blank)
+  assert jax.tree.structure(restored) == jax.tree.structure(middle)
+  wanted, reference = learned.run(tx, half[1], state=middle)
+  found, state = learned.run(tx, half[1], state=restored)
+  learned.assert_same_memory(state, reference)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "adagc",
+    "clip_by_layer_percentile",
+    "adaclip",
+    "adagn",
+    "stable_spam",
+    "clip_element_spikes",
+  ],
+)
+def test_another_number_of_layers_is_a_clear_error(name):
+  tx = learned.make(name)
+  params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+  state = tx.init({**params, "c": jnp.ones(3)})
+  with pytest.raises(ValueError, match=r"3 (norms|leaves).*updates\s+have 2"):
+    tx.update(params, state)
+
+
+def test_another_window_is_a_clear_error():
+  g = {"a": jnp.ones(3)}
+  state = optax_clip.autoclip(window=10).init(g)
+  with pytest.raises(ValueError, match="window of 10"):
+    optax_clip.autoclip(window=20).update(g, state)
+
+
+MEASURES = {
+  "global": measures.global_norm(),
+  "layers": measures.layer_norm(),
+  "rms": measures.layer_rms(),
+  "groups": measures.group_norm({"a": "x", "b": "y"}, ["x", "y"]),
+  "units": measures.unit_norm(),
+  "relative": measures.relative(measures.unit_norm()),
+}
+
+THRESHOLDS = {
+  "percentile": thresholds.percentile(50.0, 20),
+  "history": thresholds.history(window=10),
+  "zscore": thresholds.zscore(warmup=5),
+  "adagc": thresholds.clipped_mean(warmup=5),
+  "average": thresholds.average(),
+  "mean_over_rms": thresholds.mean_over_rms(),
+  "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
+  "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_every_threshold_works_with_every_measure(measure, threshold):
+  rng = np.random.default_rng(0)
+  updates = {
+    "a": jnp.asarray(rng.standard_normal((30, 4, 3)), jnp.float32),
+    "b": jnp.asarray(rng.standard_normal((30, 5)), jnp.float32),
+  }
+  updates = jax.tree.map(lambda x: x.at[25].multiply(1000.0), updates)
+  tx = optax_clip.clip_with(MEASURES[measure], THRESHOLDS[threshold], actions.rescale())
+  params = jax.tree.map(jnp.ones_like, first(updates))
+  found, state = learned.run(tx, updates, params)
+  for x in jax.tree.leaves((found, state)):
+    assert not np.any(np.isnan(x))
+  if threshold not in ("average", "mean_over_rms"):
+    assert float(jnp.max(jnp.abs(found["a"][25]))) < 100
+
+
+@methods
+def test_empty_trees_and_absent_leaves_pass(name):
+  tx = learned.make(name)
+  for tree in ({}, {"a": None}, {"a": jnp.zeros((0, 3))}):
+    new, _ = tx.update(tree, tx.init(tree))
+    assert jax.tree.structure(new) == jax.tree.structure(tree)
+
+
+@methods
+def test_derivatives_are_finite_at_zero(name):
+  tx = learned.make(name)
+  g = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+  _, warm = learned.run(tx, {"a": jnp.ones((20, 3)), "b": jnp.ones((20, 2))})
+  for state in (tx.init(g), warm):
+    slope = jax.grad(
+      lambda g, s=state: sum(x.sum() for x in tx.update(g, s)[0].values())
+    )(g)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(slope))
+
+
+@methods
+def test_metrics_show_norm_and_limit(name):
+  tx = learned.make(name)
+  _, state = learned.run(tx, sequence(0, 30))
+  found = optax_clip.metrics(state)
+  norms = [v for k, v in found.items() if k.endswith("/norm")]
+  limits = [v for k, v in found.items() if k.endswith("/limit")]
+  assert len(norms) == len(limits) == (2 if name == "stable_spam" else 1)
+  assert all(np.isfinite(x) for x in norms + limits)
+  assert all(int(v) == 30 for k, v in found.items() if k.endswith("/steps"))
