@@ -9,8 +9,8 @@ from optax_clip._algebra.types import Action
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Parts
 from optax_clip._algebra.types import Threshold
-from optax_clip._guards.guard import SkipReason
 from optax_clip._guards.guard import guarded_step
+from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.loss_scale import dynamic_loss_scale
 from optax_clip._guards.skip import skip_nonfinite
 from optax_clip._guards.skip import skip_spikes

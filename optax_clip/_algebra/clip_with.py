@@ -40,6 +40,7 @@ from optax_clip import _validate
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.given import Given
 from optax_clip._algebra.given import LayerNorms
+from optax_clip._algebra.given import Norms
 from optax_clip._algebra.given import largest
 from optax_clip._algebra.given import layer_norms
 from optax_clip._algebra.given import measured
@@ -47,6 +48,7 @@ from optax_clip._algebra.given import of_layers
 from optax_clip._algebra.types import Action
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
+from optax_clip._norms import extended as _extended
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
@@ -191,9 +193,10 @@ def clip_with(
       clipped = jax.tree.map(lambda x: _where_finite(finite, x), clipped)
     if stateful:
       seen = None if layers is None else layer_norms(measure, layers)
+      zeroed = nonfinite == "zero"
       state = ClipState(
         memory,
-        _noted(state.record, found.layout, seen, sizes, limits, coefficients, finite),
+        _noted(state.record, found, seen, sizes, limits, coefficients, finite, zeroed),
       )
     return _leaves.restored(clipped, given_updates), state
 
@@ -239,19 +242,26 @@ def _where_finite(finite: Array, x: Array) -> Array:
 
 def _noted(
   record: dict[str, Any],
-  layout: Layout,
+  found: Norms,
   layers: LayerNorms | None,
   sizes: Sequence[Array],
   limits: Sequence[Array],
   coefficients: Sequence[Extended],
   finite: Array,
+  zeroed: bool,
 ) -> dict[str, Any]:
-  """The records after one more step."""
+  """The records after one more step; `zeroed`: where it is not finite, it is zero."""
+  layout = found.layout
   factors = [x.value * x.unit for x in coefficients]
   entries: dict[str, Any] = {}
   for key, last in record.items():
     if isinstance(last, _record.Record):
-      entries[key] = _record.noted(last, sizes, limits, factors, finite)
+      pairs = list(zip(found.blocks, coefficients, strict=True))
+      after = _scalars.each(_scaled, pairs)
+      noted = _record.noted(last, sizes, limits, factors, after, finite)
+      if zeroed:
+        noted = noted._replace(norm_after=jnp.where(finite, noted.norm_after, 0))
+      entries[key] = noted
       continue
     if layers is None:
       entries[key] = last  # Of a transformation with record="layers"; this is not.
@@ -266,6 +276,12 @@ def _noted(
       clipped=layout.rows(largest, above) > 0,
     )
   return entries
+
+
+def _scaled(norm: Extended, coefficient: Extended) -> Array:
+  """The norm after clipping; in this order no product leaves the range."""
+  value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
+  return _extended.as_float(Extended(value, unit))
 
 
 _smallest = functools.partial(jnp.min, initial=jnp.inf)

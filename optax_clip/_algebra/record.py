@@ -13,6 +13,9 @@ import optax
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
+# How many steps a rate is of, about.
+_RATE_STEPS = 100
+
 # What follows the name of a record in the key of its record of layers.
 LAYERS = "/layers"
 
@@ -25,18 +28,31 @@ class Record(NamedTuple):
     limit: f32[], the smallest limit of the last step.
     coefficient: f32[], the smallest factor that the last step applied.
     clipped_fraction: f32[], the share of norms above their limit.
+    norm_after: f32[], the largest norm of the last step, after clipping.
+    clip_rate: f32[], the share of clipped steps among the last 100 or so: the mean of
+      the first 100 steps, then a running average that forgets 1% in each step.
     steps: i32[], how many updates were seen.
     steps_clipped: i32[], in how many of them a norm was above its limit.
     steps_nonfinite: i32[], in how many of them a norm was NaN or inf.
+    last_clipped: i32[], the last step that clipped, counted from 1; 0 before.
+    last_nonfinite: i32[], the last step with a NaN or an inf; 0 before.
+    clipped: i32[], 1 if the last step clipped, else 0.
+    nonfinite: i32[], 1 if the last step had a NaN or an inf, else 0.
   """
 
   norm: Array
   limit: Array
   coefficient: Array
   clipped_fraction: Array
+  norm_after: Array
+  clip_rate: Array
   steps: Array
   steps_clipped: Array
   steps_nonfinite: Array
+  last_clipped: Array
+  last_nonfinite: Array
+  clipped: Array
+  nonfinite: Array
 
 
 class LayerRecord(NamedTuple):
@@ -58,6 +74,11 @@ class LayerRecord(NamedTuple):
     nonfinite_layer: i32[], the first layer that was not finite in the last step in
       which one was not; -1 before.
     nonfinite_step: i32[], which step that was, counted from 1; 0 before.
+    usual: f32[layers], the norms of the last step that was finite and not skipped.
+    spike_layer: i32[], the layer that grew most, compared with `usual`, in the last
+      step that a guard skipped as a spike; -1 before.
+    spike_step: i32[], which step that was; 0 before.
+    spike_growth: f32[], by what factor that layer grew.
   """
 
   stacks: Array
@@ -69,19 +90,31 @@ class LayerRecord(NamedTuple):
   steps_clipped: Array
   nonfinite_layer: Array
   nonfinite_step: Array
+  usual: Array
+  spike_layer: Array
+  spike_step: Array
+  spike_growth: Array
 
 
 class SkipRecord(NamedTuple):
   """What a guard did. One inside another counts the steps that the outer one let by.
 
   Attributes:
-    norm: f32[], the (largest) norm of the last step, taken or not.
+    norm: f32[], the (largest) norm of the last step, skipped or not.
     limit: f32[], the (smallest) limit of these norms; inf if there is none.
-    skipped: i32[], 1 if the last step was not taken, else 0.
-    reason: i32[], the `SkipReason` of the last step that was not taken.
-    consecutive: i32[], how many steps up to the last one were not taken.
+    skipped: i32[], 1 if the last step was skipped, else 0.
+    reason: i32[], the `SkipReason` of the last skipped step.
+    consecutive: i32[], how many steps up to the last one were skipped.
     steps: i32[], how many steps were seen.
-    steps_skipped: i32[], how many of them were not taken.
+    steps_skipped: i32[], how many of them were skipped.
+    skip_rate: f32[], the share of skipped steps among the last 100 or so, as
+      ``clip_rate`` in `Record`.
+    last_nonfinite: i32[], the last step that was skipped because the norm or the loss
+      was not finite, counted from 1; 0 before.
+    nonfinite_loss: f32[], the ``loss=`` of that step; NaN if none was passed.
+    last_spike: i32[], the last step that was skipped as a spike; 0 before.
+    spike_norm: f32[], the norm of that step.
+    spike_loss: f32[], the ``loss=`` of that step; NaN if none was passed.
   """
 
   norm: Array
@@ -91,13 +124,19 @@ class SkipRecord(NamedTuple):
   consecutive: Array
   steps: Array
   steps_skipped: Array
+  skip_rate: Array
+  last_nonfinite: Array
+  nonfinite_loss: Array
+  last_spike: Array
+  spike_norm: Array
+  spike_loss: Array
 
 
 def blank() -> Record:
   """The record before the first step."""
   # Separate arrays: a donated state may not hold one buffer twice.
-  floats = [jnp.zeros((), jnp.float32) for _ in range(4)]
-  counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  floats = [jnp.zeros((), jnp.float32) for _ in range(6)]
+  counts = [jnp.zeros((), jnp.int32) for _ in range(7)]
   return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
 
 
@@ -106,6 +145,7 @@ def noted(
   sizes: Sequence[Array],
   limits: Sequence[Array],
   factors: Sequence[Array],
+  after: Sequence[Array],
   finite: Array,
 ) -> Record:
   """The record after one more step.
@@ -115,33 +155,60 @@ def noted(
     sizes: the norms as floats, in arrays.
     limits: for each of these arrays its limits, which broadcast to it.
     factors: of the same shapes, what the norms' updates were multiplied with.
+    after: of the same shapes, the norms after that.
     finite: bool[], whether all norms are finite.
   """
   count = sum(x.size for x in sizes)
   if not count:
     return last._replace(steps=optax.safe_increment(last.steps))
-  together = _mesh.on_one_device([*sizes, *limits, *factors])
+  together = _mesh.on_one_device([*sizes, *limits, *factors, *after])
   if any(x.ndim for x in limits):
     pairs = zip(sizes, limits, strict=True)
     whole = [jnp.broadcast_to(x, n.shape) for n, x in pairs]
     limits = _side_by_side(whole, together)
-  sizes, factors = (_side_by_side(x, together) for x in (sizes, factors))
+  sizes, factors, after = (_side_by_side(x, together) for x in (sizes, factors, after))
   # A limit that is the same for all norms is one scalar.
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
   number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
   # Of one norm it is known without another comparison.
   clipped = above[0].reshape(()) if count == 1 else number_above > 0
-  happened = [jnp.asarray(True), finite & clipped, ~finite]
   # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
-  counts = counted(jnp.stack(happened), jnp.stack(last[4:]))
-  return Record(
-    single(_fold(jnp.max, sizes)),
-    single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits])),
-    single(_fold(jnp.min, factors)),
-    number_above / count,
-    *counts,
+  happened = jnp.stack([jnp.asarray(True), finite & clipped, ~finite])
+  counts = counted(
+    happened, jnp.stack([last.steps, last.steps_clipped, last.steps_nonfinite])
   )
+  steps = counts[0]
+  latest = jnp.stack([last.last_clipped, last.last_nonfinite])
+  latest = jnp.where(happened[1:], steps, latest)
+  flags = happened.astype(jnp.int32)
+  return Record(
+    norm=single(_fold(jnp.max, sizes)),
+    limit=single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits])),
+    coefficient=single(_fold(jnp.min, factors)),
+    clipped_fraction=number_above / count,
+    norm_after=single(_fold(jnp.max, after)),
+    clip_rate=rate(last.clip_rate, happened[1], steps),
+    steps=steps,
+    steps_clipped=counts[1],
+    steps_nonfinite=counts[2],
+    last_clipped=latest[0],
+    last_nonfinite=latest[1],
+    clipped=flags[1],
+    nonfinite=flags[2],
+  )
+
+
+def rate(last: Array, happened: Array, steps: Array) -> Array:
+  """The share of steps in which something happened, among the last 100 or so.
+
+  Args:
+    last: the share before this step.
+    happened: bool[], whether it happened in this step.
+    steps: how many steps there were, this one included.
+  """
+  weight = 1 / jnp.minimum(steps, _RATE_STEPS).astype(jnp.float32)
+  return last + weight * (happened.astype(jnp.float32) - last)
 
 
 def blank_layers(stacks: list[int]) -> LayerRecord:
@@ -157,6 +224,10 @@ def blank_layers(stacks: list[int]) -> LayerRecord:
     steps_clipped=jnp.zeros(count, jnp.int32),
     nonfinite_layer=jnp.full((), -1, jnp.int32),
     nonfinite_step=jnp.zeros((), jnp.int32),
+    usual=jnp.zeros(count, jnp.float32),
+    spike_layer=jnp.full((), -1, jnp.int32),
+    spike_step=jnp.zeros((), jnp.int32),
+    spike_growth=jnp.ones((), jnp.float32),
   )
 
 
@@ -167,24 +238,55 @@ def noted_layers(
   limit: Array,
   coefficient: Array,
   clipped: Array,
+  skipped: Array | None = None,
 ) -> LayerRecord:
-  """The record of layers after one more step; all arguments are ``[layers]``."""
+  """The record of layers after one more step.
+
+  Args:
+    last: the record before it.
+    norm: f[layers], and so the next four.
+    size: the norm for one element.
+    limit: what was allowed.
+    coefficient: the factor that was applied.
+    clipped: whether it was above its limit.
+    skipped: bool[], whether a guard skipped the step; `None`: there is no guard.
+  """
   steps = optax.safe_increment(last.steps)
   if not norm.size:
     return last._replace(steps=steps)
   wrong = ~jnp.isfinite(norm)
-  return LayerRecord(
+  finite = ~jnp.any(wrong)
+  exact = single(norm)
+  later = LayerRecord(
     stacks=last.stacks,
-    norm=single(norm),
+    norm=exact,
     limit=single(limit),
     coefficient=coefficient.astype(jnp.float32),
     size=single(size),
     steps=steps,
-    steps_clipped=counted(clipped & ~jnp.any(wrong), last.steps_clipped),
+    steps_clipped=counted(clipped & finite, last.steps_clipped),
     nonfinite_layer=jnp.where(
-      jnp.any(wrong), jnp.argmax(wrong).astype(jnp.int32), last.nonfinite_layer
+      finite, last.nonfinite_layer, jnp.argmax(wrong).astype(jnp.int32)
     ),
-    nonfinite_step=jnp.where(jnp.any(wrong), steps, last.nonfinite_step),
+    nonfinite_step=jnp.where(finite, last.nonfinite_step, steps),
+    usual=last.usual,
+    spike_layer=last.spike_layer,
+    spike_step=last.spike_step,
+    spike_growth=last.spike_growth,
+  )
+  if skipped is None:
+    return later
+  # A layer that did not move before has no growth.
+  known = last.usual > 0
+  growth = jnp.where(known, exact / jnp.where(known, last.usual, 1), 1)
+  spike = skipped & finite
+  return later._replace(
+    usual=jnp.where(finite & ~skipped, exact, last.usual),
+    spike_layer=jnp.where(
+      spike, jnp.argmax(growth).astype(jnp.int32), last.spike_layer
+    ),
+    spike_step=jnp.where(spike, steps, last.spike_step),
+    spike_growth=jnp.where(spike, jnp.max(growth), last.spike_growth),
   )
 
 
@@ -203,7 +305,7 @@ def of_last_step(state: Any) -> list[bool]:
 
 
 _LAST = {
-  Record: ("norm", "limit", "coefficient", "clipped_fraction"),
+  Record: ("norm", "limit", "coefficient", "clipped_fraction", "norm_after"),
   LayerRecord: ("norm", "limit", "coefficient", "size"),
   SkipRecord: ("norm", "limit"),
 }

@@ -22,7 +22,6 @@ Hence the two ways to take a guarded step: as any optax transformation, or whole
 
 from collections.abc import Callable
 import dataclasses
-import enum
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -34,10 +33,12 @@ import optax
 from optax_clip import _validate
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.given import Given
-from optax_clip._algebra.given import LayerNorms
 from optax_clip._algebra.record import SkipRecord
-from optax_clip._algebra.record import counted
 from optax_clip._guards import branch as _branch
+from optax_clip._guards.judge import Judge
+from optax_clip._guards.record import blank
+from optax_clip._guards.record import noted
+from optax_clip._guards.record import recorded_loss
 from optax_clip._norms import moments as _moments
 from optax_clip._norms.extended import Extended
 from optax_clip._repr import short
@@ -47,16 +48,6 @@ from optax_clip._types import Params
 from optax_clip._types import Updates
 
 Array = jax.Array
-
-
-class SkipReason(enum.IntEnum):
-  """Why a step was not taken, as in ``metrics(...)["<name>/reason"]``."""
-
-  NONE = 0
-  NONFINITE_NORM = 1
-  NONFINITE_LOSS = 2
-  NORM_SPIKE = 3
-  LOSS_SPIKE = 4
 
 
 class GuardState(NamedTuple):
@@ -78,47 +69,6 @@ class GuardState(NamedTuple):
     return short(self)
 
 
-class Verdict(NamedTuple):
-  """What a judge says of a step.
-
-  Attributes:
-    take: bool[], whether it is taken.
-    reason: i32[], why not; NONE if it is.
-    norm: f32[], for the record.
-    limit: f32[], for the record.
-    memory: of the judge, after the step.
-    known: what was measured of the updates.
-    layers: what of each layer, if that is recorded.
-    scale: `None`, or f32[]: what comes after this judge is given the updates divided
-      by it.
-  """
-
-  take: Array
-  reason: Array
-  norm: Array
-  limit: Array
-  memory: Any
-  known: Given
-  layers: LayerNorms | None = None
-  scale: Array | None = None
-
-
-class Judge(NamedTuple):
-  """What decides whether a step is taken.
-
-  Attributes:
-    name: the prefix of its metrics' keys.
-    init: ``init(params)``: the memory before the first step.
-    judge: ``judge(updates, params, memory, record, known, extra_args)``: a `Verdict`.
-    stacks: from parameters to the layers that are recorded; `None`: none are.
-  """
-
-  name: str
-  init: Callable[[Any], Any]
-  judge: Callable[[Any, Any, Any, SkipRecord, Given, dict[str, Any]], Verdict]
-  stacks: Callable[[Any], list[int]] | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Guard:
   """The `update` of a guarded transformation, which can also take a whole step.
@@ -135,7 +85,7 @@ class Guard:
     state = self.inner.init(params)
     params = _leaves.floats_only(params)
     for judge in reversed(self.judges):
-      record: dict[str, Any] = {judge.name: _blank()}
+      record: dict[str, Any] = {judge.name: blank()}
       if judge.stacks is not None:
         layers = _record.blank_layers(judge.stacks(params))
         record[judge.name + _record.LAYERS] = layers
@@ -175,6 +125,7 @@ class Guard:
     states, inner_state = self._apart(state, updates)
     extra_args = dict(extra_args)
     known = extra_args.pop("norms", None) or Given()
+    loss = recorded_loss(extra_args)
     seen, take = updates, jnp.asarray(True)
     reached, verdicts, scales = [], [], []
     for judge, own in zip(self.judges, states, strict=True):
@@ -198,8 +149,8 @@ class Guard:
     result, later = _branch.taken_or_kept(take, step, updates, kept, inner_state)
     steps = list(zip(states, verdicts, reached, strict=True))
     for own, verdict, before in reversed(steps):
-      noted = {key: _noted(entry, verdict) for key, entry in own.record.items()}
-      after = (verdict.memory, noted)
+      records = {key: noted(x, verdict, loss) for key, x in own.record.items()}
+      after = (verdict.memory, records)
       if own is not states[0]:
         after = _unless_refused(before, after, (own.memory, own.record))
       later = GuardState(later, *after)
@@ -352,41 +303,3 @@ def _unscaled(
     return [x._replace(value=x.value / scale.astype(x.value.dtype)) for x in blocks]
 
   return known.moved(updates, new, params, change), new
-
-
-def _blank() -> SkipRecord:
-  # Separate arrays: a donated state may not hold one buffer twice.
-  counts = [jnp.zeros((), jnp.int32) for _ in range(5)]
-  return SkipRecord(
-    jnp.zeros((), jnp.float32), jnp.full((), jnp.inf, jnp.float32), *counts
-  )
-
-
-def _noted(last: Any, verdict: Verdict) -> Any:
-  """One of the records after one more step."""
-  if isinstance(last, SkipRecord):
-    return _skip_noted(last, verdict)
-  if verdict.layers is None:
-    return last  # The state is of a guard with record="layers", and this is not.
-  norm, size = verdict.layers
-  return _record.noted_layers(
-    last,
-    norm,
-    size,
-    limit=jnp.broadcast_to(verdict.limit, norm.shape),
-    coefficient=jnp.broadcast_to(verdict.take.astype(norm.dtype), norm.shape),
-    clipped=jnp.broadcast_to(~verdict.take, norm.shape),
-  )
-
-
-def _skip_noted(last: SkipRecord, verdict: Verdict) -> SkipRecord:
-  skipped = (~verdict.take).astype(jnp.int32)
-  return SkipRecord(
-    norm=_record.single(verdict.norm),
-    limit=_record.single(verdict.limit),
-    skipped=skipped,
-    reason=jnp.where(verdict.take, last.reason, verdict.reason),
-    consecutive=jnp.where(verdict.take, 0, optax.safe_increment(last.consecutive)),
-    steps=optax.safe_increment(last.steps),
-    steps_skipped=counted(~verdict.take, last.steps_skipped),
-  )

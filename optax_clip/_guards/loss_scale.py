@@ -11,7 +11,10 @@ from optax_clip import _validate
 from optax_clip._algebra.given import Given
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.types import Measure
-from optax_clip._guards import guard as _guard
+from optax_clip._guards.guard import guarded
+from optax_clip._guards.judge import Judge
+from optax_clip._guards.judge import SkipReason
+from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
 from optax_clip._repr import named
 from optax_clip._types import GuardRecording
@@ -141,7 +144,7 @@ def dynamic_loss_scale(
     record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
-  ) -> _guard.Verdict:
+  ) -> Verdict:
     del record
     ((key, (scale, finite_steps)),) = memory.items()
     seen = measuring.measured(updates, params, known, extra_args)
@@ -153,11 +156,9 @@ def dynamic_loss_scale(
     larger = jnp.minimum(scale * growth_factor, jnp.minimum(max_scale, _LARGEST))
     smaller = jnp.maximum(scale * backoff_factor, jnp.maximum(min_scale, 1 / _LARGEST))
     new_scale = jnp.where(finite, jnp.where(grow, larger, scale), smaller)
-    return _guard.Verdict(
+    return Verdict(
       take=finite,
-      reason=jnp.where(
-        finite, _guard.SkipReason.NONE, _guard.SkipReason.NONFINITE_NORM
-      ),
+      reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
       norm=jnp.max(seen.sizes, initial=0) / scale.astype(seen.sizes.dtype),
       limit=jnp.full((), jnp.inf, jnp.float32),
       memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
@@ -166,4 +167,4 @@ def dynamic_loss_scale(
       scale=scale,
     )
 
-  return _guard.guarded(inner, _guard.Judge(name, init, judge, measuring.stacks))
+  return guarded(inner, Judge(name, init, judge, measuring.stacks))

@@ -14,8 +14,10 @@ from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.record import counted
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
-from optax_clip._guards import guard as _guard
-from optax_clip._guards.guard import SkipReason
+from optax_clip._guards.guard import guarded
+from optax_clip._guards.judge import Judge
+from optax_clip._guards.judge import SkipReason
+from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
 from optax_clip._norms import mesh as _mesh
 from optax_clip._repr import named
@@ -136,13 +138,13 @@ def skip_nonfinite(
     record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
-  ) -> _guard.Verdict:
+  ) -> Verdict:
     seen = measuring.measured(updates, params, known, extra_args)
     finite = jnp.all(jnp.isfinite(seen.sizes))
     take = finite
     if max_consecutive is not None:
       take = finite | (record.consecutive >= max_consecutive)
-    return _guard.Verdict(
+    return Verdict(
       take=take,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
       norm=jnp.max(seen.sizes, initial=0),
@@ -152,9 +154,7 @@ def skip_nonfinite(
       layers=seen.layers,
     )
 
-  return _guard.guarded(
-    inner, _guard.Judge(name, lambda params: (), judge, measuring.stacks)
-  )
+  return guarded(inner, Judge(name, lambda params: (), judge, measuring.stacks))
 
 
 @named
@@ -269,7 +269,7 @@ def skip_spikes(
     record: SkipRecord,
     known: Given,
     extra_args: dict[str, Any],
-  ) -> _guard.Verdict:
+  ) -> Verdict:
     del record
     seen = measuring.measured(updates, params, known, extra_args)
     finite_norm = jnp.all(jnp.isfinite(seen.sizes))
@@ -333,7 +333,7 @@ def skip_spikes(
       norm, limit = jnp.max(values[:count]), jnp.min(limits[:count])
     else:
       norm, limit = loss, level + limits[0]
-    return _guard.Verdict(
+    return Verdict(
       take=take,
       reason=jnp.select(
         [condition for condition, _ in reasons],
@@ -356,7 +356,7 @@ def skip_spikes(
       layers=seen.layers,
     )
 
-  return _guard.guarded(inner, _guard.Judge(name, init, judge, measuring.stacks))
+  return guarded(inner, Judge(name, init, judge, measuring.stacks))
 
 
 def _loss(extra_args: dict[str, Any]) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from optax_clip import _validate
 from optax_clip._algebra import record as _record
+from optax_clip._algebra.record import SkipRecord
 from optax_clip._report import metrics as _metrics
 from optax_clip._trees import leaves as _leaves
 from optax_clip._trees import paths as _paths
@@ -47,6 +48,11 @@ class LayerReport:
     nonfinite: the first layer with a NaN or an inf, in the last step that had one;
       `None` if there was no such step.
     nonfinite_step: which step that was, counted from 1; 0 if there was none.
+    spike: the layer that grew most in the last step that the guard skipped as a spike;
+      `None` if there was none.
+    spike_step: which step that was; 0 if there was none.
+    spike_growth: by what factor the layer's norm exceeded that of the step before.
+    skips: what the guard of these layers recorded; `None` of a clip.
     exploding: layers whose size was more than `factor` times the median size of the
       others in the last step, or not finite; the largest first.
     vanishing: layers whose size was less than the median over `factor`, or 0; the
@@ -57,6 +63,10 @@ class LayerReport:
   steps: int
   nonfinite: str | None
   nonfinite_step: int
+  spike: str | None
+  spike_step: int
+  spike_growth: float
+  skips: SkipRecord | None
   exploding: list[str]
   vanishing: list[str]
 
@@ -91,8 +101,25 @@ class LayerReport:
         f"{x.clipped:10.1%}{mark}"
       )
     if self.nonfinite is not None:
-      lines.append(f"not finite in step {self.nonfinite_step}: first {self.nonfinite}")
+      lines.append(
+        f"step {self.nonfinite_step} was not finite: first {self.nonfinite}"
+        f"{self._outcome(self.nonfinite_step, 'last_nonfinite', 'nonfinite_loss')}"
+      )
+    if self.spike is not None:
+      lines.append(
+        f"step {self.spike_step} was a spike: {self.spike} grew"
+        f" x{self.spike_growth:.3g}"
+        f"{self._outcome(self.spike_step, 'last_spike', 'spike_loss')}"
+      )
     return "\n".join(lines)
+
+  def _outcome(self, step: int, counter: str, loss: str) -> str:
+    """Whether the guard skipped a step, and the loss of it."""
+    if self.skips is None:
+      return ""
+    if int(getattr(self.skips, counter)) != step:
+      return "; taken"
+    return f"; skipped, loss {float(getattr(self.skips, loss)):.4g}"
 
 
 def layer_metrics(
@@ -149,7 +176,7 @@ def layer_metrics(
     stem          0         1     0.139    100.0%  VANISHES
   """
   _validate.above(1, factor=factor)
-  record = _metrics.the_entry(
+  found, record = _metrics.the_entry(
     opt_state,
     _record.LayerRecord,
     name,
@@ -171,13 +198,18 @@ def layer_metrics(
   layers = {
     path: LayerMetrics(*map(float, row)) for path, row in zip(paths, rows, strict=True)
   }
-  wrong = int(values.nonfinite_layer)
+  wrong, spike = int(values.nonfinite_layer), int(values.spike_layer)
+  skips = [x for key, x in _metrics.entries(opt_state, (SkipRecord,)) if key == found]
   exploding, vanishing = _apart(layers, factor)
   return LayerReport(
     layers=layers,
     steps=int(values.steps),
     nonfinite=paths[wrong] if wrong >= 0 else None,
     nonfinite_step=int(values.nonfinite_step),
+    spike=paths[spike] if spike >= 0 else None,
+    spike_step=int(values.spike_step),
+    spike_growth=float(values.spike_growth),
+    skips=SkipRecord._make(map(_host, skips[0])) if len(skips) == 1 else None,
     exploding=exploding,
     # Before the first step all are 0, and leaves without elements always.
     vanishing=[path for path in vanishing if values.steps and path not in empty],

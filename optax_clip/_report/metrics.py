@@ -34,13 +34,19 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
     * ``<name>/coefficient``: f32, what the updates were multiplied with. Of
       several, the smallest.
     * ``<name>/clipped_fraction``: f32, the share of norms above their limit.
+    * ``<name>/norm_after``: f32, the norm after clipping. Of several, the largest.
+    * ``<name>/clip_rate``: f32, the share of clipped steps among the last 100 or so.
     * ``<name>/steps``, ``<name>/steps_clipped``, ``<name>/steps_nonfinite``:
       i32, counted since `init`.
+    * ``<name>/last_clipped``, ``<name>/last_nonfinite``: i32, the last such step,
+      counted from 1; 0 if there was none.
+    * ``<name>/clipped``, ``<name>/nonfinite``: i32, 1 if the last step was one.
 
     Of `skip_nonfinite`, `skip_spikes` and `dynamic_loss_scale`, under theirs, the
     fields of `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``,
-    ``consecutive``, ``steps``, ``steps_skipped``; of the last also ``scale`` and
-    ``finite_steps``. The records of what stands inside a guard are those of the
+    ``consecutive``, ``steps``, ``steps_skipped``, ``skip_rate``, and of the last
+    non-finite step and the last spike when it was and what its loss was;
+    `dynamic_loss_scale` adds ``scale`` and ``finite_steps``. The records of what stands inside a guard are those of the
     last step taken.
 
     A second transformation of the same name is ``<name>_1``, and so on, in the
@@ -128,8 +134,8 @@ def the_entry(
   words: tuple[str, str],
   ask: str,
   suffix: str = "",
-) -> Any:
-  """The only entry of a kind in a state, or the only one of a name.
+) -> tuple[str, Any]:
+  """The only entry of a kind in a state, or the only one of a name, and its name.
 
   Args:
     opt_state: as for `metrics`.
@@ -145,7 +151,7 @@ def the_entry(
       f"opt_state holds no {words[0]}. {ask}, and pass the state that the last update"
       " returned."
     )
-  fitting = [entry for key, entry in found if name in (None, key)]
+  fitting = [(key, entry) for key, entry in found if name in (None, key)]
   if len(fitting) != 1:
     names = ", ".join(repr(key) for key, _ in found)
     raise ValueError(

@@ -209,7 +209,7 @@ def norm_history(opt_state: OptState, name: str | None = None) -> np.ndarray:
     >>> print(optax_clip.norm_history(state))
     [nan  5.]
   """
-  history = _metrics.the_entry(
+  _, history = _metrics.the_entry(
     opt_state,
     NormHistory,
     name,

@@ -58,7 +58,9 @@ def same(a, b):
 
 # What records show of the last step, taken or not.
 SHOWN = {
-  optax_clip.states.Record: ("norm", "limit", "coefficient", "clipped_fraction"),
+  optax_clip.states.Record: (
+    *("norm", "limit", "coefficient", "clipped_fraction", "norm_after"),
+  ),
   optax_clip.states.SkipRecord: ("norm", "limit"),
 }
 

@@ -17,9 +17,15 @@ FIELDS = {
   "limit",
   "coefficient",
   "clipped_fraction",
+  "norm_after",
+  "clip_rate",
   "steps",
   "steps_clipped",
   "steps_nonfinite",
+  "last_clipped",
+  "last_nonfinite",
+  "clipped",
+  "nonfinite",
 }
 NAME = "clip_by_global_norm"
 GRADS = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
@@ -58,9 +64,15 @@ ONCE_CLIPPED = {
   "limit": 1.0,
   "coefficient": np.float32(0.2).item(),
   "clipped_fraction": 1.0,
+  "norm_after": 1.0,
+  "clip_rate": 1.0,
   "steps": 1,
   "steps_clipped": 1,
   "steps_nonfinite": 0,
+  "last_clipped": 1,
+  "last_nonfinite": 0,
+  "clipped": 1,
+  "nonfinite": 0,
 }
 
 
@@ -130,7 +142,8 @@ def test_values_are_scalar_arrays_of_a_fixed_dtype(wrapper):
   for key, value in metrics(WRAPPERS[wrapper]().init(PARAMS)).items():
     assert isinstance(value, jax.Array), key
     assert value.shape == (), key
-    counts = key.rsplit("/", 1)[1].startswith("steps")
+    field = key.rsplit("/", 1)[1]
+    counts = field in ("clipped", "nonfinite") or field.startswith(("steps", "last"))
     assert value.dtype == (jnp.int32 if counts else jnp.float32), key
 
 
