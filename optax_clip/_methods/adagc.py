@@ -164,16 +164,17 @@ def adagc(
     An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
-    ValueError: if a number is outside its range.
+    ValueError: if `ratio`, `warmup` or `warmup_norm` is not positive, or `decay` is
+      not in [0, 1).
 
-  ======================  =================================================
-  input                   result
-  ======================  =================================================
-  a leaf of zeros         unchanged, not learned, not counted in its warm-up
-  a NaN or inf element    as `nonfinite` says; no leaf remembers the step
-  equal norms             unchanged, bit for bit, after the warm-up
-  one norm of 1e30        clipped; in the warm-up it moves no other bound
-  ======================  =================================================
+  ====================  ==================================================
+  input                 result
+  ====================  ==================================================
+  a leaf of zeros       unchanged, not learned, not counted in its warm-up
+  a NaN or inf element  as `nonfinite` says; no leaf remembers the step
+  equal norms           unchanged, bit for bit, after the warm-up
+  one norm of 1e30      clipped; in the warm-up it moves no other bound
+  ====================  ==================================================
 
   Example:
     >>> import jax.numpy as jnp, optax_clip

@@ -65,8 +65,9 @@ def adaptive_grad_clip(
       expressions, or a function from path and leaf, to axes or `None`.
     ord: the order of both norms, as in `measures.global_norm`.
     strict: as in `actions.rescale`, up to the rounding of the parameters' norm.
-    nonfinite, record, name: as in `clip_with`. The recorded norm is the largest
-      ratio between a unit's update and its weights.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest ratio of a unit's update to its
+      weights.
     axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:

@@ -56,18 +56,17 @@ def clippy(
   Place it after the optimizer and its learning rate, as it compares steps with
   weights. A single weight at 0 limits its whole leaf to steps of `absolute`: if that
   is tiny, leaves that start at zero stay there. Mask them, or raise it. Its `update`
-  needs `params`.
+  needs `params`. All numbers may be traced.
 
   Args:
-    relative: r >= 0, the share of a weight. May be traced.
-    absolute: a >= 0, in the units of the weights. May be traced.
+    relative: r >= 0, the share of a weight.
+    absolute: a >= 0, in the units of the weights.
     accumulator_relative: s >= 0; `None` leaves the term out. With a number `update`
-      needs ``accumulator=v``, a tree like the updates: Adagrad's sum of squares. May
-      be traced.
-    strict: as in `actions.rescale`, for each element and up to the rounding of its
-      bound.
-    nonfinite, record, name: as in `clip_with`. The recorded norm is the largest
-      ratio between an element and its bound, and the limit 1.
+      needs ``accumulator=v``, a tree like the updates: Adagrad's sum of squares.
+    strict: as in `actions.rescale`, by elements, up to the rounding of their bounds.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest ratio of an element to its
+      bound, and the limit 1.
     axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:

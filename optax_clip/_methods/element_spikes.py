@@ -81,9 +81,9 @@ def clip_element_spikes(
       ``second_moment=v``, as in ``tx.update(grads, state, params,
       second_moment=optax.tree.get(adam_state, "nu"))``.
     warmup: how many steps pass at first, 0 or more; ignored if `decay` is `None`.
-    nonfinite, record, name: as in `clip_with`. The recorded norm is the largest
-      ratio between an element and its limit, the limit 1, and the fraction that of
-      leaves with a spike.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest ratio of an element to its
+      limit, the limit 1, and the fraction that of leaves with a spike.
     axis_name: the mesh axes of the record, as in `optax_clip.measures`.
 
   Returns:

@@ -38,8 +38,8 @@ def clip(
     max_delta: c >= 0, given like `max_norm` in `clip_by_global_norm`.
     nonfinite: as in `clip_with`. ``"propagate"`` makes c of inf, which hides it.
     strict: as in `actions.clamp`.
-    record: as in `clip_with`, with the largest modulus as norm. Off by default, as
-      elements are clipped without a norm, and measuring it costs a read.
+    record: as in `clip_with`; the norm is the largest modulus. Off by default, as
+      clipping elements needs no norm, and measuring it costs a read.
     name: as in `clip_with`.
 
   Returns:
@@ -104,8 +104,8 @@ def clip_by_global_norm(
       or a traced scalar (0 if negative). It never changes the dtype of a leaf and,
       if traced, never recompiles.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
-    nonfinite, record, name: as in `clip_with`. ``record="layers"`` takes a second
-      read of the updates for orders below 1.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`. For orders below 1, ``"layers"`` takes a second read.
     axis_name, specs: as in `optax_clip.measures`.
 
   Returns:

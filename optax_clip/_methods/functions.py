@@ -38,10 +38,9 @@ def global_norm(
   .. math::
       n = \Big(\sum_i |x_i|^p\Big)^{1/p}
 
-  It sums in float32 (float64 where a leaf is float64) whatever the dtypes, and is
-  right over the whole range of floats: it loses neither the squares of 3e38 nor those
-  of 1e-37. It reads the leaves once, and again only where the plain sum left the safe
-  range.
+  It sums in float32, or float64 if a leaf is, and is right over the whole range of
+  floats: it loses neither the squares of 3e38 nor those of 1e-37. It reads the leaves
+  once, and again only if the plain sum left the safe range.
 
   Args:
     tree: any tree of floating or complex arrays.

@@ -41,8 +41,7 @@ def clip_by_layer_norm(
   .. math::
       u_l \leftarrow u_l \cdot \min\left(1, \frac{c}{\|u_l\|_p + \epsilon}\right)
 
-  Keras calls this `clipnorm`. One exploding layer does not shrink the updates of the
-  others.
+  Keras calls this `clipnorm`. A layer that explodes does not shrink other updates.
 
   Args:
     max_norm: c >= 0, as in `clip_by_global_norm`.
@@ -95,8 +94,8 @@ def clip_by_group_norm(
       u_g \leftarrow u_g \cdot \min\left(1, \frac{c_g}{\|u_g\|_p + \epsilon}\right)
 
   Args:
-    labels: the label of each leaf: a tree, a prefix of one, or a function from the
-      updates to either, as in `optax.multi_transform`; `labels_by_path` makes one
+    labels: a tree with a label for each leaf, a prefix of one, or a function from the
+      updates to either, as in `optax.multi_transform`, which `labels_by_path` makes
       from regular expressions.
     max_norms: the limit of each label: a non-negative float, a schedule of the step,
       or a traced scalar. With `float('inf')` a group is measured, never clipped.

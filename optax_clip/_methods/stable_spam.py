@@ -54,13 +54,11 @@ def mean_over_rms(
   r"""Divides a running mean of norms by a running root mean square (AdaGN).
 
   .. math::
-      a \leftarrow \gamma_1 a + (1 - \gamma_1) n, \quad
-      b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
       L = \hat a / (\sqrt{\hat b} + \epsilon)
 
-  This limit is around 1 whatever the units of the norms. It is for
-  `optax_clip.actions.normalize`, after which updates have no units. All numbers may be
-  traced.
+  with a and b as in `optax_clip.adagn`. This is around 1 whatever the units of the
+  norms: a limit for `optax_clip.actions.normalize`, after which updates have no units.
+  All numbers may be traced.
 
   Args:
     decay_mean: gamma_1, from 0 to below 1.
@@ -113,7 +111,8 @@ def adaclip(
 
   Args:
     decay: gamma, from 0 to below 1. May be traced.
-    nonfinite, record, name: as in `clip_with`, with the largest modulus as norm.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest modulus.
     axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
@@ -239,8 +238,7 @@ def stable_spam(
   Args:
     decay_max: the decay of `adaclip`, from 0 to below 1. May be traced.
     decay_mean, decay_square, eps: as in `thresholds.mean_over_rms`. May be traced.
-    nonfinite: as in `clip_with`.
-    record: as in `clip_with`, of both.
+    nonfinite, record: as in `clip_with`, for both.
     name: the prefix of the metrics' keys, ``<name>_adaclip`` and ``<name>_adagn``.
     axis_name, specs, stacked: as in `optax_clip.measures`.
 
@@ -334,7 +332,7 @@ def _clipped_norms(
 
   def moment(leaf: Array, column: list[Array]) -> Array:
     limit, factor, shift, unit, zero, one = column
-    # XLA would write the modulus down, as the measure takes it too.
+    # x keeps its sign: XLA would write a modulus down, as the measure takes it too.
     x = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
     x = x.astype(limit.dtype)
     beyond = jnp.maximum(x - limit, zero) + jnp.maximum(-x - limit, zero)

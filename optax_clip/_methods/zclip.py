@@ -161,7 +161,7 @@ def zclip(
   Args:
     z_threshold: z >= 0, in standard deviations.
     decay: alpha, from 0 to below 1.
-    warmup: how many steps to learn from first, at least 1. Only `max_norm` clips them.
+    warmup: how many steps to learn from first, above 0. Only `max_norm` clips them.
     max_norm: c >= 0, in the units of the updates: a float, a schedule or a traced
       scalar; the paper has 1. Not remembered. With `None` nothing bounds the warm-up.
     mode: T of a spike: "adaptive_scaling", as above; "mean", mu; "percentile",
@@ -170,8 +170,8 @@ def zclip(
     skip_update_on_spike: whether to remember nothing of a spike.
     eps: epsilon >= 0, in the units of the updates. The paper has 1e-6.
     ord, strict: as in `measures.global_norm` and `actions.rescale`.
-    nonfinite, record, name: as in `clip_with`. Without a spike the recorded limit is
-      the norm from which there would be one.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; without a spike the limit is the norm that would be one.
     axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
