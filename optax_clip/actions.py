@@ -48,11 +48,12 @@ def rescale(*, eps: Scalar = 0.0, strict: bool = False) -> Action:
       u \leftarrow u \cdot \min\left(1, \frac{L}{n + \epsilon}\right)
 
   Args:
-    eps: added to the norm; 1e-6 is what PyTorch does. In the norm's units.
-    strict: whether the norm of what is returned must not exceed the limit in
-      exact arithmetic. It then undershoots the limit by 2e-6 of it, leaves are
-      rounded towards zero, and norms within that margin below the limit are
-      scaled too.
+    eps: added to the norm in the denominator, in the norm's units; PyTorch adds 1e-6.
+    strict: whether no norm of the result may exceed its limit in exact arithmetic.
+      It then lies below the limit: by 2e-6 of it in float32, and, as elements are
+      rounded toward zero, typically by 5e-4 in float16 and 3e-3 in bfloat16, at worst
+      twice that. Norms from 2e-6 below the limit on are scaled too, and subnormal
+      elements become zero, except in float16.
   """
   _validate.nonnegative(eps=eps)
 

@@ -73,7 +73,13 @@ __all__ = [
 def global_norm(
   *, ord: float | None = None, axis_name: AxisName = "auto", specs: Specs = None
 ) -> Measure:
-  """The norm of all leaves together: one number, of shape ``[]``."""
+  """The norm of all leaves together: one number, of shape ``[]``.
+
+  Args:
+    ord: p, the order of the norm: 2 by default; 1, `float('inf')` (the largest
+      modulus) or any p in (0, 64].
+    axis_name, specs: as in the module's docstring.
+  """
   p = _validate.order(ord)
 
   def layout(updates: Updates) -> Layout:

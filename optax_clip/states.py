@@ -1,7 +1,7 @@
-"""Types of states and results: what transformations keep and functions return.
+"""Names the types of states and results, for annotations and for reading.
 
-They are for annotations and for reading. `metrics`, `layer_metrics` and
-`norm_history` read states wherever they stand.
+Transformations keep states, and functions return results. `metrics`,
+`layer_metrics` and `norm_history` find states inside others, as of a chain.
 """
 
 from optax_clip._algebra.clip_with import ClipState

@@ -1,9 +1,11 @@
-"""Thresholds: how large updates may be.
+"""Sets how large updates may be: thresholds for `optax_clip.clip_with`.
 
-Each function returns a `Threshold` for `optax_clip.clip_with`: a pair of pure
-functions, shaped like a gradient transformation but acting on norms. Those that
-learn work with any measure: each of its norms has a memory of its own. A step
-whose norms are not finite is never remembered, nor is a norm of 0.
+Each function returns a `Threshold`: a pair of pure functions, shaped like a gradient
+transformation but acting on norms. Those that learn work with any measure, and
+remember each of its norms apart: their state, ``threshold`` in `ClipState`, is a
+NamedTuple of arrays over the norms, float32 whatever the dtype of the updates. They
+remember no norm of 0, and nothing of a step in which a norm is not finite. ``update``
+raises a `ValueError` if the state is of another number of norms, as of another model.
 """
 
 from optax_clip._methods.adagc import clipped_mean

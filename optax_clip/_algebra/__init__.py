@@ -1,1 +1,1 @@
-"""How measure, threshold and action join, and what is noted of it."""
+"""Joins measure, threshold and action, and notes what they did."""

@@ -101,13 +101,14 @@ def clip_with(
     measure: how large the updates are, from `optax_clip.measures`.
     threshold: how large they may be, from `optax_clip.thresholds`.
     action: what to do with what is larger, from `optax_clip.actions`.
-    nonfinite: what to do when a norm is NaN or inf. ``"propagate"``: what the
-      arithmetic gives, so that the problem is seen. ``"zero"``: the whole
-      update becomes zero. (A norm of finite values is never inf here, even
-      where its value is too large for a float.)
-    record: whether the state keeps the last norm, limit and coefficient, and
-      counters, for `optax_clip.metrics`. ``"layers"``: and those of each layer,
-      for `optax_clip.layer_metrics`, from the same read.
+    nonfinite: what to do if a norm is NaN or inf, as it is if an element is.
+      ``"propagate"`` keeps what the arithmetic gives, so that the problem is seen.
+      ``"zero"`` turns the whole update into zeros. (A norm of finite elements is never
+      inf here, even where its value is too large for a float.)
+    record: whether the state keeps what `metrics` reads: the last norm, limit and
+      coefficient, and counters. ``"layers"`` also keeps those of each layer for
+      `layer_metrics`, from the same read. With `False` a clip by fixed thresholds has
+      the state of optax's, and restores its checkpoints.
     name: the prefix of the metrics' keys.
 
   Returns:

@@ -1,1 +1,1 @@
-"""Whether a step is taken at all."""
+"""Decides whether to take a step at all."""

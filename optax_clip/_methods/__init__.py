@@ -1,1 +1,1 @@
-"""The named transformations: one file for each paper."""
+"""Defines the named transformations: one file for each paper."""

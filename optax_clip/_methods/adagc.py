@@ -1,4 +1,4 @@
-"""AdaGC: each layer by the running mean of its clipped norms."""
+"""Clips each layer by the running mean of its clipped norms (AdaGC)."""
 
 from typing import NamedTuple
 
@@ -28,11 +28,11 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class BoundMemory(NamedTuple):
-  """What `clipped_mean` remembers.
+  """Holds what `clipped_mean` remembers.
 
   Attributes:
-    gamma: f32[norms], the running mean of clipped norms; during warm-up their
-      least.
+    gamma: f32[norms], the running mean of clipped norms; in the warm-up the least
+      one.
     calmest: f32[norms], the least global norm of the warm-up.
   """
 
@@ -47,25 +47,17 @@ def clipped_mean(
   warmup_norm: Scalar | None = None,
   ord: float | None = None,
 ) -> Threshold:
-  r"""A little above the running mean of each entry's clipped norms (AdaGC).
+  r"""Limits each norm to a little above its own clipped average (AdaGC).
 
   .. math::
       L_i = \lambda_{rel} \gamma_i, \quad
       \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) \min(n_i, L_i)
 
-  after `warmup` norms, during which :math:`\gamma_i` is the least of the norms of its
-  entry; with a `warmup_norm` all entries together are clipped to that until then.
-
   Args:
-    ratio: lambda_rel > 1; at 1 or below limits can only fall.
-    decay: beta, from 0 to below 1.
-    warmup: how many norms at first are learned from in this way; at least 1. The paper
-      counts steps from 1, its T_start is ``warmup + 1``.
-    warmup_norm: lambda_abs > 0, in the units of the norms; the paper has 1. `None`:
-      nothing is clipped in the warm-up.
-    ord: the order of the measure's norms, to take the global norm of them.
-
-  All numbers but `ord` may be traced.
+    ratio, decay, warmup, warmup_norm: as in `optax_clip.adagc`, for each norm of the
+      measure instead of each leaf. `warmup` counts the norms that an entry learns.
+    ord: the order of the measure's norms; the warm-up makes the global norm of them.
+      It cannot be traced.
   """
   _validate.positive(ratio=ratio, warmup=warmup)
   if warmup_norm is not None:
@@ -85,16 +77,16 @@ def clipped_mean(
     gamma, calmest = memory
     warm = count.astype(jnp.float32) < jnp.maximum(warmup, 1)
     total = jnp.minimum(_total(n, p), _memory.LARGEST)
-    # n first: most / total may be too small for a float.
+    # n is divided first, as most / total may be too small for a float.
     total = jnp.where(total > 0, total, 1)
-    # In a unit that cancels: the derivative of n / total may not be a float.
+    # The unit cancels. Without it the derivative of n / total may be no float.
     unit = jax.lax.stop_gradient(total)
     share = jnp.where(n > 0, (n / unit) / (total / unit), 1)
     early = _INF if most is None else share * most
     limits = jnp.where(warm, early, ratio * gamma)
     clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
 
-    # A spike in the warm-up would leave all other entries a bound near 0.
+    # A spike teaches nothing: it would leave all other entries a bound near 0.
     spike = total > _memory.LEAP * calmest
     after_spikes = calmest > _memory.LEAP * total
     least = jnp.where(
@@ -111,16 +103,16 @@ def clipped_mean(
 
 
 def _total(norms: Array, ord: float) -> Array:
-  """The norm of all entries together, from their norms."""
+  """Combines all norms into the global one."""
   if not norms.size:
     return jnp.zeros((), norms.dtype)
   if ord == _INF:
     return jnp.max(norms)
-  # The unit cancels, and its derivative is left out.
+  # The unit cancels, so that its derivative is left out.
   largest = jax.lax.stop_gradient(jnp.max(norms))
   unit = jnp.where(largest > 0, largest, 1)
   share = norms / unit
-  # The largest share is 1, which keeps the root's derivative finite.
+  # The largest share is 1: the root has a finite derivative.
   present = share > 0
   moment = jnp.sum(jnp.where(present, jnp.where(present, share, 1) ** ord, 0))
   root = jnp.where(largest > 0, moment, 1) ** (1 / ord)
@@ -151,73 +143,53 @@ def adagc(
       h_i = \min\left(1, \lambda_{rel} \frac{\gamma_i}{n_i}\right), \quad
       \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) h_i n_i
 
-  In the first `warmup` steps :math:`\gamma_i` is the least of the norms of its leaf.
-  With a `warmup_norm` all leaves are clipped together in them, :math:`h = \min(1,
-  \lambda_{abs} / n)` with n the global norm; else nothing is. After them limits
-  rise by at most ``(1 - decay) * (ratio - 1)`` of themselves per step, 0.1% with
-  the defaults: a rise of 30 times takes 3400 steps.
+  In the first `warmup` steps :math:`\gamma_i` is the least clipped norm of its leaf,
+  and `warmup_norm` clips all leaves together: :math:`h = \min(1, \lambda_{abs} / n)`
+  with n the global norm. Later a limit rises by at most ``(1 - decay) * (ratio - 1)``
+  of itself per step, 0.1% with the defaults: a rise of 30 times takes 3400 steps. All
+  numbers but `ord` may be traced.
 
   Args:
-    ratio: lambda_rel > 1, the limit over the average; at 1 or below limits can
-      only fall.
+    ratio: lambda_rel > 1, the limit over the average. At 1 or below limits only fall.
     decay: beta, from 0 to below 1.
-    warmup: how many steps are learned from first, at least 1. (The paper counts
-      steps from 1: its T_start is ``warmup + 1``.)
-    warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. `None`:
-      nothing is clipped in the warm-up.
-    ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf; ``"propagate"`` lets NaN through, so that it is seen.
-    strict: whether no norm of the result may exceed its limit in exact
-      arithmetic, as in `clip_by_global_norm`.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
-
-  All numbers may be traced.
+    warmup: how many steps to learn from first, at least 1. The paper counts steps
+      from 1: its T_start is ``warmup + 1``.
+    warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. `None`
+      clips nothing in the warm-up.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
-    `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
-    dtype of the updates.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
-    ValueError: if `ratio`, `warmup` or `warmup_norm` is not positive or `decay`
-      is not in [0, 1); in `update`, if the state is of a tree with another number
-      of leaves.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if `ratio`, `warmup` or `warmup_norm` is not positive, or `decay` is
+      not in [0, 1).
 
-  ======================  =================================================
-  input                   result
-  ======================  =================================================
-  a leaf of zeros         unchanged, not remembered; its warm-up is counted
-                          in steps where it is not zero
-  a NaN or inf element    as `nonfinite` says; no leaf remembers the step
-  equal norms             unchanged, bit for bit, after the warm-up
-  one norm of 1e30        clipped; in warm-up it leaves the bounds of the
-                          other leaves as they were
-  ======================  =================================================
+  ====================  ==================================================
+  input                 result
+  ====================  ==================================================
+  a leaf of zeros       unchanged, not learned, not counted in its warm-up
+  a NaN or inf element  as `nonfinite` says; no leaf remembers the step
+  equal norms           unchanged, bit for bit, after the warm-up
+  one norm of 1e30      clipped; in the warm-up it moves no other bound
+  ====================  ==================================================
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
     >>> tx = optax_clip.adagc(2.0, warmup=1, warmup_norm=5.0)
     >>> state = tx.init({"w": jnp.zeros(2)})
     >>> for scale in (1.0, 100.0):
-    ...   g = {"w": scale * jnp.array([3.0, 4.0])}
-    ...   updates, state = tx.update(g, state)
+    ...   updates, state = tx.update({"w": scale * jnp.array([3.0, 4.0])}, state)
     >>> print(updates["w"])
     [6. 8.]
 
-  Differences: in the paper a leaf whose gradient is zero once in the warm-up is
-  frozen for ever (an expert that no token reached, the second factor of LoRA); we
-  leave zeros out. We also leave out steps of the warm-up whose global norm is a
-  million times the least one, which would have the same effect on all other
-  leaves. Averages are float32; in bfloat16 they would not move.
+  Differences: in the paper a leaf freezes for ever if its gradient is zero once in
+  the warm-up (an expert that no token reached, a LoRA factor whose partner is zero);
+  we leave zeros out. We also leave out warm-up steps whose global norm is a million
+  times the least: they would freeze all other leaves. Averages are float32; in
+  bfloat16 they would not move.
 
   References:
     Wang et al., AdaGC: Improving Training Stability for Large Language Model

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping: units in proportion to their weights."""
+"""Clips units in proportion to their weights (adaptive gradient clipping, AGC)."""
 
 from typing import Any
 
@@ -42,49 +42,40 @@ def adaptive_grad_clip(
   record: Recording = True,
   name: str = "adaptive_grad_clip",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adaptive gradient clipping (AGC): each unit in proportion to its weights.
+  r"""Clips each unit in proportion to its weights (adaptive gradient clipping, AGC).
 
-  `eps`, 1e-3 by default as in optax, is an absolute constant in the units of weights.
+  `eps`, 1e-3 as in optax, is an absolute constant in the units of the weights.
 
   .. math::
       u_i \leftarrow u_i \cdot \min\left(1,
       \lambda \frac{\max(\|p_i\|, \epsilon)}{\|u_i\|}\right)
 
-  for each unit i: the whole leaf for scalars, biases and gains; axis 0 for
-  matrices and rank 3; all but the last axis for convolution kernels. Drop-in
-  for `optax.adaptive_grad_clip`. Needs `params` in `update`. NFNets leave their
+  for each unit i: the whole leaf for scalars, biases and gains; axis 0 for matrices
+  and rank 3; all but the last axis for convolution kernels (rank 4 and 5). Drop-in
+  for `optax.adaptive_grad_clip`. Its `update` needs `params`. NFNets leave their
   final linear layer out (`optax.masked`).
 
   Args:
-    clipping: lambda >= 0, dimensionless; 0.01 for NFNets at batch size 4096.
-      A float, a schedule of the step, or a traced scalar.
-    eps: the least norm that a unit's weights count with, so that units that
-      start at zero can move. With 0 they stay there.
-    axis: the axes that belong to one unit, for every leaf; by rank if `None`. Or
-      by path: ``{"embedding": 1, "attention/out": (0, 1)}``, a mapping from regular
+    clipping: lambda >= 0, dimensionless: a float, a schedule of the step, or a traced
+      scalar. NFNets use 0.01 at batch size 4096.
+    eps: the least norm that a unit's weights count with, so that units that start
+      at zero can move. With 0 they stay there.
+    axis: the axes that form one unit, for every leaf; by rank if `None`. Or by path:
+      ``{"embedding": 1, "attention/out": (0, 1)}``, a mapping from regular
       expressions, or a function from path and leaf, to axes or `None`.
-    ord: the order of both norms, 2 by default.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf.
-    strict: whether no norm may exceed its limit in exact arithmetic, up to the
-      rounding of the parameters' norm.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does. The recorded norm is the largest ratio of a unit's update
-      to its weights.
-    name: the prefix of the metrics' keys.
+    ord: the order of both norms, as in `measures.global_norm`.
+    strict: as in `actions.rescale`, up to the rounding of the parameters' norm.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest ratio of a unit's update to its
+      weights.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: if `clipping` or `eps` is negative or NaN; in
-      `update`, if `params` is missing or of another structure, or a leaf has a
-      rank above 5 and `axis` is `None`.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if `clipping` or `eps` is negative or NaN; in `update`, if `params`
+      is missing or of another structure, or a leaf has a rank above 5 without `axis`.
 
   ==================  =====================================================
   input               result
@@ -126,17 +117,15 @@ def adaptive_grad_clip(
 
 
 def unitwise_norm(x: Array, axis: Any = None) -> Array:
-  """The 2-norm of each unit of an array, at each of the unit's elements.
+  """Measures the 2-norm of each unit, and repeats it at each of the unit's elements.
 
   Args:
     x: a floating or complex array.
-    axis: the axes that belong to one unit. `None` goes by rank: the whole
-      array for scalars and vectors, axis 0 for rank 2 and 3, all but the last
-      axis for rank 4 and 5.
+    axis: the axes that form one unit; by rank if `None`, as in `adaptive_grad_clip`.
 
   Returns:
-    An array of the shape of `x`, f32 (f64 for float64): the norm of a float16
-    unit need not be a float16.
+    An array of the shape of `x`, f32 (f64 for float64), since the norm of a
+    float16 unit may be no float16.
 
   Raises:
     ValueError: if `axis` is out of range, or `None` with a rank above 5.
@@ -150,7 +139,7 @@ def unitwise_norm(x: Array, axis: Any = None) -> Array:
   (x,) = _leaves.floating_leaves(x)
   (norm,) = _norm.over_dims([x], [_units.unit_axes(x.shape, axis)])
   value = _extended.as_float(norm)
-  # Not `broadcast_to`, which an explicitly sharded `x` does not allow.
+  # An explicitly sharded `x` does not allow `broadcast_to`.
   return value + jnp.zeros_like(x, value.dtype)
 
 

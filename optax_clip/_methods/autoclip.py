@@ -1,4 +1,4 @@
-"""AutoClip: a percentile of the last norms, of all updates or of each layer."""
+"""Clips to a percentile of the last norms, of all leaves (AutoClip) or of each."""
 
 import optax
 
@@ -30,40 +30,28 @@ def autoclip(
   record: Recording = True,
   name: str = "autoclip",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Clips to a percentile of the global norms seen so far (AutoClip).
+  r"""Clips to a percentile of the last global norms (AutoClip).
 
   .. math::
       u \leftarrow u \cdot \min\left(1, \frac{L}{n}\right), \quad
       L = \text{percentile}_q(n_{t-W+1}, \dots, n_t)
 
-  With the default most steps are clipped: the limit says how long a step is, not
-  what is an outlier.
+  The default clips most steps: it sets how long a step is, and singles out no outliers.
 
   Args:
     percentile: q, from 0 to 100; interpolated linearly. May be traced.
-    window: W, how many norms are remembered, this one included. Static: with
+    window: W, how many norms to remember, this one included. Static: with
       `optax.inject_hyperparams` pass ``static_args=("window",)``.
-    ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf; ``"propagate"`` lets NaN through, so that it is seen.
-    strict: whether no norm of the result may exceed its limit in exact
-      arithmetic, as in `clip_by_global_norm`.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
-    `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
-    dtype of the updates.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
     ValueError: if `percentile` is not in [0, 100] or `window` is below 1.
-    TypeError: if `window` is not a Python integer; in `update`, if a leaf is an
-      integer or a boolean.
+    TypeError: if `window` is not a Python integer.
 
   ======================  =================================================
   input                   result
@@ -80,14 +68,13 @@ def autoclip(
     >>> tx = optax_clip.autoclip(50.0)
     >>> state = tx.init({"w": jnp.zeros(2)})
     >>> for scale in (1.0, 1.0, 100.0):
-    ...   g = {"w": scale * jnp.array([3.0, 4.0])}
-    ...   updates, state = tx.update(g, state)
+    ...   updates, state = tx.update({"w": scale * jnp.array([3.0, 4.0])}, state)
     >>> print(updates["w"])
     [3. 4.]
 
-  Differences: the official code keeps all norms, we keep the last `window`, which
-  is the same until then and follows a shift after it. It remembers NaN (every
-  later limit is NaN) and zeros; we do not.
+  Differences: the official code keeps all norms, we the last `window`. The two agree
+  until then; later ours follows a shift. The official code also remembers zeros, and
+  NaN, after which every limit is NaN.
 
   References:
     Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
@@ -125,39 +112,19 @@ def clip_by_layer_percentile(
       u_l \leftarrow u_l \cdot \min\left(1, \frac{L_l}{n_l}\right), \quad
       L_l = \text{percentile}_q(n_{l,t-W+1}, \dots, n_{l,t})
 
-  `autoclip` for each leaf. It is what bitsandbytes called percentile clipping.
+  This is `autoclip` for each leaf, and what bitsandbytes called percentile clipping.
 
   Args:
-    percentile: q, from 0 to 100; interpolated linearly. May be traced.
-    window: W, how many norms of each leaf are remembered, this one included.
-      Static: with `optax.inject_hyperparams` pass ``static_args=("window",)``.
-    ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf; ``"propagate"`` lets NaN through, so that it is seen.
-    strict: whether no norm of the result may exceed its limit in exact
-      arithmetic, as in `clip_by_global_norm`.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
+    percentile, window: as in `autoclip`, of the norms of each leaf.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
-    `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
-    dtype of the updates.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
-  Raises:
-    ValueError: if `percentile` is not in [0, 100] or `window` is below 1; in
-      `update`, if the state is of a tree with another number of leaves.
-    TypeError: if `window` is not a Python integer; in `update`, if a leaf is an
-      integer or a boolean.
-
-  The edge cases are those of `autoclip`, leaf by leaf; a NaN in one leaf makes
-  the step forgotten for all.
+  Errors and edge cases are those of `autoclip`, leaf by leaf. After a NaN in one leaf
+  no leaf remembers the step.
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -169,8 +136,8 @@ def clip_by_layer_percentile(
     >>> print(updates["a"], updates["b"])
     [3. 4.] [3. 4.]
 
-  Differences: bitsandbytes kept squared norms, took the nearest entry of the
-  window without interpolation, and counted the unfilled entries as 0.
+  Differences: bitsandbytes kept squared norms, took the nearest entry of the window
+  without interpolation, and counted the unfilled entries as 0.
 
   References:
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022,

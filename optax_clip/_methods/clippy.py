@@ -1,4 +1,4 @@
-"""Clippy: the size of an update in proportion to its weight."""
+"""Clips each leaf by the ratio between its updates and its weights (Clippy)."""
 
 import math
 from typing import Any
@@ -47,43 +47,34 @@ def clippy(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each leaf so that no weight changes by more than a share of itself.
 
-  `absolute`, 1e-7 by default as in the authors' code, is in the units of weights.
+  `absolute`, 1e-7 as in the authors' code, is in the units of the weights.
 
   .. math::
       u_l \leftarrow u_l \cdot \min\left(1, \min_{i \in l}
       \frac{r |p_i| + s / \sqrt{v_i} + a}{|u_i|}\right)
 
-  To be placed after the optimizer and its learning rate, as it compares steps
-  with weights. One weight at 0 limits its whole leaf to steps of `absolute`: with
-  a tiny one, leaves that start at zero stay there. Mask them, or raise it. Needs
-  `params` in `update`.
+  Place it after the optimizer and its learning rate, as it compares steps with
+  weights. A single weight at 0 limits its whole leaf to steps of `absolute`: if that
+  is tiny, leaves that start at zero stay there. Mask them, or raise it. Its `update`
+  needs `params`. All numbers may be traced.
 
   Args:
-    relative: r >= 0, the share of a weight. May be traced.
-    absolute: a >= 0, in the units of the weights. May be traced.
-    accumulator_relative: s >= 0; by default the term is left out. With it,
-      `update` needs ``accumulator=v``, a tree like the updates: Adagrad's sum of
-      squares. May be traced.
-    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
-      inf.
-    strict: whether no element may exceed its bound in exact arithmetic, up to the
-      rounding of the bound.
-    axis_name: mesh axes to collect over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does. The recorded norm is the largest ratio of an element to
-      its bound, and the limit 1.
-    name: the prefix of the metrics' keys.
+    relative: r >= 0, the share of a weight.
+    absolute: a >= 0, in the units of the weights.
+    accumulator_relative: s >= 0; `None` leaves the term out. With a number `update`
+      needs ``accumulator=v``, a tree like the updates: Adagrad's sum of squares.
+    strict: as in `actions.rescale`, by elements, up to the rounding of their bounds.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest ratio of an element to its
+      bound, and the limit 1.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: if a number is negative or NaN; in `update`, if `params` is
-      missing or of another structure, or `accumulator` is needed and missing.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if a number is negative or NaN; in `update`, if `params` is missing
+      or of another structure, or `accumulator` is needed and missing.
 
   ==========================  =============================================
   input                       result
@@ -103,8 +94,8 @@ def clippy(
 
   References:
     Tang et al., Improving Training Stability for Multitask Ranking Models in
-    Recommender Systems, 2023, arXiv:2302.09178. Defaults are those of the
-    authors' code in TensorFlow Recommenders.
+    Recommender Systems, 2023, arXiv:2302.09178. The defaults are from the authors'
+    code in TensorFlow Recommenders.
   """
   _validate.nonnegative(relative=relative, absolute=absolute)
   if accumulator_relative is not None:
@@ -113,7 +104,7 @@ def clippy(
     _share_of_bound(
       _exact(relative),
       _exact(absolute),
-      # `None`, as `optax.inject_hyperparams` traces every number: also a 0.
+      # The default is `None`, as `optax.inject_hyperparams` would trace a 0.
       0.0 if accumulator_relative is None else _exact(accumulator_relative),
       axis_name,
       specs,
@@ -128,7 +119,7 @@ def clippy(
 
 
 def _exact(value: Any) -> Any:
-  """A hyperparameter in the dtype it has: float64 weights deserve float64 bounds."""
+  """Keeps a hyperparameter's dtype: float64 weights deserve float64 bounds."""
   known = _memory.number(value)
   return known if isinstance(known, float) else jnp.asarray(value)
 
@@ -136,7 +127,7 @@ def _exact(value: Any) -> Any:
 def _share_of_bound(
   r: Any, a: Any, s: Any, axis_name: AxisName, specs: Specs, stacked: _units.Stacked
 ) -> Measure:
-  """For each leaf the largest ratio of an element to what it may be."""
+  """Measures for each leaf the largest ratio between an element and its bound."""
   peak = measures.layer_norm(
     ord=math.inf, axis_name=axis_name, specs=specs, stacked=stacked
   )
@@ -177,7 +168,7 @@ def _share_of_bound(
     def chosen(near: Extended, far: Extended) -> Extended:
       dtype = near.value.dtype
       use = jnp.isfinite(near.value) & (near.value > 2 * _far(dtype))
-      # Of a bound of 0, whose ratio is no number.
+      # The bound is 0, and the ratio beyond all numbers.
       never = far.value >= float(jnp.finfo(dtype).max)
       unit = jnp.where(never, _extended.beyond(dtype), _far(dtype))
       return Extended(jnp.where(use, far.value, near.value), jnp.where(use, unit, 1))
@@ -188,8 +179,8 @@ def _share_of_bound(
 
 
 def _far(dtype: Any) -> float:
-  """The unit of ratios that are no floats, as that of 3e38 to 1e-7 is none.
+  """Returns a unit for ratios that no float can hold, such as 3e38 over 1e-7.
 
-  Elements of such a ratio are above 1, and still floats in this unit.
+  An element with such a ratio is above 1, and stays a normal float in this unit.
   """
   return float(2.0 ** (jnp.finfo(dtype).maxexp - 2))

@@ -1,4 +1,4 @@
-"""SPAM: single elements far above their second moment."""
+"""Clips single elements far above their second moment (SPAM)."""
 
 import math
 from typing import Any
@@ -34,13 +34,14 @@ Array = jax.Array
 
 
 class ElementSpikesState(NamedTuple):
-  """The state of `clip_element_spikes`.
+  """Holds the state of `clip_element_spikes`.
 
   Attributes:
     seen: i32[], the finite steps so far.
     rms: a tree of the updates' shapes, float32: the root of the running mean of
-      squares; stands still in a step that is not finite. `None` if it is given.
-    clip: `optax_clip.states.ClipState` or `optax.EmptyState`, the record.
+      squares, which a step that is not finite leaves as it is. `None` if `update`
+      is given the second moment.
+    clip: the record, in an `optax_clip.states.ClipState` or `optax.EmptyState`.
   """
 
   seen: Array
@@ -62,7 +63,7 @@ def clip_element_spikes(
   record: Recording = True,
   name: str = "clip_element_spikes",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Clips elements that are far beyond what they were before (SPAM).
+  r"""Clips elements that are far above their own past size (SPAM).
 
   .. math::
       g_i \leftarrow \text{sign}(g_i) \sqrt{\theta v_i}
@@ -70,45 +71,37 @@ def clip_element_spikes(
       v \leftarrow \beta v + (1 - \beta) g^2
 
   v is Adam's second moment before this step, without bias correction. By default
-  this transformation keeps its own (4 bytes for each parameter), which is Adam's
-  if it directly precedes `optax.adam` with ``b2=decay``. Elements whose v is 0
-  were never moved, and pass.
+  this transformation keeps a v of its own, 4 bytes for each parameter, which equals
+  Adam's if it directly precedes `optax.adam` with ``b2=decay``. An element whose v is
+  0 has never moved, and passes. `theta`, `decay` and `warmup` may be traced.
 
   Args:
     theta: positive; 5000 is a factor of 71 over the root mean square.
-    decay: beta, from 0 to below 1. `None`: keep no v, but take it in `update` as
+    decay: beta, from 0 to below 1. With `None` it keeps no v, and `update` takes
       ``second_moment=v``, as in ``tx.update(grads, state, params,
       second_moment=optax.tree.get(adam_state, "nu"))``.
-    warmup: how many steps pass at first; with ``decay=None`` it says nothing.
-    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
-      inf.
-    axis_name: mesh axes to collect the record over, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does. The recorded norm is the largest ratio of an element to
-      its limit, and the limit 1; the fraction is that of leaves with a spike.
-    name: the prefix of the metrics' keys.
-
-  `theta`, `decay` and `warmup` may be traced.
+    warmup: how many steps pass at first, 0 or more; ignored if `decay` is `None`.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest ratio of an element to its
+      limit, the limit 1, and the fraction that of leaves with a spike.
+    axis_name: the mesh axes of the record, as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`. Its state is an
-    `ElementSpikesState`.
+    An `optax.GradientTransformationExtraArgs` with an `ElementSpikesState`.
 
   Raises:
-    ValueError: if `theta` is not positive, `decay` not in [0, 1) or `warmup`
-      negative; in `update`, if `second_moment` is needed and missing.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if a number is outside its range; in `update`, if `second_moment`
+      is needed and missing.
 
-  ======================  =================================================
-  input                   result
-  ======================  =================================================
-  the first `warmup`      unchanged, remembered
-  all zero                unchanged; remembered, as Adam does
-  a NaN element           NaN; with ``"zero"`` all are zero; not remembered
-  an inf element          its limit, with its sign; with ``"zero"`` all are
-                          zero; not remembered
-  an element of 1e30      clipped to its limit; v stays finite
-  ======================  =================================================
+  ===================  =============================================================
+  input                result
+  ===================  =============================================================
+  the first `warmup`   unchanged, remembered
+  all zero             unchanged; remembered, as Adam does
+  a NaN element        NaN; with ``"zero"`` all are zero; not remembered
+  an inf element       its signed limit; with ``"zero"`` all are zero; not remembered
+  an element of 1e30   clipped to its limit; v stays finite
+  ===================  =============================================================
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -119,10 +112,9 @@ def clip_element_spikes(
     >>> print(updates["w"])
     [-2.   1.5]
 
-  Differences: the official code clips from step 20 after each reset of the
-  momentum on (``warmup=20``), and then zeroes elements whose v is 0. SPAM's
-  resets of the momentum are not part of this. We keep the root of v: the square of
-  1e20 is no float32.
+  Differences: the official code starts to clip 20 steps after each reset of the
+  momentum (``warmup=20``), and then zeroes elements whose v is 0. SPAM's resets are
+  not part of this. We keep the root of v, as the square of 1e20 is no float32.
 
   References:
     Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
@@ -137,7 +129,7 @@ def clip_element_spikes(
   root = jnp.sqrt(jnp.asarray(theta, jnp.float32))
   peak = measures.layer_norm(ord=math.inf, axis_name=axis_name)
 
-  # Writes norms down, and leaves the updates alone.
+  # This records norms, and leaves the updates alone.
   recorded = clip_with(
     peak,
     _limits.constant(1.0),
@@ -157,7 +149,7 @@ def clip_element_spikes(
     return ElementSpikesState(jnp.zeros((), jnp.int32), rms, clip)
 
   def clipped(g: Array, rms: Array, ready: Any) -> tuple[Array, Array, Array]:
-    """The clipped element, its size, and its share of the limit before."""
+    """Returns clipped elements, their sizes, and what share of a limit each one was."""
     size = jnp.abs(g).astype(_moments.accumulator(g.dtype))
     limit = root.astype(size.dtype) * rms.astype(size.dtype)
     known = (limit > 0) & ready
@@ -203,8 +195,8 @@ def clip_element_spikes(
       old = jax.tree.leaves(state.rms)
       if [x.shape for x in old] != [x.shape for x in leaves]:
         raise ValueError(
-          f"The state of clip_element_spikes is of {len(old)} leaves, the"
-          f" updates have {len(leaves)} or other shapes: it is of another model"
+          f"The state of clip_element_spikes has {len(old)} leaves, the updates"
+          f" have {len(leaves)}, or some of other shapes: it is of another model"
           " (a checkpoint of it, perhaps). Make a new state with tx.init."
         )
       ready = state.seen.astype(jnp.float32) >= warmup

@@ -1,4 +1,4 @@
-"""Limits that are given: elements, and the norm of all updates."""
+"""Clips by fixed thresholds: each element, or the norm of all updates."""
 
 import math
 
@@ -35,22 +35,18 @@ def clip(
   This changes the direction of the updates. Drop-in for `optax.clip`.
 
   Args:
-    max_delta: c >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar.
-    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN
-      or inf. With ``"propagate"`` NaN stays NaN, and inf becomes c, which hides
-      it.
-    strict: whether a bound that a leaf's dtype cannot hold is rounded down.
-    record: whether to keep `metrics`; the norm is then the largest modulus.
-      Off by default, unlike elsewhere: elements are clipped without a norm, so
-      that knowing it costs a read that clipping does not need.
-    name: the prefix of the metrics' keys.
+    max_delta: c >= 0, given like `max_norm` in `clip_by_global_norm`.
+    nonfinite: as in `clip_with`. ``"propagate"`` makes c of inf, which hides it.
+    strict: as in `actions.clamp`.
+    record: as in `clip_with`; the norm is the largest modulus. Off by default, as
+      clipping elements needs no norm, and measuring it costs a read.
+    name: as in `clip_with`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: if `max_delta` is negative or NaN, or `nonfinite` is unknown.
+    ValueError: if `max_delta` is negative or NaN.
     TypeError: in `update`, if a leaf is complex, an integer or a boolean.
 
   ==================  =====================================================
@@ -100,38 +96,24 @@ def clip_by_global_norm(
       u \leftarrow u \cdot \min\left(1, \frac{c}{n + \epsilon}\right), \quad
       n = \Big(\sum_i |u_i|^p\Big)^{1/p}
 
-  Drop-in for `optax.clip_by_global_norm`. The norm is that of float64 to 1e-6
+  Drop-in for `optax.clip_by_global_norm`. Its norm agrees with float64 to 1e-6,
   whatever the dtype of the leaves, their number and their magnitude.
 
   Args:
-    max_norm: c >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar (0 if negative). It never changes the dtype of a
-      leaf and, if traced, never recompiles.
-    ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator. 1e-6 is what PyTorch does.
-    nonfinite: ``"zero"`` turns the whole step into zeros if the norm is NaN or
-      inf; ``"propagate"`` lets NaN through, so that it is seen.
-    strict: whether the norm of the result must never exceed c in exact
-      arithmetic. It then lies below c: by 2e-6 of it in float32, and, as elements
-      are rounded toward zero, typically by 5e-4 in float16 and 3e-3 in bfloat16,
-      at worst twice that. Subnormal elements of the leaf become zero, except in
-      float16.
-    axis_name: mesh axes to collect the norm over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does, of each leaf, from the same read (for orders below 1
-      from a second). With `False` the state
-      is that of optax, and so are checkpoints.
-    name: the prefix of the metrics' keys.
+    max_norm: c >= 0, in the units of the updates: a float, a schedule of the step,
+      or a traced scalar (0 if negative). It never changes the dtype of a leaf and,
+      if traced, never recompiles.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`. For orders below 1, ``"layers"`` takes a second read.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: if `max_norm` or `eps` is negative or NaN, or `ord` or
-      `nonfinite` is unknown.
-    TypeError: in `update`, if a leaf is an integer or a boolean; names its
-      path.
+    ValueError: if `max_norm` or `eps` is negative or NaN, or `ord` is unknown.
+    TypeError: in `update`, if a leaf is an integer or a boolean; names its path.
 
   ==========================  =============================================
   input                       result

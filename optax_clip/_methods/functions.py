@@ -1,4 +1,4 @@
-"""Norms and clipping as plain functions, for code without an optax chain."""
+"""Measures norms and clips by plain functions, for code without an optax chain."""
 
 from typing import Any
 
@@ -33,26 +33,24 @@ def global_norm(
   axis_name: AxisName = "auto",
   specs: Specs = None,
 ) -> Array:
-  r"""The norm of all elements of a tree.
+  r"""Measures the norm of all elements in a tree.
 
   .. math::
       n = \Big(\sum_i |x_i|^p\Big)^{1/p}
 
-  Accumulated in float32 (float64 where a leaf is float64) whatever the dtypes,
-  and right over the whole range of floats: neither the squares of 3e38 nor
-  those of 1e-37 are lost. One read of the leaves; a second one only when the
-  plain sum left the safe range.
+  It sums in float32, or float64 if a leaf is, and is right over the whole range of
+  floats: it loses neither the squares of 3e38 nor those of 1e-37. It reads the leaves
+  once, and again only if the plain sum left the safe range.
 
   Args:
     tree: any tree of floating or complex arrays.
-    ord: p: 2 by default, `float('inf')` for the largest modulus.
-    axis_name: mesh axes to collect over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    ord: as in `measures.global_norm`.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
-    f32[], or f64[] if a leaf is float64. 0 for an empty tree, NaN if an element
-    is NaN, inf if one is inf; otherwise finite: a norm beyond the largest float
-    is returned as the largest float.
+    f32[], or f64[] if a leaf is float64. 0 for an empty tree, NaN if an element is
+    NaN, inf if one is inf; otherwise finite: at most the largest float, even where
+    the norm is beyond it.
 
   Raises:
     TypeError: if a leaf is an integer or a boolean; names its path.
@@ -84,19 +82,16 @@ def clip_tree(
   .. math::
       x \leftarrow x \cdot \min\left(1, \frac{c}{n + \epsilon}\right)
 
-  The functional form of `optax_clip.clip_by_global_norm`.
+  This is `optax_clip.clip_by_global_norm` as a function.
 
   Args:
     tree: any tree of floating or complex arrays.
     max_norm: c, a non-negative float or a traced scalar.
-    norm: the norm, if it is already known: of more than this tree, say, where
-      a model is split over pipelines. Measured if `None`.
-    ord: the order of the norm, 2 by default.
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` returns zeros if the norm is NaN or inf.
-    strict: whether the result's norm must not exceed c in exact arithmetic.
-    axis_name: mesh axes to collect over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
+    norm: the norm, if it is known: that of a whole model, say, which this tree is one
+      pipeline stage of. `None` measures it.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite: as in `clip_with`.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
     The clipped tree and its norm before clipping, f32[] (or f64[]).
@@ -136,25 +131,25 @@ def clip_tree(
 def given(
   updates: Updates, norms: Any, measure: Measure | None = None, params: Params = None
 ) -> Given:
-  r"""Hands norms that are known already to the clip that would measure them.
+  """Hands known norms to the clip that would measure them.
 
-  For a norm of more than the updates at hand (of a model that is split over
-  pipelines), or one that was measured for another purpose. The clip takes it instead
-  of reading the updates, if it measures what `measure` does and gets these arrays.
+  Use it for a norm that covers more than these updates (the model is split over
+  pipelines), or that was measured for another purpose. A clip that measures what
+  `measure` does, and gets these arrays, takes it instead of reading them.
 
   Args:
-    updates: the updates the norms are of: the tree that is passed to ``tx.update``.
-    norms: the norms: an array with one entry for each norm of `measure`, a scalar for
-      the global norm, or an `Extended`.
+    updates: the tree that these norms measure, and that ``tx.update`` gets.
+    norms: an array with one entry for each norm of `measure`, a scalar for the global
+      norm, or an `Extended`.
     measure: what they are, from `optax_clip.measures`; the global norm by default.
-    params: with a measure that compares with parameters, these.
+    params: the parameters, for a measure that compares with them.
 
   Returns:
     What to pass as ``tx.update(updates, state, params, norms=...)``. `optax.chain`,
     `optax.masked` and guards pass it on.
 
   Raises:
-    ValueError: if `norms` have not the shape of the norms of `measure`.
+    ValueError: if the shape of `norms` does not fit `measure`.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip

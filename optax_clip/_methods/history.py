@@ -1,4 +1,4 @@
-"""Mean and standard deviations of the last norms."""
+"""Clips by the mean and the standard deviation of the last norms."""
 
 import optax
 
@@ -28,65 +28,52 @@ def clip_by_history(
   record: Recording = True,
   name: str = "clip_by_history",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Clips what is some deviations above the mean of the last global norms.
+  r"""Clips to `sigmas` standard deviations above the mean of the last global norms.
 
   .. math::
       u \leftarrow u \cdot \min\left(1, \frac{\mu + k \sigma}{n}\right), \quad
       \mu, \sigma \text{ of } n_{t-W}, \dots, n_{t-1}
 
-  The norms remembered are those before clipping, so that the limit cannot
-  collapse and follows any change within a window.
+  It remembers norms before clipping, so that the limit cannot collapse and follows
+  any change within a window.
 
   Args:
     sigmas: k >= 0, in standard deviations. May be traced.
-    window: W >= 2, how many norms are remembered; none is clipped before it is
-      half full. Static: with `optax.inject_hyperparams` pass
-      ``static_args=("window",)``.
-    ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf; ``"propagate"`` lets NaN through, so that it is seen.
-    strict: whether no norm of the result may exceed its limit in exact
-      arithmetic, as in `clip_by_global_norm`.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
+    window: W >= 2, how many norms to remember; it clips none before the window is
+      half full. Static, as in `autoclip`.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
-    `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
-    dtype of the updates.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
     ValueError: if `sigmas` is negative or NaN, or `window` is below 2.
-    TypeError: if `window` is not a Python integer; in `update`, if a leaf is an
-      integer or a boolean.
+    TypeError: if `window` is not a Python integer.
 
-  =========================  ==============================================
-  input                      result
-  =========================  ==============================================
-  the first W / 2 steps      unchanged
-  all zero                   unchanged, not remembered
-  a NaN or inf element       as `nonfinite` says, not remembered
-  equal norms                unchanged, bit for bit
-  one norm of 1e30           clipped; no limit to speak of for a window, as
-                             it is in the mean (add `thresholds.at_most`)
-  =========================  ==============================================
+  =====================  =====================================================
+  input                  result
+  =====================  =====================================================
+  the first W / 2 steps  unchanged
+  all zero               unchanged, not remembered
+  a NaN or inf element   as `nonfinite` says, not remembered
+  equal norms            unchanged, bit for bit
+  one norm of 1e30       clipped; then lifts the limit out of reach for a
+                         window (add `thresholds.at_most`)
+  =====================  =====================================================
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
     >>> tx = optax_clip.clip_by_history(window=4)
     >>> state = tx.init({"w": jnp.zeros(2)})
     >>> for scale in (1.0, 1.0, 100.0):
-    ...   g = {"w": scale * jnp.array([3.0, 4.0])}
-    ...   updates, state = tx.update(g, state)
+    ...   updates, state = tx.update({"w": scale * jnp.array([3.0, 4.0])}, state)
     >>> print(updates["w"])
     [3. 4.]
 
-  Differences: the official code takes the deviation to be at least 1e-6 and
-  remembers NaN, after which nothing is clipped for a window.
+  Differences: the official code takes the deviation to be at least 1e-6. It remembers
+  NaN, and then clips nothing for a window.
 
   References:
     `clip_update_by_historical_norm` of Levanter, Stanford CRFM, 2025.

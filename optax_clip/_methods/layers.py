@@ -1,4 +1,4 @@
-"""Layers and groups, each by a norm of its own."""
+"""Clips layers and groups, each by a norm of its own."""
 
 from collections.abc import Hashable
 from collections.abc import Mapping
@@ -41,34 +41,18 @@ def clip_by_layer_norm(
   .. math::
       u_l \leftarrow u_l \cdot \min\left(1, \frac{c}{\|u_l\|_p + \epsilon}\right)
 
-  What Keras calls `clipnorm`. One exploding layer does not shrink the updates
-  of the others.
+  Keras calls this `clipnorm`. A layer that explodes does not shrink other updates.
 
   Args:
-    max_norm: c >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar.
-    ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf.
-    strict: whether no norm may exceed c in exact arithmetic.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
+    max_norm: c >= 0, as in `clip_by_global_norm`.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
-  Raises:
-    ValueError: if `max_norm` or `eps` is negative or NaN, or `ord` or
-      `nonfinite` is unknown.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
-
-  The edge cases are those of `clip_by_global_norm`, leaf by leaf.
+  Errors and edge cases are those of `clip_by_global_norm`, leaf by leaf.
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -110,32 +94,23 @@ def clip_by_group_norm(
       u_g \leftarrow u_g \cdot \min\left(1, \frac{c_g}{\|u_g\|_p + \epsilon}\right)
 
   Args:
-    labels: the label of each leaf: a tree, a prefix of one, or a function from
-      the updates to either, as in `optax.multi_transform`; `labels_by_path` makes
-      one of regular expressions.
-    max_norms: for each label its limit: a non-negative float, a schedule of
-      the step, or a traced scalar. `float('inf')`: measured, never clipped.
-    ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    eps: added to the norm in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf.
-    strict: whether no norm may exceed its limit in exact arithmetic.
-    counted: for each leaf whether it counts in the norm of its group, given like
-      `labels`; all do if `None`. One that does not is scaled with its group.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
+    labels: a tree with a label for each leaf, a prefix of one, or a function from the
+      updates to either, as in `optax.multi_transform`, which `labels_by_path` makes
+      from regular expressions.
+    max_norms: the limit of each label: a non-negative float, a schedule of the step,
+      or a traced scalar. With `float('inf')` a group is measured, never clipped.
+    counted: which leaves count in the norm of their group, given like `labels`; all
+      do if `None`. A leaf that does not is still scaled with its group.
+    ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: if `labels` or `max_norms` is empty, a label has no limit, a
-      limit is negative or NaN; in `init`, if `labels` or `counted` do not fit the
-      tree.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if `labels` or `max_norms` is empty, a label has no limit, or a limit
+      is negative or NaN; in `init`, if `labels` or `counted` do not fit the tree.
 
   The edge cases are those of `clip_by_global_norm`, group by group.
 
@@ -182,33 +157,19 @@ def clip_by_block_rms(
       u_l \leftarrow u_l \cdot \min\left(1, \frac{d}{\text{rms}(u_l) + \epsilon}
       \right), \quad \text{rms}(u) = \|u\|_2 / \sqrt{\text{size}(u)}
 
-  Drop-in for `optax.clip_by_block_rms`. In Adafactor it is applied to the
-  scaled updates (d = 1), not to gradients.
+  Drop-in for `optax.clip_by_block_rms`. Adafactor applies it to the scaled updates
+  (d = 1), not to gradients.
 
   Args:
-    threshold: d >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar.
-    eps: added to the root mean square in the denominator.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a root mean square
-      is NaN or inf.
-    strict: whether no root mean square may exceed d in exact arithmetic.
-    axis_name: mesh axes to collect over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
+    threshold: d >= 0, given like `max_norm` in `clip_by_global_norm`.
+    eps, strict: as in `actions.rescale`, with the root mean square as norm.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
 
-  Raises:
-    ValueError: if `threshold` or `eps` is negative or NaN, or `nonfinite` is
-      unknown.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
-
-  The edge cases are those of `clip_by_global_norm`, leaf by leaf.
+  Errors and edge cases are those of `clip_by_global_norm`, leaf by leaf.
 
   Example:
     >>> import jax.numpy as jnp, optax_clip

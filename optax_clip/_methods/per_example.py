@@ -1,4 +1,4 @@
-"""Clipping of each example's gradient before they are summed."""
+"""Clips the gradient of each example before it sums them."""
 
 import math
 from typing import Any
@@ -32,12 +32,12 @@ def per_example_global_norm_clip(
     l2_norm_clip: C, non-negative.
 
   Returns:
-    The sum over the batch, in the dtypes of `grads` (accumulated in float32),
-    and i32[], how many examples were clipped.
+    The sum over the batch, in the dtypes of `grads` (accumulated in float32), and
+    i32[], how many examples were clipped.
 
   Raises:
-    ValueError: if the leaves do not share a leading batch axis, or
-      `l2_norm_clip` is negative or NaN.
+    ValueError: if the leaves do not share a leading batch axis, or `l2_norm_clip` is
+      negative or NaN.
     TypeError: if a leaf is an integer or a boolean; names its path.
 
   Example:
@@ -48,8 +48,7 @@ def per_example_global_norm_clip(
     [1.75 1.75 1.75] 3
 
   References:
-    Abadi et al., Deep Learning with Differential Privacy, 2016,
-    arXiv:1607.00133.
+    Abadi et al., Deep Learning with Differential Privacy, 2016, arXiv:1607.00133.
   """
   _validate.nonnegative(l2_norm_clip=l2_norm_clip)
   leaves = _batched_leaves(grads)
@@ -69,19 +68,16 @@ def per_example_layer_norm_clip(
 
   Args:
     grads: a tree of K arrays whose axis 0 is the batch.
-    global_l2_norm_clip: C, non-negative: the norm of an example's clipped
-      gradient over all leaves is at most C.
-    uniform: whether all leaves get the same bound, or one by their share
-      D_k / D of the parameters.
+    global_l2_norm_clip: C, non-negative: an example's clipped gradient has a norm of
+      at most C over all leaves.
+    uniform: whether all leaves get the same bound, or each by its share D_k / D of
+      the parameters.
 
   Returns:
-    The sum over the batch, and a tree of i32[]: how many examples were clipped
-    in each leaf.
+    The sum over the batch, and a tree of i32[]: how many examples were clipped in
+    each leaf.
 
-  Raises:
-    ValueError: if the leaves do not share a leading batch axis, or
-      `global_l2_norm_clip` is negative or NaN.
-    TypeError: if a leaf is an integer or a boolean; names its path.
+  Errors are those of `per_example_global_norm_clip`.
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -141,7 +137,7 @@ def _clipped_sum(leaves: list[Array], limit: Scalar) -> tuple[list[Array], Array
 
 
 def _example_norms(leaves: list[Array]) -> Extended:
-  """The norm of each example over all leaves, f32[batch]."""
+  """Measures each example over all leaves: f32[batch]."""
   per_leaf = _norm.over_dims(leaves, [tuple(range(1, x.ndim)) for x in leaves])
   dtype = _moments.accumulator(*(norm.value.dtype for norm in per_leaf))
   columns = [

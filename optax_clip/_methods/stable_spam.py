@@ -1,4 +1,4 @@
-"""Stable-SPAM: AdaClip, AdaGN, and both in a row."""
+"""Clips and normalizes as Stable-SPAM does: AdaClip, AdaGN, and both in a row."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ Array = jax.Array
 
 
 class RatioMemory(NamedTuple):
-  """What `mean_over_rms` remembers.
+  """Holds what `mean_over_rms` remembers.
 
   Attributes:
     mean: f32[norms], the bias-corrected running mean.
@@ -51,22 +51,19 @@ class RatioMemory(NamedTuple):
 def mean_over_rms(
   decay_mean: Scalar = 0.7, decay_square: Scalar = 0.9, eps: Scalar = 0.0
 ) -> Threshold:
-  r"""The ratio of a running mean to a running root mean square (AdaGN).
+  r"""Divides a running mean of norms by a running root mean square (AdaGN).
 
   .. math::
-      a \leftarrow \gamma_1 a + (1 - \gamma_1) n, \quad
-      b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
       L = \hat a / (\sqrt{\hat b} + \epsilon)
 
-  A number around 1, whatever the units of the norms: it is for
-  `optax_clip.actions.normalize`, as updates have no units after it.
+  with a and b as in `optax_clip.adagn`. This is around 1 whatever the units of the
+  norms: a limit for `optax_clip.actions.normalize`, after which updates have no units.
+  All numbers may be traced.
 
   Args:
     decay_mean: gamma_1, from 0 to below 1.
     decay_square: gamma_2, from 0 to below 1.
     eps: epsilon >= 0, in the units of the norms. The paper has 1e-8.
-
-  All numbers may be traced.
   """
   _validate.fraction(decay_mean=decay_mean, decay_square=decay_square)
   _validate.nonnegative(eps=eps)
@@ -84,7 +81,7 @@ def mean_over_rms(
     mean = memory.mean + first * (x - memory.mean)
     rms = _memory.root_mean(second, memory.rms, x)
     known = rms > 0
-    # Its derivative squares nothing, however small the norms are.
+    # The derivative of `quotient` squares nothing, however small the norms are.
     ratio = _extended.quotient(mean, jnp.where(known, rms, 1) + eps)
     limits = jnp.where(known, _extended.as_float(ratio), 1)
     return limits, RatioMemory(mean, rms)
@@ -109,28 +106,20 @@ def adaclip(
       m = \max_i |g_i|, \quad T \leftarrow \gamma T + (1 - \gamma) m, \quad
       g_i \leftarrow g_i \frac{\hat T}{m} \text{ where } |g_i| > \hat T
 
-  for each leaf, :math:`\hat T = T / (1 - \gamma^t)`. The first of the two parts of
-  `stable_spam`.
+  for each leaf, :math:`\hat T = T / (1 - \gamma^t)`. The first part of `stable_spam`,
+  which has the reference; not the AdaCliP of differential privacy.
 
   Args:
     decay: gamma, from 0 to below 1. May be traced.
-    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
-      inf; ``"propagate"`` lets them through.
-    axis_name: mesh axes to collect over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does. The recorded norm is the largest modulus.
-    name: the prefix of the metrics' keys.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; the norm is the largest modulus.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
-    ValueError: if `decay` is not in [0, 1); in `update`, if the state is of a
-      tree with another number of leaves.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if `decay` is not in [0, 1).
 
   =====================  ==================================================
   input                  result
@@ -150,12 +139,8 @@ def adaclip(
     >>> print(updates["w"])
     [ 2. -1.]
 
-  Differences: the maxima of leaves of zeros are left out of T, and one beyond a
-  million times the average is learned as that.
-
-  References:
-    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
-    2025, arXiv:2502.17055. Not the AdaCliP of differential privacy.
+  Differences: T does not learn from leaves of zeros, and learns a maximum beyond a
+  million times itself as just that.
   """
   return clip_with(
     measures.layer_norm(
@@ -189,32 +174,19 @@ def adagn(
       b \leftarrow \gamma_2 b + (1 - \gamma_2) n^2, \quad
       g \leftarrow \frac{g}{n} \cdot \frac{\hat a}{\sqrt{\hat b} + \epsilon}
 
-  for each leaf, with n its norm. All leaves come out with norms around 1. The
-  second of the two parts of `stable_spam`.
+  for each leaf, with n its norm. All leaves come out with norms around 1. The second
+  part of `stable_spam`, which has the reference.
 
   Args:
-    decay_mean: gamma_1, from 0 to below 1.
-    decay_square: gamma_2, from 0 to below 1.
-    eps: epsilon >= 0, in the units of the updates. The paper has 1e-8.
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf; ``"propagate"`` lets them through.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
-
-  All numbers may be traced.
+    decay_mean, decay_square, eps: as in `thresholds.mean_over_rms`. May be traced.
+    nonfinite, record, name: as in `clip_with`.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
-    ValueError: if a decay is not in [0, 1) or `eps` is negative; in `update`, if
-      the state is of a tree with another number of leaves.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if a decay is not in [0, 1) or `eps` is negative.
 
   =====================  ==================================================
   input                  result
@@ -233,13 +205,9 @@ def adagn(
     >>> print(updates["w"])
     [ 0.6 -0.8]
 
-  Differences: the norms of leaves of zeros are left out of a and b, and one beyond
-  a million times the average is learned as that. For the official schedule of
-  gamma_1, use `optax.inject_hyperparams`.
-
-  References:
-    Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
-    2025, arXiv:2502.17055.
+  Differences: a and b do not learn from leaves of zeros, and learn a norm beyond a
+  million times the average as just that. For the official schedule of gamma_1, use
+  `optax.inject_hyperparams`.
   """
   return clip_with(
     measures.layer_norm(axis_name=axis_name, specs=specs, stacked=stacked),
@@ -265,33 +233,19 @@ def stable_spam(
   record: Recording = True,
   name: str = "stable_spam",
 ) -> optax.GradientTransformationExtraArgs:
-  """`adaclip`, then `adagn`: what Stable-SPAM does to gradients before Adam.
+  """Applies `adaclip`, then `adagn`, as Stable-SPAM does to gradients before Adam.
 
   Args:
-    decay_max: the decay of `adaclip`, from 0 to below 1.
-    decay_mean: of `adagn`, from 0 to below 1.
-    decay_square: of `adagn`, from 0 to below 1.
-    eps: of `adagn`, in the units of the updates. The paper has 1e-8.
-    nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN or
-      inf; ``"propagate"`` lets them through.
-    axis_name: mesh axes to collect over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    stacked: which leaves hold many layers, and along which axis, see
-      `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads, of both.
-    name: the prefix of the metrics' keys, ``<name>_adaclip`` and
-      ``<name>_adagn``.
-
-  All numbers may be traced.
+    decay_max: the decay of `adaclip`, from 0 to below 1. May be traced.
+    decay_mean, decay_square, eps: as in `thresholds.mean_over_rms`. May be traced.
+    nonfinite, record: as in `clip_with`, for both.
+    name: the prefix of the metrics' keys, ``<name>_adaclip`` and ``<name>_adagn``.
+    axis_name, specs, stacked: as in `optax_clip.measures`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`, an `optax.chain` of the two.
 
-  Raises:
-    ValueError: as `adaclip` and `adagn` do.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
-
-  The edge cases are those of the two.
+  Errors and edge cases are those of the two.
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -302,9 +256,9 @@ def stable_spam(
     >>> print(updates["w"].round(4))
     [ 0.8693 -0.0303  0.0076]
 
-  Differences: Stable-SPAM's resets of the momentum are not part of this. The norms
-  that `adagn` normalizes by are of the clipped elements before they are rounded to
-  the leaf's dtype, which for bfloat16 moves the result by up to one rounding.
+  Differences: this leaves Stable-SPAM's resets of the momentum out. `adagn` takes its
+  norms from the clipped elements before they are rounded to the leaf's dtype, which
+  for bfloat16 moves the result by up to one rounding.
 
   References:
     Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
@@ -342,14 +296,14 @@ def stable_spam(
     handed = given(updates, peaks, peak)
     clipped, first_state = first.update(updates, state[0], params, norms=handed)
     known = Given()
-    # Not of leaves of several dtypes, stacked ones, or that differ over a mesh.
+    # Not if leaves are stacked, or of several dtypes, or differ over a mesh.
     if specs is None and len(layout.blocks) == 1 and layout.places[0].dims is None:
       sizes = _extended.as_float(peaks[0])
       limits, _ = largest.update(sizes, state[0].threshold)
       leaves = _leaves.floating_leaves(updates)
       norms = _clipped_norms(leaves, peaks[0], limits, axis_name)
       if nonfinite == "zero":
-        # So are then the updates that AdaGN sees.
+        # AdaGN then sees updates of zero.
         finite = jnp.all(jnp.isfinite(peaks[0].value))
         norms = norms._replace(value=jnp.where(finite, norms.value, 0))
       known = given(clipped, norms, norm)
@@ -362,29 +316,29 @@ def stable_spam(
 def _clipped_norms(
   leaves: list[Array], peaks: Extended, limits: Array, axis_name: AxisName
 ) -> Extended:
-  """The norms of leaves after `actions.rescale_elements`, from those before it.
+  """Measures what `actions.rescale_elements` returns, from the leaves that it is given.
 
-  As the largest modulus is known, so is the unit to sum in, and no second
-  measurement is held ready: its `lax.cond` would need the clipped leaves as
-  arrays. Nor does XLA's CPU backend take a selection into a sum of squares,
-  and would write its result down; arithmetic with 0 and 1 it does.
+  The largest modulus says in which unit to sum. So no second measurement stands by,
+  whose `lax.cond` would need the clipped leaves as arrays. And XLA's CPU backend fuses
+  no selection into a sum of squares, but writes its result to memory; arithmetic with
+  0 and 1 it does fuse.
   """
   factor, shift = actions.rescale().weigh(peaks, limits)
   unit = _extended.power_of_two(jnp.minimum(_extended.as_float(peaks), limits))
 
-  # Numbers that XLA does not know: constants as large as the leaves, which those
-  # of one shape would share, are written down too.
+  # XLA must not know these numbers: of a known one it would write down a constant as
+  # large as a leaf, for all leaves of one shape.
   zero, one = jnp.zeros_like(limits), jnp.ones_like(limits)
 
   def moment(leaf: Array, column: list[Array]) -> Array:
     limit, factor, shift, unit, zero, one = column
-    # Not by the modulus, which is written down if it is taken for two purposes.
+    # x keeps its sign: XLA would write a modulus down, as the measure takes it too.
     x = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
     x = x.astype(limit.dtype)
     beyond = jnp.maximum(x - limit, zero) + jnp.maximum(-x - limit, zero)
     large = jnp.sign(beyond)
     clipped = x * (one - large) + large * x * shift * factor
-    # The derivative of a quotient divides by a square, even for a constant unit.
+    # The derivative of a quotient divides by a square, even if the unit is constant.
     unit = jax.lax.stop_gradient(unit)
     return _moments.power_sum(clipped, 2, limit.dtype, unit)
 
@@ -392,7 +346,7 @@ def _clipped_norms(
   moments = [moment(x, column) for x, column in zip(leaves, found, strict=True)]
   axes = [_mesh.collected_axes(x, axis_name) for x in leaves]
   total = jnp.stack(_mesh.collect_each(moments, axes, jax.lax.psum))
-  # With a finite derivative at 0.
+  # The derivative at 0 is finite.
   zero = total == 0
   root = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
   return Extended(root, unit)

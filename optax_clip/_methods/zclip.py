@@ -1,4 +1,4 @@
-"""ZClip: a limit from the z-score of the norm."""
+"""Clips norms with a high z-score (ZClip)."""
 
 from typing import Literal
 from typing import NamedTuple
@@ -32,7 +32,7 @@ Mode: TypeAlias = Literal["adaptive_scaling", "mean", "percentile"]
 
 
 class MomentsMemory(NamedTuple):
-  """What `zscore` remembers.
+  """Holds what `zscore` remembers.
 
   Attributes:
     mean: f32[norms], the running mean; the plain mean during warm-up.
@@ -52,11 +52,7 @@ def zscore(
   skip_update_on_spike: bool = False,
   eps: Scalar = 0.0,
 ) -> Threshold:
-  r"""A z-score by the moments of clipped norms (ZClip); may lock on a rise.
-
-  With "adaptive_scaling" and "mean" it does not follow a rise of more than
-  `z_threshold` deviations: what it clips to the mean it remembers as the mean.
-  Such a level locks it for thousands of steps, or for ever. "percentile" follows.
+  r"""Limits norms with a high z-score (ZClip); may lock on a rise, as `zclip` says.
 
   .. math::
       z_t = \frac{n_t - \mu}{\sigma + \epsilon}, \quad L_t = f \cdot \begin{cases}
@@ -65,21 +61,15 @@ def zscore(
       \mu + z \sigma & \text{percentile} \end{cases}
       \quad \text{if } z_t > z
 
-  ("percentile" compares without :math:`\epsilon`). Then, with :math:`x = L_t` if
-  it was a spike, else :math:`n_t`: :math:`\mu \leftarrow \alpha \mu + (1 - \alpha)
-  x`, :math:`\sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) (x - \mu)^2`.
-  Where there is no spike the limit is the norm from which there would be one.
+  ("percentile" compares without :math:`\epsilon`). Else the limit is the norm from
+  which there would be a spike; in the warm-up it is inf. Mean and variance learn
+  :math:`L_t` from a spike, :math:`n_t` from other norms. All numbers may be traced.
 
   Args:
-    z_threshold: z >= 0, in standard deviations.
-    decay: alpha, from 0 to below 1.
-    warmup: how many norms at first are learned from without a limit; at least 1.
-    mode: what a spike is limited to: "adaptive_scaling", "mean", "percentile".
-    clip_factor: f > 0, multiplies the limit of a spike.
-    skip_update_on_spike: whether a spike is not remembered at all.
+    z_threshold, decay, mode, clip_factor, skip_update_on_spike: as in
+      `optax_clip.zclip`.
+    warmup: how many norms to learn from first, without a limit; at least 1.
     eps: epsilon >= 0, in the units of the norms. The paper has 1e-6.
-
-  All numbers may be traced.
   """
   _validate.nonnegative(z_threshold=z_threshold, eps=eps)
   _validate.fraction(decay=decay)
@@ -102,16 +92,16 @@ def zscore(
     spike = (n > level) & ~warm
 
     if mode == "adaptive_scaling":
-      # z / z_t, which is below 1 where there is a spike.
+      # z / z_t, below 1 for a spike.
       shrink = z * (std + eps) / jnp.where(spike, n - mean, 1)
       limit = mean + z * std * jnp.where(spike, shrink, 1)
     else:
       limit = mean if mode == "mean" else level
     limit = jnp.minimum(limit * factor, _memory.LARGEST)
 
-    # Plain mean and variance of the first norms, then running ones: Welford's
-    # recurrence and that of the paper differ in the weight of the new value, and
-    # in whether its deviation is from the mean before it or after.
+    # Welford's recurrence for the plain moments of the first norms, then the paper's
+    # for running ones. They differ in the weight of the new value, and in whether
+    # its deviation is from the mean before it or after.
     first, restart = _memory.plausible(n, mean, count)
     x = jnp.where(warm, first, jnp.where(spike, limit, n))
     weight = jnp.where(warm, 1 / (before + 1), 1 - alpha)
@@ -152,10 +142,10 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Clips global norms with a high z-score (ZClip); may lock on a rising norm.
 
-  With its defaults it does not follow a lasting rise of the norm of more than
-  `z_threshold` deviations, for thousands of steps or for ever: such norms are
-  clipped to about the mean, and remembered as that. ``mode="percentile"`` follows
-  within a few dozen steps.
+  With "adaptive_scaling" or "mean" it does not follow a lasting rise of more than
+  `z_threshold` deviations, for thousands of steps or for ever: it clips such norms to
+  about the mean, and remembers them as that. "percentile" follows within a few dozen
+  steps. All numbers but `ord` may be traced.
 
   .. math::
       z_t = \frac{n - \mu}{\sigma + \epsilon}, \quad
@@ -171,37 +161,24 @@ def zclip(
   Args:
     z_threshold: z >= 0, in standard deviations.
     decay: alpha, from 0 to below 1.
-    warmup: how many steps are learned from first; clipped to `max_norm` only.
-    max_norm: c >= 0, in the units of the updates; a float, a schedule or a traced
-      scalar; the paper has 1. Not remembered. `None`: no such cap, and nothing bounds
-      the warm-up.
+    warmup: how many steps to learn from first, above 0. Only `max_norm` clips them.
+    max_norm: c >= 0, in the units of the updates: a float, a schedule or a traced
+      scalar; the paper has 1. Not remembered. With `None` nothing bounds the warm-up.
     mode: T of a spike: "adaptive_scaling", as above; "mean", mu; "percentile",
       mu + z sigma, for all norms above that.
-    clip_factor: f > 0; all of T of a spike is multiplied by it.
-    skip_update_on_spike: whether a spike is not remembered at all.
+    clip_factor: f > 0, multiplies T of a spike.
+    skip_update_on_spike: whether to remember nothing of a spike.
     eps: epsilon >= 0, in the units of the updates. The paper has 1e-6.
-    ord: p of the norm, 2 by default; 1, `float('inf')` or any p in (0, 64].
-    nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
-      inf; ``"propagate"`` lets NaN through, so that it is seen.
-    strict: whether no norm of the result may exceed its limit in exact
-      arithmetic, as in `clip_by_global_norm`.
-    axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
-    specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
-    record: whether the state keeps what `metrics` reads; ``"layers"``: and what
-      `layer_metrics` does.
-    name: the prefix of the metrics' keys.
-
-  All numbers may be traced.
+    ord, strict: as in `measures.global_norm` and `actions.rescale`.
+    nonfinite, name: as in `clip_with`.
+    record: as in `clip_with`; without a spike the limit is the norm that would be one.
+    axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState` whose
-    `threshold` is a NamedTuple of vectors over the norms, float32 whatever the
-    dtype of the updates.
+    An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
-    ValueError: if `z_threshold`, `max_norm` or `eps` is negative or NaN, `decay` is
-      not in [0, 1), `warmup` or `clip_factor` is not positive, or `mode` is unknown.
-    TypeError: in `update`, if a leaf is an integer or a boolean.
+    ValueError: if a number is outside its range, or `mode` is unknown.
 
   =======================  ================================================
   input                    result
@@ -210,8 +187,8 @@ def zclip(
   all zero                 unchanged, not remembered
   a NaN or inf element     as `nonfinite` says, not remembered
   equal norms, sigma = 0   unchanged, bit for bit
-  one norm of 1e30         clipped; in warm-up learned as a million times the
-                           mean, which takes 1000 steps to forget
+  one norm of 1e30         clipped; in the warm-up learned as a million
+                           times the mean, and forgotten after 1000 steps
   =======================  ================================================
 
   Example:
@@ -219,16 +196,12 @@ def zclip(
     >>> tx = optax_clip.zclip(warmup=2)
     >>> state = tx.init({"w": jnp.zeros(2)})
     >>> for scale in (1.0, 1.0, 100.0):
-    ...   g = {"w": scale * jnp.array([3.0, 4.0])}
-    ...   updates, state = tx.update(g, state)
+    ...   updates, state = tx.update({"w": scale * jnp.array([3.0, 4.0])}, state)
     >>> print(updates["w"])
     [3. 4.]
 
-  Differences: one NaN makes the official mean NaN, and nothing is clipped ever
-  after; zeros are remembered there. The official `clip_factor` acts in
-  "adaptive_scaling" only. Norms of the warm-up beyond a million times the mean are
-  learned as that. The recorded limit of a step without a spike is the
-  norm from which it would have been one.
+  Differences: one NaN makes the official mean NaN, which clips nothing ever after; it
+  also remembers zeros. The official `clip_factor` acts in "adaptive_scaling" only.
 
   References:
     Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,

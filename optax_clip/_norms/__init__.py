@@ -1,1 +1,1 @@
-"""How large, exactly, in every dtype, on every mesh and backend."""
+"""Measures exactly how large updates are, in every dtype, on every mesh and backend."""

@@ -1,1 +1,1 @@
-"""What happened: metrics, layers, histories, suggestions."""
+"""Shows what happened: metrics, layers, histories, suggestions."""

@@ -1,1 +1,1 @@
-"""What limits share: given ones, memory, windows."""
+"""Holds what limits share: fixed ones, memory, windows."""

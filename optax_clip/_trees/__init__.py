@@ -1,1 +1,1 @@
-"""Which leaf is which: floats, labels, layers, units."""
+"""Tells leaves apart: floats, labels, layers, units."""

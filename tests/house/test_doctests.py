@@ -103,18 +103,46 @@ def parameters_of(function):
   return [n for n, p in signature.parameters.items() if p.kind not in kinds]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_is_described(name):
-  described = section(inspect.getdoc(FUNCTIONS[name]), "Args")
-  for argument in parameters_of(FUNCTIONS[name]):
-    assert re.search(rf"^{argument}:", described, re.MULTILINE), argument
+def described(value):
+  """The text for each argument; several may share one: `eps, strict: as in ...`."""
+  heads = re.split(
+    r"^(\w+(?:, \w+)*):", section(inspect.getdoc(value), "Args"), flags=re.MULTILINE
+  )[1:]
+  rows = zip(heads[::2], heads[1::2], strict=True)
+  return [(name, text) for names, text in rows for name in names.split(", ")]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_no_argument_is_described_that_does_not_exist(name):
-  described = section(inspect.getdoc(FUNCTIONS[name]), "Args")
-  names = re.findall(r"^(\w+):", described, re.MULTILINE)
-  assert set(names) <= set(parameters_of(FUNCTIONS[name]))
+def test_every_argument_is_described_once(name):
+  names = [argument for argument, _ in described(FUNCTIONS[name])]
+  assert sorted(names) == sorted(parameters_of(FUNCTIONS[name]))
+
+
+def homes(text):
+  """What of this package an argument's text refers to: as in `a` and `b`."""
+  found = re.findall(r"\bas\s+in\s+(`[\w.]+`(?:\s+and\s+`[\w.]+`)*)", text)
+  names = {x.removeprefix("optax_clip.") for y in found for x in y.split("`")[1::2]}
+  return sorted(x for x in names if not x.startswith("optax."))
+
+
+REFERRING = [
+  pytest.param(argument, homes(text), id=f"{name}-{argument}")
+  for name, value in EVERY.items()
+  if inspect.isfunction(value)
+  for argument, text in described(value)
+  if homes(text)
+]
+
+
+@pytest.mark.parametrize(("argument", "places"), REFERRING)
+def test_an_argument_is_described_where_another_docstring_says(argument, places):
+  found = set()
+  for place in places:
+    if place in NAMESPACES:
+      found.update(re.findall(r"``(\w+)``", inspect.getdoc(NAMESPACES[place])))
+    else:
+      found.update(x for x, text in described(EVERY[place]) if not homes(text))
+  assert argument in found
 
 
 @pytest.mark.parametrize("name", CLASSES)
