@@ -4,7 +4,7 @@ With Sphinx, as the docstrings are reStructuredText: it reads their maths, table
 roles as they are, where a generator for Markdown would need a translation of each. And
 ``-W`` makes an error of every formula, table and link that it cannot read.
 
-Pages are Markdown. Their ``python`` blocks are run by ``tests/test_docs.py``.
+Pages are Markdown. Their ``python`` blocks are run by ``tests/house/test_docs.py``.
 """
 
 from pathlib import Path

@@ -46,8 +46,9 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
     fields of `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``,
     ``consecutive``, ``steps``, ``steps_skipped``, ``skip_rate``, and of the last
     non-finite step and the last spike when it was and what its loss was;
-    `dynamic_loss_scale` adds ``scale`` and ``finite_steps``. The records of what stands
-    inside a guard are those of the last step taken.
+    `dynamic_loss_scale` adds ``scale`` and ``finite_steps``. What stands
+    inside a guard shows the norm, limit and coefficient of the last step, skipped or
+    not, and counts only steps taken.
 
     A second transformation of the same name is ``<name>_1``, and so on, in the
     order in which they stand in the state.
