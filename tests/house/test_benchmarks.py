@@ -1,4 +1,4 @@
-"""The benchmarks run, and the README says what their committed results say."""
+"""The benchmarks run, and the page says what their committed results say."""
 
 import json
 
@@ -8,15 +8,15 @@ import pytest
 from benchmarks import __main__ as benchmarks
 from benchmarks import _charts
 from benchmarks import _programs
+from benchmarks import costs
 from benchmarks import mesh
 from benchmarks import overhead
 from benchmarks import precision
-from benchmarks import readme
 
 
-def test_the_table_of_the_readme_is_that_of_the_results():
-  text = readme.README.read_text()
-  assert readme.updated(text) == text
+def test_the_tables_of_the_page_are_that_of_the_results():
+  text = costs.PAGE.read_text()
+  assert costs.updated(text) == text
 
 
 @pytest.mark.foreign  # optax mixes dtypes.
@@ -83,7 +83,7 @@ def test_results_are_drawn_and_written(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suite", ["overhead", "skip", "leaves", "scale", "mesh"])
 def test_committed_results_can_be_drawn(suite, tmp_path):
-  path = readme.RESULTS / f"cpu-{suite}.json"
+  path = costs.RESULTS / f"cpu-{suite}.json"
   results = json.loads(path.read_text())
   (figure,) = _charts.draw(results["rows"], tmp_path / "a.png", results["about"])
   assert figure.stat().st_size > 10_000

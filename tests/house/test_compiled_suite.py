@@ -16,7 +16,7 @@ from benchmarks import _report
 from benchmarks import _sources
 from benchmarks import _targets
 from benchmarks import compiled
-from benchmarks import readme
+from benchmarks import costs
 import optax_clip
 
 # Two leaves of 4 kB and 400 kB, the sum of their squares, checked, and one update.
@@ -145,8 +145,8 @@ class TestSuite:
 
   def test_every_transformation_has_a_cell(self):
     names = " ".join(compiled.methods())
-    page = readme.README.read_text()
-    table = page[page.index("## Methods") : page.index("What is not in the table")]
+    page = costs.PAGE.with_name("methods.md").read_text()
+    table = page[: page.index("What is not in the table")]
     cells = re.findall(r"^\| (`.*?) \|", table, flags=re.M)
     transformations = re.findall(r"`(\w+)[(`]", " ".join(cells))
     # Those that are given gradients of each example make no step of an optimizer.
@@ -208,7 +208,7 @@ class TestSuite:
     assert figure.stat().st_size > 10_000
 
   def test_the_table_of_the_readme(self):
-    table = readme.accelerators({"h100": {"rows": self.rows(), "about": _ABOUT}})
+    table = costs.accelerators({"h100": {"rows": self.rows(), "about": _ABOUT}})
     assert "compiled for an NVIDIA H100" in table
     assert "counted, not run" in table
     assert "| `clip_by_layer_norm` | 3 | 8.00 | 0 |" in table
@@ -257,7 +257,7 @@ class TestSources:
 
   @pytest.mark.parametrize("target", _targets.TARGETS)
   def test_committed_figures_are_of_these_sources(self, target):
-    path = readme.RESULTS / f"compiled-{target}.json"
+    path = costs.RESULTS / f"compiled-{target}.json"
     if not path.exists():
       pytest.skip(f"there is no {path.name}")
     now = _sources.digest()
@@ -269,6 +269,6 @@ class TestSources:
     assert not old, (
       f"{path.name} is of other sources in {len(old)} rows. Compile them again, in an"
       f" environment as CONTRIBUTING.md says: python -m benchmarks --suite compiled"
-      f" --target {target} --json {path.relative_to(readme.ROOT)}"
-      f" --png {path.relative_to(readme.ROOT).with_suffix('.png')}"
+      f" --target {target} --json {path.relative_to(costs.ROOT)}"
+      f" --png {path.relative_to(costs.ROOT).with_suffix('.png')}"
     )

@@ -36,18 +36,9 @@ def rows(text):
 # --- Precision and metrics ----------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  "text",
-  [
-    section(page("precision"), "Known exceptions"),
-    README[README.index("Known exceptions to the precision") :].partition("## What it")[
-      0
-    ],
-  ],
-  ids=["guide", "README"],
-)
-def test_that_backends_flush_subnormals_is_a_known_exception(text):
+def test_that_backends_flush_subnormals_is_a_known_exception():
   """A limit of 1e-40 lets a float32 of 1e-38 pass, and the norm of it is 0."""
+  text = section(page("precision"), "Known exceptions")
   assert re.search("subnormal", text)
   assert re.search("flush", text)
   assert re.search(r"1e-38|1\.2e-38", text)
@@ -131,7 +122,7 @@ def test_a_pair_that_was_not_measured_is_said_to_be_not():
 
 def test_nothing_is_said_to_cost_one_read_that_costs_more():
   """Of the library, as long as one row of its own table says more."""
-  table = rows(README.split("<!-- costs -->")[1].split("<!-- costs: end -->")[0])
+  table = rows(page("costs").split("<!-- costs -->")[1].split("<!-- costs: end -->")[0])
   column = table[0].index("added / read")
   reads = {
     row[0]: max(float(x) for x in re.findall(r"[\d.]+", row[column]))
@@ -140,7 +131,7 @@ def test_nothing_is_said_to_cost_one_read_that_costs_more():
   }
   assert max(reads.values()) > 1.2
   said = re.compile(r"(costs?|adds?|price of) (about )?(one|a) read")
-  for text in (README, page("index")):
+  for text in (README, page("index"), page("costs")):
     assert not said.search(" ".join(text.split()))
 
 
@@ -178,8 +169,8 @@ def imported(name):
 
 
 def test_what_has_to_be_copied_with_a_script_is_said():
-  text = section(README, "Scripts to start from")
-  scripts = re.findall(r"\]\(examples/(\w+)\.py\)", text)
+  text = page("examples").partition("## A language model")[0]
+  scripts = re.findall(r"\]\(../examples/(\w+)\.py\)", text)
   assert len(scripts) == 6
   needed = set().union(*map(imported, scripts))
   assert needed >= {"_digits", "_flags"}

@@ -2,7 +2,7 @@
 
 Of each input on which optax errs, both libraries' answers are pinned. Should a
 later optax answer rightly, its half of the test is skipped with a message: then
-the README's table wants an update.
+the table of docs/precision.md wants an update.
 """
 
 import inspect
@@ -60,7 +60,7 @@ def is_wrong(condition):
   if not condition:
     pytest.skip(
       f"optax {optax.__version__} is right here, as ours is: if it is new, the"
-      " README's table wants an update."
+      " table of docs/precision.md wants an update."
     )
 
 

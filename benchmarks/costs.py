@@ -1,4 +1,4 @@
-"""Brings the README's tables of costs up to date: `python -m benchmarks.readme`."""
+"""Brings the tables of docs/costs.md up to date: `python -m benchmarks.costs`."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from benchmarks import _marked
 from benchmarks import _targets
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "costs.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 # Rows of the tables: how they are called there, and the methods they are of.
@@ -128,7 +128,7 @@ def _range(values: list[float], digits: int = 2) -> str:
 
 
 def updated(text: str) -> str:
-  """The README with the tables of the committed results."""
+  """The page with the tables of the committed results."""
   results = json.loads((RESULTS / "cpu-overhead.json").read_text())
   text = _marked.replaced(text, "costs", table(results["rows"], results["about"]))
   paths = {target: RESULTS / f"compiled-{target}.json" for target in ACCELERATORS}
@@ -137,4 +137,4 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-  README.write_text(updated(README.read_text()))
+  PAGE.write_text(updated(PAGE.read_text()))
