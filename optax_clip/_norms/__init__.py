@@ -1,1 +1,1 @@
-"""How large, exactly, in every dtype, on every mesh and backend."""
+"""How large updates are, exactly, in every dtype, on every mesh and backend."""

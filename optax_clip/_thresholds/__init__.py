@@ -1,1 +1,1 @@
-"""What limits share: given ones, memory, windows."""
+"""How a limit learns: memory, windows, averages."""

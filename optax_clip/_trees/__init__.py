@@ -1,1 +1,1 @@
-"""Which leaf is which: floats, labels, layers, units."""
+"""Which leaf is which: floats, layers, units, labels."""
