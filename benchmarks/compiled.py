@@ -202,8 +202,7 @@ def cells() -> list[Cell]:
 
 
 def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
-  """Compiles a cell; returns its figures, or the compiler's `error` if it gives up.
-  """
+  """Compiles a cell; returns its figures, or the `error` of a compiler that failed."""
   import jax
 
   from benchmarks import _compiling

@@ -17,8 +17,8 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
 }
 
-# Clips with a norm for each leaf, up to the leaves that the largest models have, scanned
-# ones aside.
+# Clips with a norm for each leaf, tried up to the leaves that the largest models have,
+# scanned ones aside.
 LAYERS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
   "adagc": optax_clip.adagc,
