@@ -98,10 +98,10 @@ def cuts(
   for (path, x), dims in zip(leaves, over, strict=True):
     if dims is not None and (names := collected_axes(x, axis_name)):
       raise ValueError(
-        f"The mesh axes {names} may cut the leaf {jax.tree_util.keystr(path)} along any"
-        " dimension, and norms of units or of stacked layers reduce only some of them."
-        " Pass specs=, a tree of PartitionSpecs or a prefix of one, as in_specs of"
-        " shard_map."
+        f"The leaf {jax.tree_util.keystr(path)} may be cut along any dimension over the"
+        f" mesh axes {names}, and norms of units or stacked layers reduce only some of"
+        " them. Pass specs=, a tree of PartitionSpecs or a prefix of one, as in_specs"
+        " of shard_map."
       )
   return [Cut(collected_axes(x, axis_name)) for _, x in leaves]
 
