@@ -1,1 +1,1 @@
-"""Benchmarks of optax_clip: `python -m benchmarks --help`."""
+"""What clipping costs and how exact it is: `python -m benchmarks --help`."""

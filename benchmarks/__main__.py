@@ -1,4 +1,4 @@
-"""Runs the benchmarks: `python -m benchmarks --suite overhead --quick`."""
+"""How to run the benchmarks: `python -m benchmarks --suite overhead --quick`."""
 
 import argparse
 import pathlib
@@ -8,7 +8,7 @@ SUITES = ("overhead", "skip", "leaves", "precision", "scale", "mesh")
 
 
 def arguments() -> argparse.ArgumentParser:
-  """The command line."""
+  """Defines the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks",
     description="What clipping costs and how exact it is, next to optax (and"

@@ -1,4 +1,4 @@
-"""One figure for each suite, from its rows."""
+"""How a suite's rows become its figure."""
 
 from collections.abc import Callable
 import pathlib
@@ -17,9 +17,9 @@ _GREY, _BLUE = "#b0b0b0", "#1f77b4"
 
 
 def draw(rows: Rows, path: pathlib.Path, about: dict[str, Any]) -> list[pathlib.Path]:
-  """Draws what is among the rows; returns the files.
+  """Draws a figure for each suite among the rows; returns the files.
 
-  Several suites get a file each, with the name of the suite before the ending.
+  Several suites get a file each, with the suite's name before the ending.
   """
   suites = [suite for suite in _CHARTS if any(row["suite"] == suite for row in rows)]
   title = f"{about['device']}, JAX {about['jax']}, {about['date']}"
@@ -37,7 +37,7 @@ def draw(rows: Rows, path: pathlib.Path, about: dict[str, Any]) -> list[pathlib.
 
 
 def _bars(rows: Rows, value: str, label: str) -> Any:
-  """A bar for each row, next to the one that all are divided by."""
+  """Draws a bar for each row, and a line at 1, the row that divides all."""
   figure, axes = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.3))
   names = [row["method"] for row in rows]
   values = [row[value] for row in rows]
@@ -61,7 +61,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _overhead(rows: Rows) -> Any:
-  # The largest model, where there are several.
+  # The largest of several models.
   most = max(row["gradient_bytes"] for row in rows)
   shown = [
     row

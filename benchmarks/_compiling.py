@@ -1,4 +1,4 @@
-"""A training step compiled for devices that need not be there."""
+"""How a training step is compiled for devices that need not be there."""
 
 from collections.abc import Sequence
 import math
@@ -18,12 +18,12 @@ import optax_clip
 
 
 class Compiled(NamedTuple):
-  """A compiled step.
+  """Holds a compiled step.
 
   Attributes:
-    program: what XLA made of it.
-    gradient_bytes: of all gradients, on one device.
-    lower_s: seconds to trace and lower it.
+    program: what XLA compiled.
+    gradient_bytes: the bytes of all gradients, on one device.
+    lower_s: seconds to trace and lower the step.
     compile_s: seconds to compile it.
   """
 
@@ -33,7 +33,7 @@ class Compiled(NamedTuple):
   compile_s: float
 
   def row(self) -> dict[str, Any]:
-    """Its figures, as they stand in results."""
+    """Returns its figures, as results have them."""
     row = _programs.Program(self.program.as_text(), self.gradient_bytes).row()
     held = self.program.memory_analysis().temp_size_in_bytes
     return row | {
@@ -53,12 +53,12 @@ def step(
   """Compiles a step from parameters, state and gradients to parameters and state.
 
   Args:
-    tx: all of the optimizer.
-    shapes: of the parameters.
-    dtype: of the parameters and gradients.
-    devices: to compile for. Over several, matrices are sharded along their first
-      axis, and so is what the state holds for them.
-    whole: whether it is taken by `optax_clip.guarded_step`.
+    tx: the whole optimizer.
+    shapes: the shapes of the parameters.
+    dtype: the dtype of parameters and gradients.
+    devices: the devices to compile for. Several shard each matrix, and its entries in
+      the state, along the first axis.
+    whole: whether `optax_clip.guarded_step` takes the step.
   """
   tx = optax.with_extra_args_support(tx)
   mesh = jax.sharding.Mesh(np.array(devices), ("data",))
@@ -86,7 +86,7 @@ def step(
 
   like = jax.tree.map(lambda x: x.sharding, (params, state))
   begin = time.perf_counter()
-  # Donated in the order in which they are returned: XLA pairs them by it.
+  # Donated in the order of the results, by which XLA pairs them.
   lowered = jax.jit(stepped, donate_argnums=(0, 1), out_shardings=like).lower(
     params, state, params
   )

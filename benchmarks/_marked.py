@@ -1,17 +1,17 @@
-"""Parts of Markdown pages that are written from results, between two marks.
+"""Where results go in a Markdown page: between two marks.
 
-``<!-- name -->`` and ``<!-- name: end -->``, each on a line of its own.
+The marks are ``<!-- name -->`` and ``<!-- name: end -->``, each on a line of its own.
 """
 
 
 def between(page: str, name: str) -> str:
-  """What the page has between the marks."""
+  """Returns what stands between the marks."""
   start, stop = _span(page, name)
   return page[start:stop]
 
 
 def replaced(page: str, name: str, new: str) -> str:
-  """The page with something else between the marks."""
+  """Puts a new text between the marks."""
   start, stop = _span(page, name)
   return page[:start] + new + page[stop:]
 

@@ -1,29 +1,27 @@
-"""Reading a compiled program: what a step launches, moves and holds.
+"""What a compiled step launches, moves and holds: counted in XLA's text.
 
-XLA prints an optimised program as text. What is counted there is what every ordinary
-step does, and never a time.
+XLA prints an optimised program as text. The counts say what every ordinary step does,
+and are never a time.
 
 *The path.* The entry computation, and the bodies of its calls and loops, a body as
-often as the loop is known to run. Of a conditional one branch. One whose results are
-large (a share `LARGE` of the gradients) guards the step, and the branch that moves
-more takes it. One whose results are small decides how a number is found, and the
-branch that moves less is the ordinary one: the other measures all gradients again.
+often as its loop is known to run. A conditional adds one branch. If its results are
+large (a share `LARGE` of the gradients), it guards the step, and the branch that moves
+more takes the step. If they are small, it decides how to find a number, and the branch
+that moves less is the ordinary one: the other measures all gradients again.
 
-*A kernel.* Every instruction on the path that runs something: fusions, single
-operations, copies, custom calls and collectives. Not what only names buffers
-(parameters, constants, tuples, bitcasts, barriers), not the end of what was started
-before, and not a calling instruction beside what it calls. On a TPU the copies
-between its memories that run beside kernels (`copy-start`, `slice-start`) are none
-either. A kernel is *tiny* if its operands and results have fewer than `TINY` bytes
-together: it costs its launch.
+*A kernel.* Every instruction on the path that runs something: a fusion, a single
+operation, a copy, a custom call or a collective. Instructions that only name buffers
+(parameters, constants, tuples, bitcasts, barriers) do not count, nor does the end of
+what another started, nor a caller beside what it calls, nor, on a TPU, a copy between
+its memories that runs beside kernels (`copy-start`, `slice-start`). A kernel is *tiny*
+if its operands and results have fewer than `TINY` bytes together: it costs its launch.
 
-*Bytes.* Operands and results of these kernels in the device's main memory. On a TPU
-what was brought into the memory on the chip is counted where it is brought, and once.
-What a fusion takes slices of counts as the slices. What it updates in place counts as
-the update.
+*Bytes.* Operands and results of these kernels in the device's main memory. A copy into
+a TPU's memory on the chip counts once, where it happens. An operand that a fusion
+slices counts as the slices, and one that it updates in place as the update.
 
 *Collectives.* By kind, in all branches and bodies, each once however often it runs. A
-start and its end are one. Beside them the most that any one path makes.
+start and its end are one. Beside them, the most that any one path runs.
 """
 
 from collections.abc import Iterable
@@ -57,7 +55,7 @@ _FREE = {
   "domain",
 }
 _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "Sharding", "SPMDFullToShardShape")
-# Copies that the hardware makes beside kernels.
+# Copies that the hardware runs beside kernels.
 _TRANSFERS = {"copy-start", "slice-start", "dynamic-slice-start"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
@@ -65,14 +63,14 @@ _SHAPE = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](\{[^}]*\})?")
 
 
 class Instruction(NamedTuple):
-  """One line of a program.
+  """Holds one line of a program.
 
   Attributes:
-    name: without the percent sign.
-    opcode: as `fusion`.
-    shape: as XLA writes it.
-    operands: their names.
-    attributes: what follows the operands.
+    name: its name, without the percent sign.
+    opcode: its operation, as `fusion`.
+    shape: its shape, as XLA writes it.
+    operands: the names of its operands.
+    attributes: the text after the operands.
     root: whether it is the result of its computation.
   """
 
@@ -85,14 +83,14 @@ class Instruction(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """What one path through a program does.
+  """Counts what one path through a program does.
 
   Attributes:
-    kernels: how many it launches.
+    kernels: how many kernels it launches.
     tiny: how many of them are tiny.
-    bytes: what they read and write.
+    bytes: how many bytes they read and write.
     collectives: the most of each kind, in the order of `COLLECTIVES`, that a path
-      with other branches makes.
+      with any branches runs.
   """
 
   kernels: int = 0
@@ -102,14 +100,14 @@ class Counts(NamedTuple):
 
 
 class Program:
-  """The computations of a compiled program."""
+  """Holds the computations of a compiled program."""
 
   def __init__(self, text: str, gradient_bytes: float):
     """Reads what `compiled.as_text()` returned.
 
     Args:
       text: the program.
-      gradient_bytes: of all gradients on one device, the unit of bytes.
+      gradient_bytes: the bytes of all gradients on one device, as the unit.
     """
     self._gradient_bytes = gradient_bytes
     self.computations: dict[str, dict[str, Instruction]] = {}
@@ -125,18 +123,18 @@ class Program:
 
   @functools.cached_property
   def ordinary(self) -> Counts:
-    """What every ordinary step does."""
+    """Counts what every ordinary step does."""
     return self._counts(self.entry)
 
   def count(self, opcode: str) -> int:
-    """How many instructions all computations have, a start and its end as one."""
+    """Counts instructions in all computations, a start and its end as one."""
     names = (opcode, f"{opcode}-start")
     return sum(
       x.opcode in names for body in self.computations.values() for x in body.values()
     )
 
   def row(self) -> dict[str, Any]:
-    """The figures of this program, as they stand in results."""
+    """Returns the figures of this program, as results have them."""
     found = self.ordinary
     return {
       "kernels": found.kernels,
@@ -189,11 +187,11 @@ class Program:
     return branches[-1 if guards else 0]._replace(collectives=tuple(most))
 
   def _moved(self, x: Instruction, body: dict[str, Instruction]) -> tuple[float, float]:
-    """The bytes that a kernel moves in main memory, and those of whatever memory."""
+    """Returns the bytes that a kernel moves in main memory, and in any memory."""
     operands = [body[name] for name in dict.fromkeys(x.operands) if name in body]
     fused = self.computations[_called(x)[0]] if x.opcode == "fusion" else None
     if fused is None:
-      # As a fusion of this instruction alone.
+      # Counts as a fusion of this instruction alone.
       fused = {name: body[name]._replace(opcode="parameter") for name in x.operands}
       fused[x.name] = x._replace(root=True)
       inputs = {operand.name: [operand.name] for operand in operands}
@@ -240,7 +238,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-  """Where the bracket that a text starts with is closed: the index after it."""
+  """Returns the index after the bracket that closes the first one."""
   depth = 0
   for found in re.finditer(r"[()]", text):
     depth += 1 if found[0] == "(" else -1
@@ -250,7 +248,7 @@ def _closing(text: str) -> int:
 
 
 def _called(x: Instruction) -> list[str]:
-  """The computations that an instruction calls, of a conditional the branches."""
+  """Returns the computations that an instruction calls, or its branches."""
   found = re.findall(
     r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|"
     r"false_computation)=(\{[^}]*\}|%?[\w.\-]+)",
@@ -265,14 +263,14 @@ def _trips(x: Instruction) -> int:
 
 
 def _leaves(shape: str) -> Iterable[tuple[float, bool, str]]:
-  """Bytes of each array of a shape, whether in main memory, and how it is written."""
+  """Yields each array of a shape: bytes, whether in main memory, and XLA's text."""
   for found in _SHAPE.finditer(shape):
     kind, bits, dims, layout = found.groups()
     elements = 1
     for dim in filter(None, dims.split(",")):
       elements *= int(dim.lstrip("<="))
     width = {"pred": 8, "token": 0, "opaque": 0}.get(kind, int(bits or 8))
-    # Of a TPU's memories, which its tiled arrays are in; those of a GPU are one.
+    # Only a TPU, which tiles its arrays, has memories to tell apart; a GPU's are one.
     on_chip = "T(" in (layout or "") and "S(" in (layout or "")
     yield elements * width / 8, not on_chip, found[0]
 
@@ -282,9 +280,9 @@ def _size(shape: str, main: bool = False) -> float:
 
 
 def _transferred(x: Instruction) -> float:
-  """The bytes in main memory of a copy between memories.
+  """Returns the bytes that a copy between memories moves in main memory.
 
-  Its shape holds source, target and flags. Of a source only a slice may be taken.
+  Its shape holds source, target and flags. It may take a slice of the source only.
   """
   leaves = [leaf for leaf in _leaves(x.shape) if leaf[0] > 4]
   least = min((size for size, _, _ in leaves), default=0.0)
@@ -292,7 +290,7 @@ def _transferred(x: Instruction) -> float:
 
 
 def _read(name: str, fused: dict[str, Instruction], whole: float) -> float:
-  """How many bytes of an operand a fusion reads."""
+  """Returns how many bytes of an operand a fusion reads."""
   total = 0.0
   for user in fused.values():
     if name not in user.operands:
@@ -311,10 +309,10 @@ def _read(name: str, fused: dict[str, Instruction], whole: float) -> float:
 def _results(
   x: Instruction, fused: dict[str, Instruction]
 ) -> Iterable[tuple[str, float]]:
-  """Each result of a kernel, and how many bytes of it are written."""
+  """Returns each result of a kernel, and how many bytes of it the kernel writes."""
   shapes = [(text, size) for size, _, text in _leaves(x.shape)]
   if x.opcode.endswith("-start") and x.opcode != "all-reduce-start":
-    # What a collective is given comes first.
+    # The operands of a collective come first.
     shapes = shapes[len(x.operands) :]
   root = next(y for y in fused.values() if y.root)
   made = [fused[n] for n in root.operands] if root.opcode == "tuple" else [root]
@@ -327,7 +325,7 @@ def _results(
 
 
 def _updates(x: Instruction, fused: dict[str, Instruction]) -> bool:
-  """Whether it updates an operand of the kernel in place."""
+  """Returns whether an instruction updates an operand of the kernel in place."""
   if x.opcode != "dynamic-update-slice":
     return False
   return _plain(fused[x.operands[0]], fused).opcode == "parameter"

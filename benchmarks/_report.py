@@ -1,4 +1,4 @@
-"""From rows of results to a table and a JSON file."""
+"""How rows of results become tables and a JSON file."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
 
 @contextlib.contextmanager
 def progress(console: Console) -> Iterator[Callable[[str], None]]:
-  """Shows what is being done, and for how long; gives a function that is told."""
+  """Shows what runs, and for how long; yields the function to tell it."""
   with Progress(
     SpinnerColumn(),
     TextColumn("{task.description}"),
@@ -93,7 +93,7 @@ def progress(console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-  """Prints one table for each suite, of the suite compiled one for each subject."""
+  """Prints a table for each suite, and for each subject of the suite compiled."""
   tables: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     suite = row["suite"]

@@ -1,4 +1,4 @@
-"""Which sources a result is of."""
+"""Which sources a result was measured with."""
 
 import ast
 import hashlib
@@ -9,10 +9,10 @@ LIBRARY = pathlib.Path(__file__).parent.parent / "optax_clip"
 
 
 def digest(library: pathlib.Path = LIBRARY) -> str:
-  """A hash of what the library's modules do, whatever they say.
+  """Hashes what the library's modules do, whatever they say.
 
-  Comments, docstrings and `raise` statements do not change it, nor does the Python
-  that reads them.
+  Comments, docstrings and `raise` statements do not change the hash, nor does the
+  version of Python.
   """
   found = hashlib.sha256()
   for path in sorted(library.rglob("*.py")):
@@ -22,7 +22,7 @@ def digest(library: pathlib.Path = LIBRARY) -> str:
 
 
 def _meaning(node: Any) -> Any:
-  """A tree of names and values, without fields that are empty."""
+  """Converts a node to names and values, without empty fields."""
   if isinstance(node, list):
     return [_meaning(x) for x in node if not _is_silent(x)]
   if not isinstance(node, ast.AST):
@@ -32,7 +32,7 @@ def _meaning(node: Any) -> Any:
 
 
 def _is_silent(node: Any) -> bool:
-  """Whether it is text for people: a string alone, or an error."""
+  """Returns whether a node is text for people: a string alone, or an error."""
   if isinstance(node, ast.Raise):
     return True
   text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

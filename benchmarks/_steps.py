@@ -1,4 +1,4 @@
-"""The training step that clipping is measured in."""
+"""Which training step the benchmarks run, and how it is compiled."""
 
 from collections.abc import Callable
 import math
@@ -14,7 +14,7 @@ import optax_clip
 
 
 def transformer_shapes(width: int, blocks: int) -> list[tuple[int, ...]]:
-  """Four leaves a block (two matrices, two vectors) and one embedding."""
+  """Returns four shapes a block (two matrices, two vectors) and an embedding's."""
   shapes: list[tuple[int, ...]] = []
   for _ in range(blocks):
     shapes += [(width,), (width, 4 * width), (4 * width,), (4 * width, width)]
@@ -22,12 +22,12 @@ def transformer_shapes(width: int, blocks: int) -> list[tuple[int, ...]]:
 
 
 def elements(shapes: list[tuple[int, ...]]) -> int:
-  """The parameters of a model of these shapes."""
+  """Counts the parameters of a model of these shapes."""
   return sum(math.prod(shape) for shape in shapes)
 
 
 class Step(NamedTuple):
-  """A compiled step with the state that it is run on."""
+  """Holds a compiled step, which runs on a state of its own."""
 
   run: Callable[[], Any]
   lower_s: float
@@ -38,19 +38,19 @@ class Step(NamedTuple):
 
 
 def random_tree(shapes: list[tuple[int, ...]], dtype: Any) -> list[jax.Array]:
-  """Normal gradients of unit scale."""
+  """Draws normal gradients of unit scale."""
   return [
     jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
     for i, shape in enumerate(shapes)
   ]
 
 
-# Arrays of at least so many elements are shared between steps.
+# Steps share arrays of at least this many elements.
 _LARGE = 1 << 14
 
 
 class Trainer:
-  """Parameters and moments that all steps of a benchmark share.
+  """Holds parameters and moments that all steps of a benchmark share.
 
   Twelve copies of a large model would not fit on a device.
   """
@@ -64,11 +64,11 @@ class Trainer:
   def compiled(
     self, tx: optax.GradientTransformation, whole: bool = False, show: bool = False
   ) -> Step:
-    """Compiles a step; all but gradients are donated.
+    """Compiles a step that donates all but gradients.
 
     Args:
-      tx: all of the optimizer.
-      whole: whether to take it as `optax_clip.guarded_step`.
+      tx: the whole optimizer.
+      whole: whether `optax_clip.guarded_step` takes the step.
       show: whether the step returns the metrics, too.
     """
     tx = optax.with_extra_args_support(tx)
@@ -78,7 +78,7 @@ class Trainer:
       return params, tx.init(params)
 
     shapes, treedef = jax.tree.flatten(jax.eval_shape(start))
-    # Parameters and moments; a memory of clipping may be large, but is not shared.
+    # Parameters and moments. A memory of clipping may be as large, but is not shared.
     alike = {g.shape for g in self._grads}
     large = [x.size >= _LARGE and x.shape in alike for x in shapes]
 

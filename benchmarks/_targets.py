@@ -1,13 +1,12 @@
-"""What a program can be compiled for on a machine that does not have it.
+"""Which devices a program can be compiled for on a machine that has none of them.
 
 The compilers of GPUs and TPUs run anywhere, given a description of the device.
-`prepare` sets what has to be set before JAX is imported; with it the CPU stays the
-platform of all that is not compiled for a target, and one environment may hold the
-compilers of both.
+`prepare` sets the environment before JAX is imported: the CPU stays the platform of
+all other programs, and one installation may hold both compilers.
 
-The packages: `pip install libtpu` for TPUs. For GPUs, of the version that jax has,
-`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`:
-without what they depend on, which is for running.
+TPUs need `pip install libtpu`. GPUs need, in the version of jax, `pip install --no-deps
+jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`: the dependencies are for
+running.
 """
 
 from collections.abc import Iterable
@@ -21,11 +20,11 @@ _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
   "TPU_SKIP_MDS_QUERY": "1",
-  # Its lock is for devices, and there are none: several processes may compile.
+  # The lock protects devices, and there are none: several processes may compile.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# As XLA describes one: `gpu_device_info` of tensorflow's and XLA's repositories.
+# XLA's description: `gpu_device_info` in the repositories of TensorFlow and XLA.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -55,13 +54,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Target(NamedTuple):
-  """A kind of device.
+  """Describes a kind of device.
 
   Attributes:
-    title: what it is called.
-    modules: what has to be there to compile for it.
-    install: the arguments of pip that bring them; `{jax}` is the version of jax.
-    topologies: for a number of devices, the arguments that describe them.
+    title: its name, for people.
+    modules: the modules that compile for it.
+    install: the arguments of pip that install them; `{jax}` is the version of jax.
+    topologies: for each number of devices, the arguments that describe them.
   """
 
   title: str
@@ -91,7 +90,7 @@ def _tpu(title: str, kind: str) -> Target:
     title,
     ("libtpu",),
     "libtpu",
-    # The smallest description has four chips, of which one is used.
+    # The smallest description has four chips; a program for one uses one of them.
     {
       count: {"platform": "tpu", "topology_name": f"{kind}:{grid}"}
       for count, grid in ((1, "2x2"), (8, "2x4"))
@@ -107,15 +106,15 @@ TARGETS = {
 
 
 class MissingError(RuntimeError):
-  """A target's compiler is not installed."""
+  """Says that the compiler of a target is not installed."""
 
 
 def prepare(devices: int = 1) -> None:
-  """Sets the environment; to be called before JAX is imported.
+  """Sets the environment; call it before JAX is imported.
 
   Args:
-    devices: how many devices the process is to have. They are of the CPU; a library
-      that asks JAX whether arrays can be on several devices sees as many.
+    devices: how many devices of the CPU the process gets. A library that asks JAX
+      whether arrays may be on several devices sees as many.
   """
   os.environ.update(_ENVIRONMENT)
   flag = f"--xla_force_host_platform_device_count={devices}"
@@ -124,7 +123,7 @@ def prepare(devices: int = 1) -> None:
 
 
 def missing(name: str) -> str | None:
-  """What to do about a target that cannot be compiled for here, in one line."""
+  """Says in one line how to install the compiler of a target; `None` if it is here."""
   target = TARGETS[name]
   if all(map(_found, target.modules)):
     return None
@@ -140,10 +139,10 @@ def _found(module: str) -> bool:
 
 
 def devices(name: str, count: int = 1) -> list[Any]:
-  """So many devices of a kind, to compile for.
+  """Returns devices of a kind, to compile for.
 
   Raises:
-    MissingError: if its compiler is not installed, in one line that says what to do.
+    MissingError: if the compiler is not installed; says in one line what to do.
   """
   if text := missing(name):
     raise MissingError(text)
@@ -154,10 +153,10 @@ def devices(name: str, count: int = 1) -> list[Any]:
 
 
 def named(text: str) -> list[str]:
-  """The targets in a list with commas.
+  """Splits a list of targets at its commas.
 
   Raises:
-    ValueError: if there is none of a name.
+    ValueError: if no target has one of the names.
   """
   names = [name.strip() for name in text.split(",") if name.strip()]
   _known(names)

@@ -1,4 +1,4 @@
-"""Timing compiled programs against each other on a noisy machine."""
+"""How compiled programs are timed against each other on a noisy machine."""
 
 from collections.abc import Callable
 import datetime
@@ -20,10 +20,10 @@ Run = Callable[[], Any]
 def interleaved(
   runs: dict[str, Run], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-  """Seconds of each run, measured in turn, so that drift meets all alike.
+  """Times all runs in turn, in seconds, so that drift meets all alike.
 
-  In a new order each round: a run pays for what the one before it did to caches
-  and to the allocator.
+  Each round has a new order: a run pays for what the one before it did to caches and
+  to the allocator.
   """
   times: dict[str, list[float]] = {name: [] for name in runs}
   shuffled = random.Random(0)
@@ -37,23 +37,23 @@ def interleaved(
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
-  """The median over rounds of the ratio within one round."""
+  """Returns the median over rounds of the ratio within a round."""
   return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def difference(minuend: list[float], subtrahend: list[float]) -> float:
-  """The median over rounds of the difference within one round."""
+  """Returns the median over rounds of the difference within a round."""
   return statistics.median(a - b for a, b in zip(minuend, subtrahend, strict=True))
 
 
 def spread(times: list[float]) -> float:
-  """Half the interquartile range over the median."""
+  """Returns half the interquartile range over the median."""
   low, middle, high = statistics.quantiles(times, n=4)
   return (high - low) / 2 / middle
 
 
 def bandwidth(elements: int, repeats: int) -> dict[str, float]:
-  """Bytes a second that this device reads, and copies (read plus written)."""
+  """Measures bytes a second that this device reads, and copies (read plus written)."""
   x = jnp.ones(elements, jnp.float32)
   read = jax.jit(lambda x: jnp.sum(x * x))
   copy = jax.jit(lambda x: x + 1)
@@ -71,7 +71,7 @@ def bandwidth(elements: int, repeats: int) -> dict[str, float]:
 
 
 def environment() -> dict[str, str]:
-  """What a figure depends on."""
+  """Describes what a figure depends on."""
   device = jax.devices()[0]
   return {
     "date": datetime.date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""PyTorch's clip, as a peer in the same run; only where PyTorch is installed."""
+"""What PyTorch's clip costs in the same run, where PyTorch is installed."""
 
 from collections.abc import Callable
 import importlib.util
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def installed() -> bool:
-  """Whether there is a PyTorch to compare with."""
+  """Returns whether there is a PyTorch to compare with."""
   return importlib.util.find_spec("torch") is not None
 
 
@@ -37,7 +37,7 @@ def _waited(run: Callable[[], Any], device: str) -> Callable[[], None]:
 
 
 def clip(shapes: list[tuple[int, ...]], dtype: Any) -> Callable[[], None]:
-  """`torch.nn.utils.clip_grad_norm_` alone, on gradients of these shapes."""
+  """Makes a run of `torch.nn.utils.clip_grad_norm_` alone, on these shapes."""
   import torch
 
   parameters, device = _parameters(shapes, dtype)
@@ -47,7 +47,7 @@ def clip(shapes: list[tuple[int, ...]], dtype: Any) -> Callable[[], None]:
 
 
 def steps(shapes: list[tuple[int, ...]], dtype: Any) -> dict[str, Callable[[], None]]:
-  """A fused AdamW step without and with the clip, on the same parameters."""
+  """Makes runs of a fused AdamW step, without and with the clip, on one model."""
   import torch
 
   parameters, device = _parameters(shapes, dtype)

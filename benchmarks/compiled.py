@@ -3,15 +3,15 @@
 `python -m benchmarks --suite compiled --target h100,tpu-v5e,tpu-v6e` counts kernels,
 bytes, temporaries, conditionals and collectives in the programs that a device would
 run (`_programs` says how), on a machine that has none (`_targets` says with what).
-`--only adaptive_grad_clip` compiles the cells whose description it is found in, and
-with `--json FILE` replaces their rows in a file that exists.
+`--only adaptive_grad_clip` compiles the cells whose description matches, and with
+`--json FILE` replaces their rows in a file that exists.
 
-Each method is compiled after what optax has in its place, in the same process, and
-its seconds are divided by those. A peer that takes longer than `LONG` is compiled
-once for all that stand beside it. Seconds depend on the machine, counts do not.
+Each method compiles after its peer in optax, in the same process, and its seconds are
+divided by the peer's. A peer that takes longer than `LONG` compiles once for all its
+methods. Seconds depend on the machine, counts do not.
 
-Cells over 8 devices are compiled in a process that has 8: the library asks JAX
-whether arrays may be spread, before it lays small ones side by side.
+Cells over 8 devices compile in a process that has 8: the library asks JAX whether
+arrays may be sharded before it concatenates small ones.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LONG = 20.0
 
 
 def transformer(blocks: int = 12) -> list[tuple[int, ...]]:
-  """Shapes of a small GPT-2's size: with 12 blocks 84M parameters in 61 leaves."""
+  """Returns a small GPT-2's shapes: 12 blocks have 84M parameters in 61 leaves."""
   block = [(768,), (768, 2304), (3072,), (768, 3072), (3072, 768)]
   return [*block * blocks, (8192, 768)]
 
@@ -54,14 +54,14 @@ MODELS: dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
 
 
 class Cell(NamedTuple):
-  """One program.
+  """Names one program.
 
   Attributes:
-    method: of `methods`.
-    model: of `MODELS`.
-    optimizer: of `overhead.OPTIMIZERS`.
-    dtype: of parameters, gradients and moments.
-    devices: over how many matrices are sharded, along their first axis.
+    method: a name in `methods`.
+    model: a name in `MODELS`.
+    optimizer: a name in `overhead.OPTIMIZERS`.
+    dtype: the dtype of parameters, gradients and moments.
+    devices: how many devices shard the matrices, along their first axis.
   """
 
   method: str
@@ -71,18 +71,18 @@ class Cell(NamedTuple):
   devices: int = 1
 
   def text(self) -> str:
-    """What `--only` is looked for in."""
+    """Returns the description that `--only` searches."""
     where = f", {self.devices} devices" if self.devices > 1 else ""
     return f"{self.model}, {self.optimizer}, {self.dtype}{where}: {self.method}"
 
 
 class Method(NamedTuple):
-  """A way to take a step.
+  """Describes a way to take a step.
 
   Attributes:
     make: from the optimizer to the one with the clip or the guard.
-    peer: the method of optax that it is compared with, or `None`.
-    whole: whether it is taken by `optax_clip.guarded_step`.
+    peer: the method of optax to compare with, or `None`.
+    whole: whether `optax_clip.guarded_step` takes the step.
   """
 
   make: Callable[[Any], Any]
@@ -96,7 +96,7 @@ _UNIT = "optax.adaptive_grad_clip"
 _ELEMENT = "optax.clip"
 _GUARD = "update, optax.apply_if_finite"
 
-# What optax has in the place of each; of all others the clip by the global norm.
+# The peer of each in optax; that of all others is the clip by the global norm.
 _PEERS = {
   "clip_by_layer_norm": _LAYER,
   "clip_by_block_rms": _LAYER,
@@ -111,7 +111,7 @@ _PEERS = {
   "clip_element_spikes": _ELEMENT,
 }
 
-# In every dtype, and with every optimizer.
+# Compiled in every dtype, and with every optimizer.
 _FEW = ("none", _GLOBAL, "clip_by_global_norm")
 _BFLOAT16 = (
   *_FEW,
@@ -136,7 +136,7 @@ _SHARDED = (
 
 @functools.cache
 def methods() -> dict[str, Method]:
-  """All methods by name, those of optax before those that stand in their place."""
+  """Returns all methods by name, each peer in optax before its methods."""
   import jax
   import optax
 
@@ -188,7 +188,7 @@ def methods() -> dict[str, Method]:
 
 
 def cells() -> list[Cell]:
-  """All programs, those that are compared one after the other."""
+  """Lists all programs, with those to compare in a row."""
   layers = (_LAYER, "clip_by_layer_norm")
   found = [Cell(name) for name in methods()]
   found += [Cell(name, dtype="bfloat16") for name in _BFLOAT16]
@@ -202,10 +202,7 @@ def cells() -> list[Cell]:
 
 
 def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
-  """Compiles a cell; returns its figures.
-
-  Where the compiler gives up there are none, and `error` is what it says.
-  """
+  """Compiles a cell; returns its figures, or the `error` of a compiler that failed."""
   import jax
 
   from benchmarks import _compiling
@@ -227,14 +224,14 @@ def run(
   devices: int = 1,
   note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
-  """Yields a row for each cell over so many devices.
+  """Yields a row for each cell over this number of devices.
 
   Args:
-    target: of `_targets.TARGETS`.
+    target: a name in `_targets.TARGETS`.
     quick: whether to take the smaller models, and float32 only.
-    only: a regular expression that is found in the cells that are meant.
-    devices: 1 or 8. JAX has to have as many.
-    note: told what is being compiled.
+    only: a regular expression for the descriptions of cells.
+    devices: 1 or 8; JAX has to have as many.
+    note: a function to tell what compiles.
   """
   from benchmarks import _sources
 
@@ -274,7 +271,7 @@ def run(
 
 
 def selected(quick: bool, only: str) -> list[Cell]:
-  """The cells that are meant."""
+  """Selects the cells whose description matches."""
   return [
     cell
     for cell in cells()
@@ -285,7 +282,7 @@ def selected(quick: bool, only: str) -> list[Cell]:
 def measured(
   target: str, quick: bool, only: str, note: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-  """Yields the rows of one target, over 8 devices too."""
+  """Yields the rows of one target, also over 8 devices."""
   if any(cell.devices == 1 for cell in selected(quick, only)):
     yield from run(target, quick, only, note=note)
   if any(cell.devices > 1 for cell in selected(quick, only)):
@@ -301,7 +298,7 @@ def measured(
 
 
 def about(target: str) -> dict[str, str]:
-  """What the figures of a target depend on."""
+  """Describes what the figures of a target depend on."""
   import importlib.metadata
   import platform
 
@@ -320,7 +317,7 @@ def about(target: str) -> dict[str, str]:
 
 
 def merged(rows: Rows, file: str | None) -> Rows:
-  """The rows of a file, with those that were compiled anew in their place."""
+  """Merges the rows of a file with the newly compiled ones, which win."""
   if file is None:
     return rows
 
@@ -354,7 +351,7 @@ def main(options: argparse.Namespace) -> Rows:
     with _report.progress(console) as note:
       for row in measured(target, options.quick, options.only, note):
         rows.append(row)
-        if path:  # As they come: a run that is stopped leaves some.
+        if path:  # As they come: a run that stops leaves some.
           _report.write(merged(rows, old), notes, path)
     every += rows
     _report.show(rows, console)
@@ -376,7 +373,7 @@ def main(options: argparse.Namespace) -> Rows:
 
 
 def _of_target(path: pathlib.Path, target: str, targets: list[str]) -> pathlib.Path:
-  """A file of each target, with its name before the ending if there are several."""
+  """Names the file of a target: if there are several, by it before the ending."""
   return path.with_stem(f"{path.stem}-{target}") if len(targets) > 1 else path
 
 

@@ -1,4 +1,4 @@
-"""Brings the tables of docs/costs.md up to date: `python -m benchmarks.costs`."""
+"""How docs/costs.md gets its tables: `python -m benchmarks.costs`."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Rows of the tables: how they are called there, and the methods they are of.
+# The rows of the tables: their names there, and their methods.
 ROWS = {
   "`optax.clip_by_global_norm`": ("optax.clip_by_global_norm",),
   "`clip_by_global_norm`": ("clip_by_global_norm",),
@@ -35,7 +35,7 @@ ROWS = {
 }
 
 
-# And of the second.
+# The rows of the second table.
 COMPILED = {
   "none": ("none",),
   **ROWS,
@@ -51,12 +51,12 @@ COMPILED = {
     "guarded_step, dynamic_loss_scale",
   ),
 }
-# The targets of the second table: two compilers, of which one knows several devices.
+# The targets of the second table, one for each compiler.
 ACCELERATORS = ("h100", "tpu-v5e")
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-  """The table, of an AdamW step."""
+  """Writes the first table: what an AdamW step costs, measured."""
   found = {row["method"]: row for row in rows if row["optimizer"] == "adamw"}
   first = found["none"]
   lines = [
@@ -80,7 +80,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def accelerators(results: dict[str, dict[str, Any]]) -> str:
-  """The second table, of what was compiled for each target."""
+  """Writes the second table: what a step compiles to for each target."""
   if not results:
     return "Not counted yet: `python -m benchmarks --suite compiled`."
   found = {
@@ -114,7 +114,7 @@ def accelerators(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _is_shown(row: dict[str, Any]) -> bool:
-  """Whether it is of the step that the table is of."""
+  """Returns whether a row belongs to the step that the table shows."""
   cell = tuple(row[key] for key in ("model", "optimizer", "dtype", "devices"))
   return cell == ("transformer", "adamw", "float32", 1)
 
@@ -128,7 +128,7 @@ def _range(values: list[float], digits: int = 2) -> str:
 
 
 def updated(text: str) -> str:
-  """The page with the tables of the committed results."""
+  """Puts the tables of the committed results into the page."""
   results = json.loads((RESULTS / "cpu-overhead.json").read_text())
   text = _marked.replaced(text, "costs", table(results["rows"], results["about"]))
   paths = {target: RESULTS / f"compiled-{target}.json" for target in ACCELERATORS}

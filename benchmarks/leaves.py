@@ -1,4 +1,4 @@
-"""The same bytes in more and more leaves: trace, compile and run."""
+"""What more leaves cost for the same bytes: to trace, compile and run."""
 
 from collections.abc import Callable
 import statistics
@@ -17,7 +17,8 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
 }
 
-# A norm for each leaf: as many as the largest models have, scanned ones aside.
+# Clips with a norm for each leaf, tried up to the leaves that the largest models have,
+# scanned ones aside.
 LAYERS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
   "adagc": optax_clip.adagc,
@@ -34,7 +35,7 @@ def run(
   repeats: int,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-  """One row for each number of leaves and method; the optimizer is sgd."""
+  """Returns a row for each number of leaves and method; the optimizer is sgd."""
   rows = []
   for count in counts:
     grads = _steps.random_tree([(total // count,)] * count, jnp.float32)

@@ -1,8 +1,8 @@
 """What clipping adds to a step that is sharded over 1 to 8 devices.
 
 On CPU the devices are virtual and share the cores, so that only ratios and counts of
-collectives say something; they have to exist before JAX starts, hence the process of
-its own: `python -m benchmarks.mesh`.
+collectives mean something. They have to exist before JAX starts, which takes a process
+of its own: `python -m benchmarks.mesh`.
 """
 
 import json
@@ -38,7 +38,7 @@ COUNTS = (1, 2, 4, 8)
 
 
 def run(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
-  """One row for each number of devices and method."""
+  """Returns a row for each number of devices and method."""
   if jax.default_backend() != "cpu":
     return measured(width, blocks, repeats)
   flags = f"--xla_force_host_platform_device_count={max(COUNTS)}"
@@ -58,7 +58,7 @@ def run(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def measured(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
-  """The rows, on the devices of this process."""
+  """Measures the rows on the devices of this process."""
   shapes = _steps.transformer_shapes(width, blocks)
   rows = []
   for count in COUNTS:
@@ -70,7 +70,7 @@ def measured(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
       axis_types=(AxisType.Auto,),
       devices=jax.devices()[:count],
     )
-    # Each leaf along its first axis, as in fully sharded data parallelism.
+    # Shards each leaf along its first axis, as in fully sharded data parallelism.
     specs = [PartitionSpec("data" if s[0] % count == 0 else None) for s in shapes]
     shardings = [NamedSharding(mesh, spec) for spec in specs]
     grads = jax.device_put(_steps.random_tree(shapes, jnp.float32), shardings)
@@ -97,7 +97,7 @@ def measured(width: int, blocks: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def _step(clip: optax.GradientTransformation, grads: list[jax.Array]) -> Any:
-  """A compiled AdamW step, and its program."""
+  """Compiles an AdamW step; returns a run of it, and its program."""
   tx = optax.chain(clip, optax.adamw(1e-3))
   like = [g.sharding for g in grads]
 
@@ -106,7 +106,7 @@ def _step(clip: optax.GradientTransformation, grads: list[jax.Array]) -> Any:
     return optax.apply_updates(params, updates), state
 
   params = jax.device_put([jnp.full(g.shape, 0.01, g.dtype) for g in grads], like)
-  # The moments as the parameters: XLA would choose for itself.
+  # Shards the moments as the parameters: XLA would choose for itself.
   state = optax.tree.map_params(tx, jax.device_put, tx.init(params), like)
   carry: list[Any] = [(params, state)]
   compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry[0], grads).compile()
@@ -120,9 +120,9 @@ def _step(clip: optax.GradientTransformation, grads: list[jax.Array]) -> Any:
 
 
 def _count(text: str, kind: str) -> int:
-  """The collectives of a kind that every step makes.
+  """Counts the collectives of a kind that every step runs.
 
-  Not those in branches: the rescue of norms that left the range of floats, which no
+  Branches do not count: the rescue of norms that left the range of floats, which no
   ordinary step takes, has two of its own.
   """
   branches = {

@@ -19,15 +19,15 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
   "lion": optax.lion,
   "muon": optax.contrib.muon,
 }
-# Of optimizers other than AdamW, only the clip that all others are measured by,
-# its peer, and a threshold that learns: the step around them differs, they do not.
+# With optimizers other than AdamW, only the clip that all others are measured by, its
+# peer, and a threshold that learns: clips do not differ, only the step around them.
 FEW = ("none", "optax.clip_by_global_norm", "clip_by_global_norm", "adagc")
 
-# How often a method has to read the gradients, or what is as large: AGC reads the
-# parameters too.
+# How often a method has to read arrays of the gradients' size: AGC reads the parameters
+# too.
 READS = {"adaptive_grad_clip": 2, "optax.adaptive_grad_clip": 2}
 
-# Limits that do clip: gradients are normal, weights are 0.01.
+# All limits clip: gradients are normal, weights are 0.01.
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "none": optax.identity,
   "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
@@ -67,16 +67,16 @@ def run(
   read_bytes_per_s: float = 0.0,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-  """One row for each optimizer and method; AdamW has all methods, others a few.
+  """Returns a row for each optimizer and method: all for AdamW, a few for others.
 
   Args:
-    width: of the model, see `_steps.transformer_shapes`.
-    blocks: of the model.
-    dtype: of gradients, parameters and moments.
-    repeats: interleaved rounds.
-    optimizers: names of `OPTIMIZERS`.
+    width: the model's width, see `_steps.transformer_shapes`.
+    blocks: the number of its blocks.
+    dtype: the dtype of gradients, parameters and moments.
+    repeats: the number of interleaved rounds.
+    optimizers: names in `OPTIMIZERS`.
     read_bytes_per_s: what the device reads in a second, as measured in this run.
-    note: told what is being compiled.
+    note: a function to tell what compiles.
   """
   shapes = _steps.transformer_shapes(width, blocks)
   grads = _steps.random_tree(shapes, dtype)
@@ -132,7 +132,7 @@ def run(
 def run_torch(
   width: int, blocks: int, dtype: Any, repeats: int, read_bytes_per_s: float
 ) -> list[dict[str, Any]]:
-  """The same of PyTorch: fused AdamW, and its own clip."""
+  """Returns the same rows for PyTorch: fused AdamW, and its own clip."""
   shapes = _steps.transformer_shapes(width, blocks)
   times = _timing.interleaved(_torch.steps(shapes, dtype), repeats)
   size = _steps.elements(shapes) * jax.numpy.dtype(dtype).itemsize

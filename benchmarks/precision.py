@@ -1,4 +1,4 @@
-"""The error of the global norm against float64."""
+"""How far the global norm is from float64, by dtype, size and magnitude."""
 
 from collections.abc import Callable
 import math
@@ -30,13 +30,13 @@ CASES: dict[str, tuple[Any, int, int, float]] = {
 def run(
   most: int, note: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
-  """One row for each case with at most `most` elements, and library."""
+  """Returns a row for each library and case of at most `most` elements."""
   rows = []
   for case, (dtype, leaves, size, magnitude) in CASES.items():
     if leaves * size > most:
       continue
     note(case)
-    # One array of data, in as many leaves as needed: the norm sees them all.
+    # One array serves for all leaves: the norm reads each.
     rng = np.random.default_rng(0)
     leaf = jnp.asarray(
       rng.standard_normal(size, np.float32) * np.float32(magnitude), dtype
@@ -62,7 +62,7 @@ def run(
 
 
 def _float64_norm(x: jax.Array) -> float:
-  """In pieces, to hold no float64 copy of 1e8 elements; 1e20 squared fits."""
+  """Sums pieces, to hold no float64 copy of 1e8 elements; 1e20 squared fits."""
   pieces = np.array_split(np.asarray(x), max(1, x.size // 10**7))
   return math.sqrt(
     math.fsum(float(np.sum(np.square(p.astype(np.float64)))) for p in pieces)

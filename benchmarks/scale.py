@@ -1,4 +1,4 @@
-"""The cost of a clip for each byte, from a million parameters to what fits."""
+"""What a clip costs for each byte, from a million parameters to what fits."""
 
 from collections.abc import Callable
 import statistics
@@ -20,7 +20,7 @@ def run(
   repeats: int,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-  """One row for each size and dtype: clip alone, in an update that donates."""
+  """Returns a row for each size and dtype: the clip alone, with donated updates."""
   rows = []
   for width, blocks in widths:
     for dtype in dtypes:
@@ -67,16 +67,16 @@ def run(
 def _clipping(
   clip: Callable[[Any, Any], Any], carry: list[Any], limit: list[float]
 ) -> Callable[[], None]:
-  """Clips in place to a limit that falls, so that each time something is to be done.
+  """Makes a run that clips in place, to a limit that falls each time.
 
-  Within the limit XLA's CPU backend copies each leaf onto itself, which is free.
+  Within the limit XLA:CPU copies each leaf onto itself, which is free.
   """
   dtype = carry[0][0].dtype
   compiled = jax.jit(clip, donate_argnums=0)
 
   def run_clip() -> None:
     limit[0] *= 0.9
-    # In the dtype of the leaves, which optax needs.
+    # optax needs the dtype of the leaves.
     carry[0] = compiled(carry[0], jnp.asarray(limit[0], dtype))
     jax.block_until_ready(carry[0])
 

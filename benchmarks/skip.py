@@ -1,4 +1,4 @@
-"""What a step that may be skipped costs, next to one that may not."""
+"""What a guard that may skip steps costs, next to the clip alone."""
 
 from collections.abc import Callable
 import statistics
@@ -18,13 +18,13 @@ Guard = Callable[[Transformation], Transformation]
 
 
 def _clipped(guard: Guard) -> Guard:
-  """The guard around the clip that all rows have, and the optimizer."""
+  """Puts a guard around the optimizer and the clip that all rows have."""
   clip = optax_clip.clip_by_global_norm(1.0)
   return lambda optimizer: guard(optax.chain(clip, optimizer))
 
 
 def _everything(optimizer: Transformation) -> Transformation:
-  """A learned threshold and a record for each layer, and no step that is not finite."""
+  """Learns a threshold and keeps a record for each layer; skips nonfinite steps."""
   return optax_clip.skip_nonfinite(
     optax.chain(optax_clip.adagc(record="layers"), optimizer),
     measure=optax_clip.measures.layer_norm(),
@@ -32,7 +32,7 @@ def _everything(optimizer: Transformation) -> Transformation:
   )
 
 
-# Each: the whole optimizer, and whether the step is taken whole.
+# Each: how to make the optimizer, and whether `guarded_step` takes the step.
 METHODS: dict[str, tuple[Guard, bool]] = {
   BASE: (_clipped(lambda tx: tx), False),
   "guarded_step, skip_nonfinite": (_clipped(optax_clip.skip_nonfinite), True),
@@ -59,7 +59,7 @@ def run(
   repeats: int,
   note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-  """One row for each guard around AdamW; all but the base return their metrics.
+  """Returns a row for each guard around AdamW; all but the base return metrics.
 
   "everything" is `adagc`, which learns a threshold for each layer, in `skip_nonfinite`,
   with a record of each layer.

@@ -1,7 +1,7 @@
-"""What differs between backends is chosen when a program is lowered for one.
+"""Which form of a computation a backend gets, chosen when a program is lowered for it.
 
-Two questions have an answer for each: how a sum keeps its range (`sums`), and how
-a step is not taken (`branch`).
+Two questions have an answer for each backend: how a sum keeps its range (`sums`), and
+how a guard skips a step (`branch`).
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from typing import Any
 
 from jax import lax
 
-# For tests: the forms of one backend on whatever backend there is.
+# For tests: runs the forms of one backend on any backend.
 _FORCED = "OPTAX_CLIP_FORMS"
 
 
 def forced() -> str | None:
-  """The backend whose forms are to be used everywhere, if any: cpu, gpu or tpu."""
+  """Returns the backend whose forms run everywhere, if any: cpu, gpu or tpu."""
   return os.environ.get(_FORCED)
 
 
@@ -25,7 +25,7 @@ def by_backend(
   gpu: Callable[..., Any],
   tpu: Callable[..., Any],
 ) -> Any:
-  """What the function of the backend that is lowered for makes of the operands.
+  """Applies the function of the backend that the program is lowered for.
 
   Args:
     *operands: trees of arrays.

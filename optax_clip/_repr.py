@@ -1,4 +1,4 @@
-"""Short texts of transformations and states, for logs and notebooks."""
+"""How transformations and states print, in logs and notebooks."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _P = ParamSpec("_P")
 
 
 class Named(optax.GradientTransformationExtraArgs):
-  """A transformation that prints as the call that made it."""
+  """Prints a transformation as the call that made it."""
 
   call: tuple[str, Mapping[str, Any]] | None = None
 
   def __repr__(self) -> str:
-    """As ``autoclip(percentile=10.0, window=1000)``."""
+    """Returns the call, as ``autoclip(percentile=10.0, window=1000)``."""
     if self.call is None:
       return super().__repr__()
     name, arguments = self.call
@@ -30,10 +30,10 @@ class Named(optax.GradientTransformationExtraArgs):
 def named(
   factory: Callable[_P, optax.GradientTransformationExtraArgs],
 ) -> Callable[_P, optax.GradientTransformationExtraArgs]:
-  """Gives what a public function returns the text of its call.
+  """Makes the transformations that a public function returns print as its call.
 
-  The text has the arguments that may be positional, and of the others those that
-  differ from their default.
+  The text shows arguments that may be positional, and others if they differ from their
+  default.
   """
   parameters = inspect.signature(factory).parameters
 
@@ -57,7 +57,7 @@ def named(
 
 
 def short(node: Any) -> str:
-  """A state with `float32[1000]` for arrays; those of one element by their value."""
+  """Formats a state: arrays as `float32[1000]`, scalars as their value."""
   if isinstance(node, tuple) and hasattr(node, "_fields"):
     fields = zip(node._fields, node, strict=True)
     inside = ", ".join(f"{key}={short(value)}" for key, value in fields)

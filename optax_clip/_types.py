@@ -1,7 +1,7 @@
-"""The words of signatures.
+"""Which types the signatures use.
 
 Trees are `Any`: parameters are dictionaries in one library and modules in another, and
-JAX has no type for what it accepts as one.
+JAX has no type for what it accepts as a tree.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from jax.typing import ArrayLike
 
-# A tree of floating or complex arrays; that of the parameters; a state of optax.
+# A tree of floating or complex arrays; a tree of parameters; a state of optax.
 Updates: TypeAlias = Any
 Params: TypeAlias = Any
 OptState: TypeAlias = Any
@@ -20,7 +20,7 @@ OptState: TypeAlias = Any
 Scalar: TypeAlias = ArrayLike
 ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[Any], ArrayLike]
 
-# Mesh axes; "auto" lets types of arrays tell.
+# Mesh axes; "auto" reads them from the types of arrays.
 AxisName: TypeAlias = str | tuple[str, ...]
 # A tree of `jax.sharding.PartitionSpec`, or a prefix of one.
 Specs: TypeAlias = Any

@@ -1,7 +1,7 @@
-"""Checks of hyperparameters, made where the user passes them.
+"""Which hyperparameters are refused, where the user passes them.
 
-A value that is traced (under `jit`, or injected by `optax.inject_hyperparams`)
-cannot be checked here and passes.
+A traced value (under `jit`, or from `optax.inject_hyperparams`) has no number to check
+yet, and passes.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def nonnegative(**values: Any) -> None:
 
 
 def known_norm(norm: Any) -> None:
-  """Raises unless a value can be a norm; that of a NaN is NaN."""
+  """Raises unless a value can be a norm: at least 0, or NaN."""
   concrete = _numeric("norm", norm)
   scalar(norm=norm)
   if concrete is not None and concrete < 0:
@@ -81,7 +81,7 @@ def positive(**values: Any) -> None:
 
 
 def above(low: float, **values: Any) -> None:
-  """Raises unless each named value is larger than a number."""
+  """Raises unless each named value is above `low`."""
   for name, value in values.items():
     concrete = _numeric(name, value)
     if concrete is not None and not np.all(concrete > low):
@@ -89,7 +89,7 @@ def above(low: float, **values: Any) -> None:
 
 
 def within(low: float, high: float, **values: Any) -> None:
-  """Raises unless each named value is between two numbers, which are allowed."""
+  """Raises unless each named value is between `low` and `high`, or one of them."""
   for name, value in values.items():
     concrete = _numeric(name, value)
     if concrete is not None and not np.all((concrete >= low) & (concrete <= high)):
@@ -103,27 +103,27 @@ def fraction(**values: Any) -> None:
     if concrete is not None and not np.all((concrete >= 0) & (concrete < 1)):
       raise ValueError(
         f"{name} must be at least 0 and below 1, got {value!r}. The closer to"
-        " 1, the longer is remembered."
+        " 1, the longer the memory."
       )
 
 
 class Kind:
-  """The kind of memory that something has, looked up once: its structure."""
+  """Checks that a memory has the structure it started with, which it finds once."""
 
   def __init__(self, what: str) -> None:
-    """For errors, whose memory it is."""
+    """Names the owner of the memory, for errors."""
     self._what, self._structure = what, None
 
   def check(self, state: Any, init: Callable[[], Any]) -> None:
-    """Raises unless a memory is of the kind that `init` returns."""
+    """Raises unless a memory has the structure that `init` returns."""
     if self._structure is None:
       self._structure = _structure(jax.eval_shape(init))
     if _structure(state) != self._structure:
       raise TypeError(
         f"The state of {self._what} must be a {_kind(jax.eval_shape(init))}, got a"
-        f" {_kind(state)}: the ClipState or GuardState that it is in was made by"
-        " another transformation, or restored from a checkpoint of one. Pass the state"
-        " that init of this same transformation returned."
+        f" {_kind(state)}: another transformation, or a checkpoint of one, made the"
+        " ClipState or GuardState that holds it. Pass the state that init of this same"
+        " transformation returned."
       )
 
 
@@ -132,7 +132,7 @@ def _structure(state: Any) -> Any:
 
 
 def _bare(state: Any) -> Any:
-  """Without the names that are keys, which may change."""
+  """Drops names that are keys, as they may change."""
   return list(state.values()) if isinstance(state, dict) else state
 
 
@@ -143,7 +143,7 @@ def _kind(state: Any) -> str:
 
 
 def size(*, least: int = 1, **values: Any) -> int:
-  """The one named value, the static length of an array."""
+  """Checks and returns the one named value, the static length of an array."""
   ((name, value),) = values.items()
   if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
     raise TypeError(
@@ -157,7 +157,7 @@ def size(*, least: int = 1, **values: Any) -> int:
 
 
 def order(ord: Any) -> float:
-  """The order of a norm as a float; `None` is 2."""
+  """Checks the order of a norm and returns it as a float; `None` is 2."""
   if ord is None:
     return 2.0
   if isinstance(ord, (jax.core.Tracer, bool)) or not isinstance(ord, (int, float)):
@@ -184,7 +184,7 @@ def choice(options: tuple[Any, ...], **values: Any) -> None:
 
 
 def instance(kind: type, where: str, **values: Any) -> None:
-  """Raises unless each named value is of a type; `where` names what makes such."""
+  """Raises unless each named value is a `kind`; errors say `where` to get one."""
   for name, value in values.items():
     if not isinstance(value, kind):
       raise TypeError(

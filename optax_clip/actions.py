@@ -1,11 +1,10 @@
-"""Actions: what happens to updates that are larger than their limit.
+"""What happens to updates that exceed their limit: they are scaled or clamped.
 
-Each function returns an `Action` for `optax_clip.clip_with`. The code here is
-the only code of the package that writes to updates. One coefficient is
-computed on the few norms, in float32; each leaf is then multiplied once, in
-float32, and cast back. (A division instead of the multiplication makes XLA
-write a second copy of all gradients: it does not repeat a division in the
-several places that an optimizer uses its gradients.)
+Each function returns an `Action` for `optax_clip.clip_with`. No other code of the
+package writes to updates. An action computes one coefficient from the few norms, in
+float32; it then multiplies each leaf once, in float32, and casts it back. (A division
+instead makes XLA materialise a second copy of all gradients: it does not repeat a
+division in the several places where an optimizer uses its gradients.)
 """
 
 from collections.abc import Callable
@@ -35,9 +34,8 @@ __all__ = [
   "square_root",
   "tanh",
 ]
-# With `strict`, the limit is undershot by this many epsilons of the dtype that
-# norms are kept in: the error of the norm (law: 1e-6 relative in float32), of
-# the limit, the coefficient and two products.
+# `strict` undershoots the limit by this many epsilons of the norms' dtype: the errors
+# of norm (law: 1e-6 relative in float32), limit, coefficient and two products.
 _STRICT_EPSILONS = 16
 
 
@@ -80,8 +78,8 @@ def clamp(*, strict: bool = False) -> Action:
   element, if the measure is a norm of order inf.
 
   Args:
-    strict: whether a limit that the leaf's dtype cannot hold is rounded down
-      instead of to the nearest value. It costs one unit in the last place.
+    strict: whether to round down a limit that the leaf's dtype cannot hold, instead
+      of to the nearest value. It costs one unit in the last place.
   """
 
   def apply(leaf: Array, coefficient: Extended, limit: Array) -> Array:
@@ -91,13 +89,13 @@ def clamp(*, strict: bool = False) -> Action:
         "Complex leaves have no order to clip elements by: use"
         " clip_by_global_norm or clip_by_layer_norm for them."
       )
-    # An eighth of it would be lost where the leaf has eight bits: there the limit is
+    # In a leaf of eight bits this could cost an eighth of the limit: there the limit is
     # what float32 holds of it.
     if strict and jnp.finfo(leaf.dtype).bits > 8:
       limit = _next_below(limit)
     bound = _cast(limit, leaf.dtype, toward_zero=strict)
-    # Not two comparisons with -L and L: XLA makes a minimum and a maximum of
-    # them, and CPUs flush subnormals in those.
+    # Not two comparisons with -L and L: XLA turns them into a minimum and a maximum,
+    # in which CPUs flush subnormals.
     signed = jnp.where(leaf < 0, -bound, bound)
     return jnp.where(jnp.abs(leaf) > bound, signed, leaf)
 
@@ -118,7 +116,7 @@ def rational() -> Action:
 
 
 def square_root() -> Action:
-  r"""Shrinks small updates hardly, and large ones to the limit.
+  r"""Shrinks large updates to the limit, and hardly touches small ones.
 
   .. math::
       u \leftarrow u / \sqrt{1 + (n / L)^2}
@@ -129,7 +127,7 @@ def square_root() -> Action:
 
 
 def tanh() -> Action:
-  r"""Shrinks small updates hardly, and large ones to the limit.
+  r"""Shrinks large updates to the limit, and hardly touches small ones.
 
   .. math::
       u \leftarrow u \cdot \frac{L}{n} \tanh \frac{n}{L}
@@ -175,7 +173,7 @@ def floored(floor: Scalar) -> Action:
 
 
 def normalize() -> Action:
-  r"""Scales to the limit whatever is not zero, up or down.
+  r"""Scales every update that is not zero to the limit, up or down.
 
   .. math::
       u \leftarrow u \cdot L / n
@@ -193,7 +191,7 @@ def normalize() -> Action:
 
 
 def rescale_elements() -> Action:
-  r"""Scales the elements beyond the limit, by what the largest needs.
+  r"""Scales the elements beyond the limit by the factor that the largest needs.
 
   .. math::
       u_i \leftarrow u_i \cdot L / n \text{ where } |u_i| > L
@@ -208,8 +206,8 @@ def rescale_elements() -> Action:
     if jnp.iscomplexobj(leaf):
       large = jnp.abs(leaf).astype(wide) > bound
     else:
-      # Not by the modulus, which the measure takes as well: XLA would write the
-      # moduli of all updates down for the two.
+      # Not by the modulus, which the measure takes as well: XLA would materialise the
+      # moduli of all updates for both.
       x = leaf.astype(wide)
       large = (x > bound) | (x < -bound)
     return jnp.where(large, _multiply(leaf, coefficient, limit), leaf)
@@ -218,16 +216,16 @@ def rescale_elements() -> Action:
 
 
 def _soft(shape: Callable[[Array], Array]) -> Action:
-  """An action whose coefficient is a function of r = n / L.
+  """Makes an action whose coefficient is a function of r = n / L.
 
   Args:
-    shape: 1 at r = 0, and 1 / r for r beyond the precision of floats, so that it
-      is not asked about larger ones; differentiable at 0.
+    shape: the function: 1 at r = 0 and differentiable there, and 1 / r beyond the
+      precision of floats, where `rescale` takes over.
   """
   hard = rescale()
 
   def weigh(norm: Extended, limit: Array) -> Extended:
-    # A limit of 0 or of inf, and a norm of NaN or inf, are for `rescale`.
+    # `rescale` handles a limit of 0 or inf, and a norm of NaN or inf.
     usable = (limit > 0) & (limit < jnp.inf) & jnp.isfinite(norm.value)
     size = _extended.where(usable, norm, 1)
     ratio = _extended.as_float(_extended.quotient(size, jnp.where(usable, limit, 1)))
@@ -259,33 +257,33 @@ def _scaled(leaf: Array, coefficient: Extended, *, toward_zero: bool) -> Array:
   wide = _moments.accumulator(leaf.dtype)
   value, unit = (x.astype(wide) for x in coefficient)
   if toward_zero and coefficient.value.dtype != wide:
-    # The coefficient of a norm in float64 was rounded for this leaf.
+    # The cast above rounded the coefficient of a float64 norm.
     value = value * (1 - 2 * jnp.finfo(wide).eps)
   product = leaf.astype(wide) * unit * value
   if toward_zero and _shares_range(leaf.dtype, wide):
-    # Not selected: subnormals become zero even within the limit.
+    # No selection: subnormals become zero even within the limit.
     return _cast(product, leaf.dtype, toward_zero=True)
-  # Selected, not multiplied by 1: CPUs flush subnormal products to zero. The unit of
-  # a value of 1 is 1; a second comparison would be a kernel for each leaf on a TPU.
+  # A selection, not a product with 1: CPUs flush subnormal products to zero. A value of
+  # 1 has the unit 1; comparing that too would take a TPU a kernel for each leaf.
   new = _cast(product, leaf.dtype, toward_zero=toward_zero)
   return jnp.where(value == 1, leaf, new)
 
 
 def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
-  """`x` in a dtype of at most its precision, to the nearest or toward zero."""
+  """Casts `x` to a dtype of at most its precision, to nearest or toward zero."""
   if not toward_zero:
     return x.astype(dtype)
   if _shares_range(dtype, x.dtype):
     # No norm has counted subnormals, and no relative margin covers their errors.
     x = jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, jnp.zeros_like(x), x)
   if dtype == x.dtype:
-    return x  # Rounded by the product, which the margin of `strict` covers.
+    return x  # The product rounded it, which the margin of `strict` covers.
   return _toward_zero(dtype, x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _toward_zero(dtype: Any, x: Array) -> Array:
-  """``x.astype(dtype)``, rounded toward zero; the derivative is that of the cast."""
+  """Casts `x`, rounding toward zero; the derivative is that of ``x.astype(dtype)``."""
   result = x.astype(dtype)
   # The next value toward zero has the bit pattern that is smaller by one.
   carrier = jnp.dtype(f"uint{jnp.finfo(dtype).bits}")
@@ -305,9 +303,9 @@ def _toward_zero_jvp(
 
 @jax.custom_jvp
 def _next_below(limit: Array) -> Array:
-  """The next float toward zero; its derivative is 1.
+  """Returns the next float toward zero; its derivative is 1.
 
-  The limit was rounded to the nearest float, which may lie above it.
+  The limit was rounded to the nearest float, which may lie above the exact one.
   """
   below = jnp.nextafter(limit, jnp.zeros_like(limit))
   return jnp.where(jnp.isfinite(limit), below, limit)
@@ -321,5 +319,5 @@ def _next_below_jvp(
 
 
 def _shares_range(dtype: Any, wide: Any) -> bool:
-  """Whether the subnormals of a dtype are subnormal in the wide one as well."""
+  """Returns whether a dtype's subnormals are subnormal in the wide one as well."""
   return bool(jnp.finfo(dtype).tiny <= jnp.finfo(wide).tiny)

@@ -1,7 +1,7 @@
-"""Measures: how large updates are.
+"""How large updates are: one norm of all leaves, or of each layer, group or unit.
 
 Each function returns a `Measure` for `optax_clip.clip_with`. All of them take
-``axis_name``, which says over which mesh axes a norm is collected:
+``axis_name``, the mesh axes over which a norm is collected:
 
 * ``"auto"``: inside `jax.shard_map`, each leaf's own varying axes, so that
   sharded leaves are summed and replicated ones counted once. Under `jax.jit`
@@ -10,19 +10,19 @@ Each function returns a `Measure` for `optax_clip.clip_with`. All of them take
   and ``shard_map(..., check_vma=False)``, where types say nothing.
 * ``()``: none, to clip each device's part by its own norm.
 
-``specs``, a tree of `PartitionSpec` or a prefix of one, as ``in_specs`` of
-``shard_map``, says it for each leaf instead, and along which dimension a leaf is cut.
-It is needed where types cannot tell: for trees that mix sharded and replicated leaves
-inside `jax.pmap` and ``check_vma=False``, and for norms of units and of stacked layers
-inside ``shard_map``. Elsewhere, under plain `jax.jit`, do not pass it.
+Instead, ``specs`` gives each leaf its own axes, and the dimensions that they cut: a
+tree of `PartitionSpec` or a prefix of one, as ``in_specs`` of ``shard_map``. Pass it
+where types cannot tell: for trees that mix sharded and replicated leaves inside
+`jax.pmap` and ``check_vma=False``, and for norms of units and of stacked layers inside
+``shard_map``. Do not pass it under plain `jax.jit`.
 
-Those of layers and units take ``stacked``: `jax.lax.scan` over layers, as in Flax's
+Measures of layers and units take ``stacked``: `jax.lax.scan` over layers, as in Flax's
 ``nnx.scan``, ``nnx.vmap`` and Linen's ``nn.scan``, keeps one parameter of all layers
-in one leaf. Without it they would be one layer, and one that explodes would shrink
-the updates of all. ``stacked={"blocks/": 0}`` says that every leaf in whose path
-``blocks/`` is found has its layers along axis 0; the first regular expression that is
-found counts, and one that is found nowhere is an error. Instead of a mapping, a
-function from path and leaf to an axis or `None`.
+in one leaf. Without ``stacked`` this leaf is one layer, and a layer that explodes
+shrinks the updates of all. ``stacked={"blocks/": 0}`` says that every leaf in whose
+path ``blocks/`` is found has its layers along axis 0. The first regular expression
+that is found counts, and one that is found nowhere is an error. A function from path
+and leaf to an axis or `None` may take the mapping's place.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ __all__ = [
 def global_norm(
   *, ord: float | None = None, axis_name: AxisName = "auto", specs: Specs = None
 ) -> Measure:
-  """The norm of all leaves together: one number, of shape ``[]``.
+  """Measures all leaves together: one norm, of shape ``[]``.
 
   Args:
     ord: p, the order of the norm: 2 by default; 1, `float('inf')` (the largest
@@ -104,7 +104,7 @@ def layer_norm(
   specs: Specs = None,
   stacked: _units.Stacked = None,
 ) -> Measure:
-  """The norm of each layer: of each leaf, or of each layer of a stacked leaf.
+  """Measures each layer: each leaf, or each layer of a stacked leaf.
 
   Args:
     ord: the order of the norm, 2 by default.
@@ -112,7 +112,7 @@ def layer_norm(
     specs: see there.
     stacked: which leaves hold many layers, and along which axis; see there.
 
-  The shape is ``[layers]``.
+  The norms have the shape ``[layers]``.
   """
   p = _validate.order(ord)
   _units.checked_stacked(stacked)
@@ -133,7 +133,7 @@ def layer_norm(
 def layer_rms(
   *, axis_name: AxisName = "auto", specs: Specs = None, stacked: _units.Stacked = None
 ) -> Measure:
-  """The root mean square of each layer, of the shape that `layer_norm` has."""
+  """Measures the root mean square of each layer, in the shape of `layer_norm`."""
   norm = layer_norm(axis_name=axis_name, specs=specs, stacked=stacked)
   return norm._replace(measure=_Rms(norm), ord=None)
 
@@ -147,15 +147,15 @@ def group_norm(
   axis_name: AxisName = "auto",
   specs: Specs = None,
 ) -> Measure:
-  """The norm of each group of leaves: shape ``[len(names)]``.
+  """Measures each group of leaves: norms of shape ``[len(names)]``.
 
   Args:
     labels: a tree of labels, one for each leaf, a prefix of such a tree, or a
       function from the updates to either, as in `optax.multi_transform`.
     names: the labels, in the order of the norms.
     ord: the order of the norm, 2 by default.
-    counted: for each leaf whether it counts in the norm of its group, given like
-      `labels`; all do if `None`.
+    counted: for each leaf whether it counts in its group's norm, given like `labels`;
+      all do if `None`.
     axis_name: see the module's docstring.
     specs: see there.
   """
@@ -166,7 +166,7 @@ def group_norm(
     leaves = _leaves.floating_leaves(updates)
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
     ids = _labels.label_ids(labels, names, updates)
-    _labels.counted_leaves(counted, updates)  # Errors belong to `init`.
+    _labels.counted_leaves(counted, updates)  # So that `init` raises.
     cuts = _whole_cuts(updates, axis_name, specs)
     return _layout.whole(len(names), dtype, ids, cuts)
 
@@ -198,17 +198,17 @@ def unit_norm(
   specs: Specs = None,
   stacked: _units.Stacked = None,
 ) -> Measure:
-  """The norm of each unit: shape ``[units]``, leaf by leaf.
+  """Measures each unit: norms of shape ``[units]``, leaf by leaf.
 
   A unit is what feeds one output: by default the whole leaf for biases and
   gains, axis 0 of matrices and rank 3, all but the last axis of convolution
   kernels (HWIO and DHWIO).
 
   Args:
-    axis: the axes that belong to one unit, for every leaf; by rank if `None`. Of a
-      stacked leaf, the axes and the rank of one layer. Or a mapping from regular
-      expressions of paths, or a function from path and leaf, to axes or `None`, as
-      for ``stacked``: where the names of a model say more than ranks do.
+    axis: the axes that belong to one unit, for every leaf; by rank if `None`. In a
+      stacked leaf, axes and rank are those of one layer. Where a model's names say
+      more than ranks do, a mapping from regular expressions of paths, or a function
+      from path and leaf, to axes or `None`, as for ``stacked``.
     ord: the order of the norm, 2 by default.
     axis_name: see the module's docstring.
     specs: see there.
@@ -218,7 +218,7 @@ def unit_norm(
   _units.checked_stacked(stacked)
 
   def layout(updates: Updates) -> Layout:
-    # Of whole leaves: of one row of a matrix nobody could say that it is one.
+    # The shapes of whole leaves: a device may hold one row of a matrix, like a vector.
     shapes = _mesh.whole_shapes(updates, specs)
     layers = _units.layer_axes(updates, stacked)
     given = [axis] * len(shapes)
@@ -235,18 +235,18 @@ def unit_norm(
 
 
 def relative(measure: Measure, *, floor: Scalar = 1e-3) -> Measure:
-  """A measure of updates, divided by the same measure of the parameters.
+  """Divides a measure of updates by the same measure of the parameters.
 
   Args:
-    measure: what to take of both.
-    floor: the least norm a parameter counts with, so that parameters that start
+    measure: what measures both.
+    floor: the least norm that a parameter counts with, so that parameters that start
       at zero can move; an absolute constant, in the units of the parameters' norm.
       With 0 they stay at zero.
   """
   _validate.nonnegative(floor=floor)
   parts = measure.parts
   if parts is not None:
-    # The ratio of two norms is not made of the ratios of their parts.
+    # No ratio of two norms follows from the ratios of their parts.
     parts = Parts(relative(parts.measure, floor=floor), None)
   return measure._replace(measure=_Ratio(measure, floor), parts=parts, ord=None)
 
@@ -256,10 +256,10 @@ class _Norm:
   """Measures norms of updates; two are equal if they measure the same.
 
   Attributes:
-    kind: what norms are of.
-    ord: their order.
+    kind: what one norm measures, by name.
+    ord: the order of the norms.
     key: all that the layout depends on beside the updates.
-    layout: that of the norms.
+    layout: from updates to the layout of their norms.
     counts: for each leaf whether it counts; all do if `None`.
   """
 
@@ -329,7 +329,7 @@ class _Ratio:
     weights = _scalars.each(_extended.as_float, [(x,) for x in below])
     layout, own = self.of.layout(updates), self.of.layout(params)
     if (own.blocks, own.positions()) != (layout.blocks, layout.positions()):
-      # Dtypes decide which block a norm is in, and those of parameters are others.
+      # Dtypes decide which block holds a norm, and parameters may have others.
       weights = layout.untabled(own.table(weights), [x.value for x in above])
     return _scalars.each(self._ratio, list(zip(above, weights, strict=True)))
 
@@ -339,18 +339,18 @@ class _Ratio:
 
 
 def _table(measure: Measure, norms: Sequence[Extended], updates: Updates) -> Extended:
-  """All norms of a measure in one array."""
+  """Joins all norms of a measure to one array."""
   layout = measure.layout(updates)
   return Extended(*(layout.table(column) for column in zip(*norms, strict=True)))
 
 
 def _growing(ord: float) -> float | None:
-  """The order by which a norm grows with the number of elements, if it does."""
+  """Returns the order by which a norm grows with its size; `None` if it does not."""
   return None if ord == float("inf") else ord
 
 
 def _whole_cuts(updates: Updates, axis_name: AxisName, specs: Specs) -> list[_mesh.Cut]:
-  """How leaves lie on a mesh, where a norm is of all of each."""
+  """Finds how a mesh divides leaves whose norms cover all of each leaf."""
   return _mesh.cuts(updates, [None] * len(jax.tree.leaves(updates)), axis_name, specs)
 
 
@@ -363,7 +363,7 @@ def _leaf_by_leaf(
 ) -> Layout:
   leaves = _leaves.floating_leaves(updates)
   cuts = _mesh.cuts(updates, dims, axis_name, specs)
-  # A vector of norms that vary over unlike mesh axes would make all of them vary.
+  # In one vector, norms that vary over unlike mesh axes would all vary over all.
   kinds = [
     frozenset(_mesh.varying_axes(x)) - set(cut.axes)
     for x, cut in zip(leaves, cuts, strict=True)

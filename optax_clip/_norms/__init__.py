@@ -1,1 +1,1 @@
-"""Measures exactly how large updates are, in every dtype, on every mesh and backend."""
+"""How large updates are, exactly, in every dtype, on every mesh and backend."""

@@ -1,9 +1,9 @@
-"""Floats of extended range: what norms and coefficients are.
+"""How a norm beyond the range of float32 is stored: as ``value * unit``.
 
 The norm of finite float32 values may exceed the largest float32, and a coefficient
-that brings it to a small limit may be below the smallest. So both are two floats,
-``value * unit``, of which the unit is a power of two and usually 1. The few
-operations that actions need stand here, so that an action reads as its formula.
+that brings it to a small limit may lie below the smallest. So both are two floats,
+and the unit is a power of two, usually 1. The few operations that actions need stand
+here, so that an action reads as its formula.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ Array = jax.Array
 
 
 class Extended(NamedTuple):
-  """A non-negative number, or an array of them: ``value * unit``.
+  """Stores non-negative numbers of extended range: ``value * unit``.
 
   Attributes:
-    value: f32, or f64. Of norms, NaN or inf when an element is NaN or inf, and only
-      then.
-    unit: of the same shape and dtype; a power of two, and 1 unless the number is
-      near the ends of the dtype's range or beyond them. That of `beyond` stands for
-      a number larger than any: what is divided by it is 0.
+    value: f32 or f64, of any shape. A norm has NaN or inf here if and only if an
+      element is NaN or inf.
+    unit: a power of two, in the shape and dtype of the value; 1 unless the number is
+      near the ends of the dtype's range or beyond them. The unit `beyond` marks a
+      number larger than any: a quotient by it is 0.
   """
 
   value: Array
@@ -34,47 +34,47 @@ class Extended(NamedTuple):
 
 
 def is_extended(node: Any) -> bool:
-  """Whether a node of a tree is one number of extended range."""
+  """Returns whether a node of a tree is an `Extended`."""
   return isinstance(node, Extended)
 
 
 def of(x: Array | Extended) -> Extended:
-  """A float as `Extended`; what is `Extended` stays as it is."""
+  """Converts a float to `Extended`; leaves an `Extended` as it is."""
   return x if isinstance(x, Extended) else Extended(x, jnp.ones_like(x))
 
 
 def as_float(x: Extended) -> Array:
-  """The number as one float. A finite one stays finite: it saturates."""
+  """Converts to one float; a finite number stays finite, as it saturates."""
   most = jnp.finfo(x.value.dtype).max
   saturated = jnp.minimum(x.value * x.unit, most)
   return jnp.where(jnp.isfinite(x.value), saturated, x.value)
 
 
 def plus(x: Extended, addend: Any) -> Extended:
-  """``x + addend``."""
+  """Returns ``x + addend``."""
   if isinstance(addend, float) and addend == 0:
     return x
   return Extended(x.value + jnp.asarray(addend, x.value.dtype) / x.unit, x.unit)
 
 
 def exceeds(x: Extended, limit: Array) -> Array:
-  """``x > limit``, exactly; NaN exceeds everything."""
+  """Returns ``x > limit``, exactly; NaN exceeds everything."""
   return ~(x.value <= limit / x.unit)
 
 
 def where(condition: Array, x: Extended, y: Any) -> Extended:
-  """``x`` where the condition holds, elsewhere ``y``, a float or an array."""
+  """Selects ``x`` where the condition holds, elsewhere ``y``, a float or an array."""
   return Extended(jnp.where(condition, x.value, y), jnp.where(condition, x.unit, 1))
 
 
 def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Extended:
-  """``numerator / denominator``, whatever their sizes; both of one dtype.
+  """Returns ``numerator / denominator``, whatever their sizes; both have one dtype.
 
-  The mantissas are divided, and the exponents subtracted. Where the result's unit is
-  not 1, its value is near ``2 ** 16`` or its inverse, or beyond these for quotients
-  that one unit does not hold: a value of 1 says that nothing is scaled. Below
-  ``2 ** -250`` they are 0. The derivative is that of the mantissas, which squares
-  nothing that is large or small.
+  It divides the mantissas and subtracts the exponents. A value of 1 always means that
+  nothing is scaled: where the unit is not 1, the value is near ``2 ** 16`` or its
+  inverse, or beyond these if the unit cannot hold the quotient. Below ``2 ** -250``
+  quotients are 0. The derivative is that of the mantissas, which squares nothing
+  large or small.
   """
   numerator, denominator = of(numerator), of(denominator)
   info = jnp.finfo(numerator.value.dtype)
@@ -83,7 +83,7 @@ def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Exte
   exponent = high - low + more - less
   near = jnp.clip(exponent, -16, 16)
   rest = jnp.clip(exponent - near, info.minexp, info.maxexp - 2)
-  # What the unit does not hold, the value does; what neither does is 0.
+  # The value holds what the unit cannot; what neither can hold is 0.
   near = jnp.minimum(exponent - rest, info.maxexp - 4)
   nothing = (near < info.minexp + 2) | (denominator.unit == beyond(top.dtype))
   near = jnp.maximum(near, info.minexp + 2)
@@ -93,15 +93,15 @@ def quotient(numerator: Array | Extended, denominator: Array | Extended) -> Exte
 
 
 def beyond(dtype: Any) -> float:
-  """The unit of a number larger than any. No other number has it."""
+  """Returns the unit that marks a number larger than any; no other number has it."""
   return float(2.0 ** (jnp.finfo(dtype).maxexp - 1))
 
 
 def divided(x: Extended, y: Array) -> Extended:
-  """``x / y`` for a norm: less arithmetic than `quotient`, and a unit that may be any.
+  """Divides a norm by ``y``, with less arithmetic than `quotient` and any unit.
 
-  A value beyond ``2 ** 62`` is ordinary: where the unit is not 1, it is near 1. By 0,
-  and where the quotient is not in the range, it is `beyond`; 0 divided by 0 is 0.
+  A norm's value may exceed ``2 ** 62`` where its unit is 1; elsewhere it is near 1.
+  A quotient by 0, or out of range, is `beyond`; 0 divided by 0 is 0.
   """
   dtype = x.value.dtype
   info = jnp.finfo(dtype)
@@ -114,7 +114,7 @@ def divided(x: Extended, y: Array) -> Extended:
   y = jnp.where(positive, y, 1)
   above, below = (lax.stop_gradient(scale(z)) for z in (x.value, y))
   value = x.value * above / (y * below)
-  # As much as the unit holds goes there, the rest into the value.
+  # The unit takes as much as it can hold, and the value takes the rest.
   factor, unit = below / above, lax.stop_gradient(x.unit)
   held = jnp.clip(factor, 1 / most / unit, most / unit)
   value = value * (factor / held)
@@ -124,11 +124,11 @@ def divided(x: Extended, y: Array) -> Extended:
 
 
 def from_float(x: Array, like: Array, dtype: Any) -> Extended:
-  """A float64 in another dtype; exact but for rounding.
+  """Converts a float64 to another dtype, exactly but for rounding.
 
   Args:
-    x: the float, if it is finite at most ``2 ** 250``.
-    like: the same, to choose the unit by.
+    x: the float; if finite, at most ``2 ** 250``.
+    like: the same float again, which decides the unit.
     dtype: float32, or float64 itself.
   """
   if dtype == x.dtype:
@@ -145,10 +145,10 @@ def from_float(x: Array, like: Array, dtype: Any) -> Extended:
 
 
 def power_of_two(x: Array) -> Array:
-  """2^floor(log2 x): x with its mantissa cleared.
+  """Returns ``2 ** floor(log2(x))``: x with its mantissa cleared.
 
-  Held where both it and its inverse are normal floats: XLA divides by a scalar
-  by multiplying with its inverse, and CPUs flush subnormal inverses to zero.
+  The result and its inverse stay normal floats: XLA divides by a scalar by
+  multiplying with its inverse, and CPUs flush subnormal inverses to zero.
   """
   exponent = jnp.where(jnp.isfinite(x) & (x > 0), _exponent(x), 0)
   info = jnp.finfo(x.dtype)
@@ -156,7 +156,7 @@ def power_of_two(x: Array) -> Array:
 
 
 def _pairwise(f: Callable[[Array], Any], x: Array, y: Array) -> tuple[Any, Any]:
-  """``f(x), f(y)``, of scalars at once: on a TPU each operation on one is a kernel."""
+  """Returns ``f(x), f(y)``; stacks scalars: on a TPU each operation is a kernel."""
   if x.ndim or y.ndim:
     return f(x), f(y)
   both = f(jnp.stack([x, y]))
@@ -164,14 +164,14 @@ def _pairwise(f: Callable[[Array], Any], x: Array, y: Array) -> tuple[Any, Any]:
 
 
 def _split(x: Array) -> tuple[Array, Array]:
-  """The mantissa, from 1 to below 4, and the exponent."""
+  """Splits floats into mantissas, from 1 to below 4, and exponents."""
   info = jnp.finfo(x.dtype)
   exponent = jnp.clip(_exponent(x), info.minexp, info.maxexp - 2)
   return x * _power(-exponent, x.dtype), exponent
 
 
 def _exponent(x: Array) -> Array:
-  """The exponent in the bits of a float; i32."""
+  """Reads the exponent from the bits of a float, as i32."""
   info = jnp.finfo(x.dtype)
   carrier = jnp.dtype(f"int{info.bits}")
   bits = lax.bitcast_convert_type(lax.stop_gradient(x), carrier)
@@ -180,7 +180,7 @@ def _exponent(x: Array) -> Array:
 
 
 def _power(exponent: Array, dtype: Any) -> Array:
-  """``2 ** exponent``, of exponents of normal floats."""
+  """Returns ``2 ** exponent`` for exponents of normal floats."""
   info = jnp.finfo(dtype)
   carrier = jnp.dtype(f"int{info.bits}")
   bits = (exponent.astype(carrier) + carrier.type(info.maxexp - 1)) << info.nmant

@@ -1,10 +1,10 @@
-"""Where the norms of each leaf stand.
+"""Where each leaf finds its norms: in which entry of which array.
 
-A measure keeps its norms in a few arrays, the *blocks*: one for all norms of whole
-leaves, so that arithmetic on them is done on a vector (one scalar for each leaf is
-one kernel for each operation on a TPU), and one for each leaf that has several
-norms, which stay where the leaf is sharded. A `Layout` says which entry of which
-block concerns which leaf. It holds no arrays, and is made of shapes alone.
+A measure keeps its norms in a few arrays, the *blocks*. One block holds all norms of
+whole leaves, so that arithmetic on them runs on a vector: with a scalar for each leaf
+a TPU would launch a kernel for each operation on each. A leaf that has several norms
+gets a block of its own, which stays where the leaf is sharded. A `Layout` maps leaves
+to entries of blocks. It holds no arrays, and is made from shapes alone.
 
 Thresholds see none of this: for them all norms are one array, the *table*.
 """
@@ -27,16 +27,16 @@ Array = jax.Array
 
 
 class Place(NamedTuple):
-  """Where the norms of one leaf stand, and what they are of.
+  """Locates the norms of one leaf, and says what they measure.
 
   Attributes:
-    block: the number of the block.
-    entry: which of its norms; `None`: all of them.
-    dims: the dimensions of the leaf that one norm is of; `None`: all.
-    cut: how the norms of the leaf lie on a mesh.
-    size: of how many elements one norm is, on all devices.
-    stack: how many layers are stacked in the leaf, on all devices; 0: it is no stack.
-    layer: the dimension they are stacked along.
+    block: the index of the block.
+    entry: the index of the norm in the block; `None` for all its norms.
+    dims: the leaf's dimensions that one norm reduces; `None` for all.
+    cut: how a mesh divides the leaf's norms.
+    size: how many elements one norm measures, on all devices.
+    stack: how many layers the leaf stacks, on all devices; 0 if it is no stack.
+    layer: the dimension that counts the layers.
   """
 
   block: int
@@ -49,33 +49,33 @@ class Place(NamedTuple):
 
 
 class Block(NamedTuple):
-  """The shape and dtype of an array of norms."""
+  """Describes an array of norms by its shape and dtype."""
 
   shape: tuple[int, ...]
   dtype: Any
 
 
 class Layout(NamedTuple):
-  """Where the norms of all leaves stand; hashable.
+  """Locates the norms of all leaves; hashable.
 
   Attributes:
-    places: one for each leaf.
-    blocks: one for each block.
+    places: where each leaf's norms are.
+    blocks: the shape and dtype of each block.
   """
 
   places: tuple[Place, ...]
   blocks: tuple[Block, ...]
 
   def positions(self) -> list[tuple[int, int | None]]:
-    """For each leaf the block and the entry in it."""
+    """Returns each leaf's block and its entry in it."""
     return [(p.block, p.entry) for p in self.places]
 
   def blank(self) -> Array:
-    """The table before anything was measured: zeros."""
+    """Returns the table before the first measurement: zeros."""
     return self.table([jnp.zeros(*block) for block in self.blocks])
 
   def table(self, blocks: Sequence[Array]) -> Array:
-    """All norms as thresholds see them: one array, in the order of the leaves."""
+    """Joins all norms to what thresholds see: one array, in the order of the leaves."""
     if len(blocks) == 1 and (
       not blocks[0].ndim or all(p.entry is not None for p in self.places)
     ):
@@ -89,11 +89,11 @@ class Layout(NamedTuple):
     return jnp.concatenate([jnp.zeros(0, dtype), *parts])
 
   def untabled(self, table: Array, like: Sequence[Array]) -> list[Array]:
-    """The inverse of `table`: limits of one array as they are of blocks.
+    """Splits an array of limits into blocks: the inverse of `table`.
 
     Args:
-      table: of the shape of the table, or a scalar, which is the same for all.
-      like: the blocks of norms, whose dtypes and shardings the result has.
+      table: limits in the shape of the table, or one scalar for all.
+      like: the blocks of norms, which set the dtypes and shardings.
     """
     if not table.ndim:
       return [table.astype(block.dtype) for block in self.blocks]
@@ -114,10 +114,10 @@ class Layout(NamedTuple):
     ]
 
   def spread(self, blocks: Sequence[Any]) -> list[Any]:
-    """For each leaf what of a tree of blocks concerns it, to be broadcast to it.
+    """Gives each leaf its part of the blocks, in a shape that broadcasts to it.
 
     Args:
-      blocks: for each block a tree of arrays of its shape, or of scalars.
+      blocks: for each block a tree of scalars, or of arrays in its shape.
     """
     vectors = self._vectors()
     scalars = {i: self._scalars(blocks[i]) for i in vectors}
@@ -134,11 +134,11 @@ class Layout(NamedTuple):
     return [own(p) for p in self.places]
 
   def rows(self, reduce: Callable[..., Array], blocks: Sequence[Array]) -> Array:
-    """What concerns each layer: ``[layers]``, of one array of each block.
+    """Reduces the blocks to one entry for each layer: ``[layers]``.
 
     Args:
-      reduce: folds the axes of an array where a layer has several norms.
-      blocks: arrays of the blocks' shapes.
+      reduce: folds the axes of a layer that has several norms.
+      blocks: one array for each block, in its shape.
     """
     if len(blocks) == 1 and not blocks[0].ndim:
       return jnp.broadcast_to(blocks[0], len(self.places))
@@ -159,11 +159,11 @@ class Layout(NamedTuple):
     return jnp.concatenate([jnp.zeros(0, dtype), *(x.astype(dtype) for x in parts)])
 
   def stacks(self) -> list[int]:
-    """For each leaf how many layers are stacked in it; 0 if it is no stack."""
+    """Returns how many layers each leaf stacks; 0 if it is no stack."""
     return [p.stack for p in self.places]
 
   def sizes(self) -> list[Any]:
-    """For each block of how many elements its entries are: a number, or a vector."""
+    """Counts the elements behind each entry: for each block a number, or a vector."""
     found: list[Any] = [[] for _ in self.blocks]
     for p in self.places:
       found[p.block].append(p.size)
@@ -174,7 +174,7 @@ class Layout(NamedTuple):
     ]
 
   def per_layer(self, values: Sequence[float]) -> list[float]:
-    """Values of leaves, for each of their layers."""
+    """Repeats the value of each leaf for each of its layers."""
     return [
       value
       for value, p in zip(values, self.places, strict=True)
@@ -182,17 +182,17 @@ class Layout(NamedTuple):
     ]
 
   def is_shared(self) -> bool:
-    """Whether norms are of several leaves each."""
+    """Returns whether any norm is shared by several leaves."""
     entries = [(p.block, p.entry) for p in self.places]
     scalar = any(not block.shape for block in self.blocks)
     return scalar or len(set(entries)) < len(entries)
 
   def _vectors(self) -> set[int]:
-    """The blocks whose entries stand for themselves."""
+    """Returns the blocks that places index by entry."""
     return {p.block for p in self.places if p.entry is not None}
 
   def _scalars(self, block: Any) -> Callable[[int], Any]:
-    """From an entry of a vector block to its scalars."""
+    """Returns a function from an entry of a vector block to the scalars there."""
     arrays, treedef = jax.tree.flatten(block)
     rows = _scalars.columns([x for x in arrays if x.ndim])
 
@@ -206,13 +206,13 @@ class Layout(NamedTuple):
 def whole(
   count: int, dtype: Any, indices: Sequence[int | None], cuts: Sequence[_mesh.Cut]
 ) -> Layout:
-  """The layout of norms of whole leaves, or of several.
+  """Lays out norms that each measure one or more whole leaves.
 
   Args:
-    count: how many norms there are; 0: one, as a scalar.
-    dtype: of the norms.
-    indices: which of them each leaf belongs to; `None` where there is one.
-    cuts: how each leaf lies on a mesh.
+    count: the number of norms; 0 for a single one, as a scalar.
+    dtype: the dtype of the norms.
+    indices: for each leaf the index of its norm; `None` for the single one.
+    cuts: how a mesh divides each leaf.
   """
   places = [
     Place(0, index, None, cut, 0) for index, cut in zip(indices, cuts, strict=True)
@@ -228,14 +228,14 @@ def leaf_by_leaf(
   layers: Sequence[int | None],
   kinds: Sequence[Any],
 ) -> Layout:
-  """The layout of norms that are each of one leaf, or of a part of one.
+  """Lays out norms that each measure one leaf, or a part of one.
 
   Args:
     leaves: arrays, or shapes and dtypes.
-    dims: for each leaf the dimensions that one norm is of; `None`: all of them.
-    cuts: how its norms lie on a mesh.
-    layers: the dimension along which layers are stacked in it, or `None`.
-    kinds: norms of whole leaves share a vector if these are equal.
+    dims: for each leaf the dimensions that one norm reduces; `None` for all.
+    cuts: how a mesh divides each leaf's norms.
+    layers: for each leaf the dimension that counts its layers, or `None`.
+    kinds: for each leaf a key; norms of whole leaves share a vector if it is equal.
   """
   places: list[Place] = []
   blocks: list[Block] = []

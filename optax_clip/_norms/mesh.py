@@ -1,6 +1,6 @@
-"""What JAX knows of the mesh: manual axes, and whether arrays share a device.
+"""Which devices hold which parts of a norm: manual axes, specs and shardings.
 
-The only file that depends on how a JAX version spells these things.
+Only this file depends on how a JAX version spells them.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ Array = jax.Array
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:
-  """The manual mesh axes over which `x` holds different values, sorted.
+  """Returns the manual mesh axes over which `x` holds different values, sorted.
 
-  Empty outside of `shard_map`, and inside of it where types are not checked.
+  Empty outside `shard_map`, and inside it with ``check_vma=False``.
   """
-  # Optimizers are initialised with shapes and dtypes, too.
+  # Optimizers may be initialised with a `ShapeDtypeStruct`, too.
   aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
   manual = getattr(aval, "mat", None)
   varying = manual.varying if manual is not None else getattr(aval, "vma", ())
@@ -31,7 +31,7 @@ def varying_axes(x: Any) -> tuple[str, ...]:
 
 
 def _unreduced_axes(x: Any) -> tuple[str, ...]:
-  """The axes over which `x` is still to be summed, sorted."""
+  """Returns the axes over which `x` is still to be summed, sorted."""
   aval = jax.typeof(x) if isinstance(x, jax.Array) else x
   spec = getattr(getattr(aval, "sharding", None), "spec", None)
   manual = getattr(aval, "mat", None)
@@ -41,19 +41,19 @@ def _unreduced_axes(x: Any) -> tuple[str, ...]:
 
 
 def collected_axes(x: Any, axis_name: AxisName) -> tuple[str, ...]:
-  """The axes over which the norm of all of `x` is collected."""
+  """Returns the axes over which to collect the norm of the whole of `x`."""
   if axis_name == "auto":
     return varying_axes(x)
   return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
 class Cut(NamedTuple):
-  """How the norms of one leaf lie on a mesh.
+  """Says how a mesh divides the norms of one leaf.
 
   Attributes:
     within: the axes over which each norm is collected.
-    between: pairs of a dimension and the axes that cut it, of the dimensions that
-      norms differ along: each device has some of the norms.
+    between: pairs of a dimension along which norms differ, and the axes that cut it:
+      each device has some of the norms.
   """
 
   within: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class Cut(NamedTuple):
 
   @property
   def axes(self) -> tuple[str, ...]:
-    """All of them, sorted."""
+    """Returns all the axes, sorted."""
     return tuple(
       sorted({*self.within, *(a for _, names in self.between for a in names)})
     )
@@ -70,18 +70,18 @@ class Cut(NamedTuple):
 def cuts(
   tree: Any, over: Sequence[tuple[int, ...] | None], axis_name: AxisName, specs: Specs
 ) -> list[Cut]:
-  """How the norms of each leaf lie on a mesh.
+  """Finds how a mesh divides the norms of each leaf.
 
   Args:
     tree: updates.
-    over: for each leaf the dimensions that one norm is of, or `None` for all.
+    over: for each leaf the dimensions that one norm reduces, or `None` for all.
     axis_name: as in `optax_clip.measures`.
-    specs: as there. Outside of `shard_map` and `pmap`, where arrays are whole, it
-      says nothing.
+    specs: as there; without effect outside `shard_map` and `pmap`, where arrays are
+      whole.
 
   Raises:
-    ValueError: if norms are of some dimensions only, and it is not known which of
-      them the leaf is cut along; or a leaf is not summed up yet.
+    ValueError: if norms reduce some dimensions only and nothing says which dimension
+      the mesh cuts; or if a leaf is unreduced.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   for path, x in leaves:
@@ -99,15 +99,15 @@ def cuts(
     if dims is not None and (names := collected_axes(x, axis_name)):
       raise ValueError(
         f"The leaf {jax.tree_util.keystr(path)} may be cut along any dimension over the"
-        f" mesh axes {names}, and norms of units or of stacked layers are of some"
-        " dimensions only. Pass specs=, a tree of PartitionSpecs or a prefix of one, as"
-        " in_specs of shard_map."
+        f" mesh axes {names}, and norms of units or stacked layers reduce only some of"
+        " them. Pass specs=, a tree of PartitionSpecs or a prefix of one, as in_specs"
+        " of shard_map."
       )
   return [Cut(collected_axes(x, axis_name)) for _, x in leaves]
 
 
 def whole_shapes(tree: Any, specs: Specs) -> list[tuple[int, ...]]:
-  """The shapes of leaves on all devices together."""
+  """Returns the shape that each leaf has on all devices together."""
   leaves = jax.tree.leaves(tree)
   if specs is None:
     return [tuple(jnp.shape(x)) for x in leaves]
@@ -118,7 +118,7 @@ def whole_shapes(tree: Any, specs: Specs) -> list[tuple[int, ...]]:
 
 
 def _leaf_specs(tree: Any, specs: Specs) -> list[Any]:
-  """The `PartitionSpec` of each leaf; `None` stands for an empty one."""
+  """Returns each leaf's `PartitionSpec`; `None` stands for an empty one."""
 
   def is_spec(node: Any) -> bool:
     return node is None or isinstance(node, jax.sharding.PartitionSpec)
@@ -130,7 +130,7 @@ def _leaf_specs(tree: Any, specs: Specs) -> list[Any]:
       f"specs must hold PartitionSpecs, got {wrong[0]!r} of type"
       f" {type(wrong[0]).__name__}."
     )
-  # As numbers, since `None` is no leaf and a spec may be a tuple.
+  # Broadcasts indices, as `None` is no leaf and a spec may be a tuple.
   numbers = jax.tree.unflatten(treedef, range(len(given)))
   try:
     found = jax.tree.leaves(jax.tree.broadcast(numbers, tree))
@@ -145,7 +145,7 @@ def _leaf_specs(tree: Any, specs: Specs) -> list[Any]:
 def _cut(x: Any, dims: tuple[int, ...] | None, spec: Any) -> Cut:
   entries = tuple(spec or ())
   if len(entries) > jnp.ndim(x):
-    raise ValueError(f"specs: {spec} is of more dimensions than {jnp.shape(x)}.")
+    raise ValueError(f"specs: {spec} has more dimensions than {jnp.shape(x)}.")
   within: list[str] = []
   between = []
   for dim, entry in enumerate(entries):
@@ -159,7 +159,7 @@ def _cut(x: Any, dims: tuple[int, ...] | None, spec: Any) -> Cut:
 
 
 def _is_bound(name: str) -> bool:
-  """Whether arrays are local along a mesh axis here."""
+  """Returns whether arrays are local along a mesh axis here."""
   try:
     jax.lax.axis_index(name)
   except NameError:
@@ -168,7 +168,7 @@ def _is_bound(name: str) -> bool:
 
 
 def whole_shape(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
-  """The shape, on all devices together, of norms that have this shape on each."""
+  """Returns the shape on all devices together of norms with this shape on each."""
   whole = list(shape)
   for dim, names in cut.between:
     whole[dim] *= devices(names)
@@ -176,11 +176,10 @@ def whole_shape(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
 
 
 def placed(x: Array, cut: Cut) -> Array:
-  """Each device's norms in their place among all, with 0 for those of others.
+  """Puts this device's norms in their place among all, with 0 for the others.
 
-  One collective then does both, it adds up what each norm is of and puts the
-  norms together. All devices know all norms after it, and thresholds and records
-  are what they are on one device.
+  One collective then both completes each norm and joins all of them. After it every
+  device knows all norms, so that thresholds and records are what they are on one.
   """
   for dim, names in cut.between:
     shape = list(x.shape)
@@ -192,7 +191,7 @@ def placed(x: Array, cut: Cut) -> Array:
 
 
 def local(x: Array, cut: Cut) -> Array:
-  """The inverse of `placed`: this device's norms out of all."""
+  """Inverts `placed`: takes this device's norms out of all."""
   for dim, names in cut.between:
     size = x.shape[dim] // devices(names)
     x = jax.lax.dynamic_slice_in_dim(x, _index(names) * size, size, dim)
@@ -200,7 +199,7 @@ def local(x: Array, cut: Cut) -> Array:
 
 
 def _index(names: tuple[str, ...]) -> Array:
-  """The place of this device along the product of some mesh axes."""
+  """Returns this device's place along the product of some mesh axes."""
   index = jnp.zeros((), jnp.int32)
   for name in names:
     index = index * devices((name,)) + jax.lax.axis_index(name)
@@ -212,7 +211,7 @@ def collect_each(
   axes: Sequence[tuple[str, ...]],
   collective: Callable[..., Array],
 ) -> list[Array]:
-  """The arrays, after one collective for each distinct set of axes."""
+  """Collects arrays over their axes, by one collective for each distinct set."""
   result = list(values)
   kinds = [
     (names, varying_axes(x), x.dtype) for x, names in zip(values, axes, strict=True)
@@ -232,30 +231,30 @@ def collect_each(
 
 
 def is_explicitly_sharded(x: Any) -> bool:
-  """Whether the type of `x` says that a dimension of it is sharded."""
+  """Returns whether the type of `x` says that a dimension is sharded."""
   sharding = getattr(jax.typeof(x), "sharding", None)
   return any(axis is not None for axis in getattr(sharding, "spec", None) or ())
 
 
 def replicated(x: Array) -> Array:
-  """An array whose type says that it is sharded, on every device whole."""
+  """Replicates an array whose type says that it is sharded."""
   if not is_explicitly_sharded(x):
     return x
   return _reshard(x, jax.sharding.PartitionSpec())
 
 
 def sharded_like(x: Array, like: Array) -> Array:
-  """An array with the sharding that the type of another one of its shape says."""
+  """Reshards an array as the type of another in its shape says."""
   if not is_explicitly_sharded(like):
     return x
   return _reshard(x, jax.typeof(like).sharding.spec)
 
 
 def on_mesh_of(x: Array, like: Array) -> Array:
-  """An array, on the mesh with explicit axes that the type of another says.
+  """Moves an array to the mesh with explicit axes that the type of another names.
 
-  A state that was made before there was a mesh is of none, and not every operation
-  takes it together with what is of one.
+  A state that was made before there was a mesh has none, and some operations refuse
+  it next to arrays that have one.
   """
   mesh = getattr(getattr(jax.typeof(like), "sharding", None), "mesh", None)
   explicit = jax.sharding.AxisType.Explicit
@@ -271,7 +270,7 @@ _reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
 
 
 def on_one_device(arrays: Sequence[Any]) -> bool:
-  """Whether it is known that concatenating the arrays moves no data.
+  """Returns whether concatenating the arrays is known to move no data.
 
   True when there is only one device, inside a fully manual `shard_map` or
   `pmap` (arrays are local there), and for concrete arrays on one device.
@@ -288,8 +287,8 @@ def on_one_device(arrays: Sequence[Any]) -> bool:
 
 
 def devices(names: tuple[str, ...]) -> int:
-  """How many devices' parts a collective over these axes covers.
+  """Counts the devices that a collective over these axes covers.
 
-  1 where they are not bound: states are made outside of `shard_map` and `pmap`.
+  Unbound axes count as 1: states are made outside `shard_map` and `pmap`.
   """
   return math.prod(jax.lax.psum(1, name) for name in names if _is_bound(name))

@@ -1,8 +1,8 @@
-"""Moments: the arithmetic below the norms, in the accumulator's dtype.
+"""How a bfloat16 norm is summed: as powers of elements, in float32 or better.
 
-A moment is a sum of ``|x|^ord``. On CPU, XLA vectorises a reduction of
-``x * x`` and of little else: adding one comparison to it makes it eight times
-slower. Keep the plain path plain.
+A *moment* is a sum of ``|x| ** ord``. On CPU, XLA vectorises a reduction of ``x * x``
+and of little else: one more comparison makes it eight times slower. Keep the plain
+path plain.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
-# Arrays of at most so many elements are summed as products.
+# Arrays of at most this many elements are summed by a dot product.
 _SMALL = 1 << 14
-# Units stay below this, a power of two.
+# An upper bound of units, a power of two.
 _HIGH = 2.0**126
 
 
 def accumulator(*dtypes: Any) -> Any:
-  """The dtype that sums of these dtypes are kept in: float64 or float32."""
+  """Returns the dtype in which these dtypes are summed: float64 or float32."""
   double = any(jnp.finfo(d).dtype == jnp.float64 for d in dtypes)
   return jnp.dtype(jnp.float64 if double else jnp.float32)
 
@@ -36,11 +36,11 @@ def power_sum(
   unit: Array | None = None,
   axes: tuple[int, ...] | None = None,
 ) -> Array:
-  """Sum (|x| / unit)^ord over some axes, which stay with size 1, or over all.
+  """Sums ``(|x| / unit) ** ord`` over some axes, which stay with size 1, or over all.
 
-  XLA's CPU backend adds up to a thousand elements of a small array one after the
-  other, which costs a digit. A product of vectors does not, and unlike `ravel` it
-  moves no data of a sharded array. (With explicit sharding it may be refused.)
+  XLA:CPU adds up to a thousand elements of a small array one after the other, which
+  costs a digit. A dot product does not, and unlike `ravel` it moves no data of a
+  sharded array. (JAX may refuse it with explicit sharding.)
   """
   small = axes is None and 1 < x.size <= _SMALL
   if ord != 2 or not small or _mesh.is_explicitly_sharded(x):
@@ -59,7 +59,7 @@ def power_sum(
 def over_axes(
   reduce: Callable[..., Array], x: Array, axes: tuple[int, ...] | None
 ) -> Array:
-  # Zero-size leaves have the norm 0; all moduli and powers are at least that.
+  # Leaves of size zero have the norm 0; no modulus or power is below it.
   return reduce(x, axis=axes, keepdims=axes is not None, initial=0)
 
 
@@ -68,7 +68,7 @@ def modulus(x: Array, dtype: Any) -> Array:
 
 
 def power(x: Array, ord: float, dtype: Any, unit: Array | None = None) -> Array:
-  """(|x| / unit)^ord, elementwise."""
+  """Returns ``(|x| / unit) ** ord``, elementwise."""
   if ord != 2:
     x = modulus(x, dtype)
   elif jnp.iscomplexobj(x):
@@ -84,17 +84,17 @@ def power(x: Array, ord: float, dtype: Any, unit: Array | None = None) -> Array:
 
 
 def root(moment: Array, ord: float) -> Array:
-  """moment^(1/ord)."""
+  """Returns ``moment ** (1 / ord)``."""
   if ord == 1:
     return moment
   return jnp.sqrt(moment) if ord == 2 else moment ** (1 / ord)
 
 
 def root_and_unit(moment: Array, unit: Array, ord: float) -> tuple[Array, Array]:
-  """The norm of a moment in units, as value and unit."""
+  """Turns a moment in units into a norm, as value and unit."""
   if ord >= 1:
     return root(moment, ord), unit
-  # The root is a power above 1 here, and need not be a float: its own root is.
+  # Here the root is a power above 1, which may overflow: its square root does not.
   half = root(moment, 2 * ord)
   size = jnp.minimum(_extended.power_of_two(half), _HIGH / unit)
   size = jnp.where(half > 0, size, 1)
@@ -107,7 +107,7 @@ def segment(
   index: Sequence[int],
   count: int,
 ) -> Array:
-  """Merges the values of each group along axis 0: blocked reductions, no scatter."""
+  """Merges each group's values along axis 0: blocked reductions, no scatter."""
   if list(index) == list(range(count)):
     return values
   if count == 1:

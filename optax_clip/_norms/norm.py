@@ -1,23 +1,23 @@
-"""Norms: how large, exactly, in every dtype and over the whole range of floats.
+"""How the leaves of a tree become norms: reduce, merge, collect, take one root.
 
-A norm here is a monoid. Each array is reduced on its own, the partial results are
-merged over arrays and collected over devices, and one root finishes it::
+A norm here is a monoid: it reduces each array on its own, merges the partial results
+over arrays, collects them over devices, and finishes with one root::
 
     arrays --local--> moments --merge, collect--> blocks --root--> norms
 
 What makes it right in every dtype lives here, in `moments` and in `sums`:
 
 * *Accumulation.* Moments are float32 or better (float64 for float64 arrays), within
-  an array and across arrays. A bfloat16 or float16 sum never exists.
-* *Range.* Squares of float32 values over- and underflow. What each backend does about
-  it, for one read, stands in `sums`.
+  an array and across arrays. No sum is ever bfloat16 or float16.
+* *Range.* Squares of float32 values over- and underflow: `sums` says how each backend
+  prevents it with one read.
 * *Wide results.* The 2-norm of finite float32 values may itself exceed the largest
   float32: a norm is an `Extended`.
-* *Derivatives.* They are those of the norm, whatever way it was computed: x / n, and
-  0 where the norm is 0 or not finite.
+* *Derivatives.* They are the norm's, however it was computed: x / n, and 0 where n is
+  0 or not finite.
 
-Precision relies on XLA's reductions being blocked, which keeps the relative error of
-1e8 float32 squares below 1e-7 (measured; a test and a benchmark watch it).
+Precision relies on XLA's blocked reductions, which keep the relative error of 1e8
+float32 squares below 1e-7 (measured; a test and a benchmark watch it).
 """
 
 from collections.abc import Callable
@@ -44,14 +44,14 @@ from optax_clip._norms.layout import Layout
 from optax_clip._norms.layout import Place
 
 Array = jax.Array
-# Arrays of at most so many elements are laid side by side before they are reduced.
+# Arrays of at most this many elements are concatenated before they are reduced.
 _SMALL = 1 << 14
-# Elements of one concatenation: bounds the temporary it may need (256 KiB).
+# The most elements of one concatenation, which may need a temporary (256 KiB).
 _BUCKET = 1 << 16
 
 
 class _Static(NamedTuple):
-  """What decides the program; hashable."""
+  """Holds all that decides the program beside its inputs; hashable."""
 
   layout: Layout
   ord: float
@@ -60,23 +60,23 @@ class _Static(NamedTuple):
 
 
 class _Member(NamedTuple):
-  """A part and where its result stands."""
+  """Pairs a part with the place of its result."""
 
   part: _sums.Part
   place: Place
 
 
 def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Extended]:
-  """The norms of leaves: for each block of the layout an `Extended` of its shape.
+  """Measures leaves: returns for each block of the layout an `Extended` in its shape.
 
   Args:
     leaves: floating or complex arrays.
-    layout: where their norms stand; an entry of no leaf is 0.
-    ord: 1, 2, ..., `math.inf`; any positive real.
+    layout: where their norms are stored; an entry without a leaf is 0.
+    ord: any positive real, or `math.inf`.
   """
   if not leaves:
     return [_extended.of(jnp.zeros(*block)) for block in layout.blocks]
-  # Concrete arrays can be asked for their devices outside of `jit` only.
+  # Asked here: inside `jit` arrays do not know their devices.
   concatenate = _mesh.on_one_device(leaves)
   static = _Static(layout, ord, concatenate, _backend.forced())
   return _compiled(tuple(leaves), static=static)
@@ -85,7 +85,7 @@ def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Exten
 def over_dims(
   leaves: Sequence[Array], dims: Sequence[tuple[int, ...]], ord: float = 2.0
 ) -> list[Extended]:
-  """The norms of each leaf over some dimensions, which stay with size 1."""
+  """Measures each leaf over some dimensions, which stay with size 1."""
   places, blocks = [], []
   for i, (x, over) in enumerate(zip(leaves, dims, strict=True)):
     places.append(Place(i, None, over, _mesh.Cut(), 0))
@@ -96,15 +96,15 @@ def over_dims(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def merged(norms: Extended, ord: float) -> Extended:
-  """The norm over axis 0 of norms that are themselves norms of parts; ord >= 1."""
+  """Merges the norms of parts, along axis 0, into the norm of the whole; ord >= 1."""
   unit = jnp.max(jnp.where(norms.value > 0, norms.unit, 0), axis=0, keepdims=True)
   unit = jnp.where(unit > 0, unit, 1)
   scaled = norms.value * (norms.unit / unit)
   largest = jnp.max(scaled, axis=0, initial=0)
   if ord == math.inf:
     return Extended(largest, unit[0])
-  # The values of plain norms go up to 1e38 and down to 1e-37: squares may not be
-  # floats, so they are taken in units of their largest.
+  # The values of plain norms go from 1e-37 to 1e38, whose squares leave the range:
+  # take them in units of the largest.
   peak = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
   power = _moments.power(scaled / peak[None], ord, scaled.dtype)
   moment = jnp.sum(power, axis=0)
@@ -117,7 +117,7 @@ def _merged_jvp(
 ) -> tuple[Extended, Extended]:
   (norms,), (dots,) = primals, tangents
   total = merged(norms, ord)
-  # In units of the total, so that all are floats.
+  # In units of the total, so that all stay in range.
   relative = norms.unit / total.unit[None]
   value = jnp.broadcast_to(total.value[None], norms.value.shape)
   share = _slope(norms.value * relative, _extended.of(value), ord)
@@ -179,7 +179,7 @@ def _measured_jvp(
 
   slopes = summed(lambda x, dot, norm: _along(_slope(x, norm, ord), dot))
   if ord == math.inf:
-    # Of several that are largest each counts with its share.
+    # Elements that tie for the largest share the derivative.
     counts = summed(lambda x, dot, norm: _is_largest(x, norm).astype(norm.value.dtype))
     slopes = [
       s / jnp.maximum(count, 1) for s, count in zip(slopes, counts, strict=True)
@@ -191,7 +191,7 @@ def _measured_jvp(
 
 
 def _slope(x: Array, norm: Extended, ord: float) -> Array:
-  """The derivative of a norm by an element: ``sign(x) (|x| / n) ** (ord - 1)``."""
+  """Differentiates a norm by an element: ``sign(x) (|x| / n) ** (ord - 1)``."""
   usable = jnp.isfinite(norm.value) & (norm.value > 0)
   wide = _wide(x, norm.value.dtype)
   safe = jnp.where(usable, wide, jnp.zeros_like(wide))
@@ -215,7 +215,7 @@ def _is_largest(x: Array, norm: Extended) -> Array:
 
 def _along(slope: Array, dot: Array) -> Array:
   if jnp.iscomplexobj(slope):
-    # JAX's tangents of complex numbers are complex, and this derivative is real.
+    # JAX's tangents of complex numbers are complex, but this derivative is real.
     return slope.real * dot.real.astype(slope.real.dtype) + slope.imag * (
       dot.imag.astype(slope.imag.dtype)
     )
@@ -223,7 +223,7 @@ def _along(slope: Array, dot: Array) -> Array:
 
 
 def _wide(x: Array, dtype: Any) -> Array:
-  """An array in the precision of a dtype; a complex one stays complex."""
+  """Casts an array to the precision of a dtype; a complex one stays complex."""
   if not jnp.iscomplexobj(x):
     return x.astype(dtype)
   return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
@@ -232,12 +232,11 @@ def _wide(x: Array, dtype: Any) -> Array:
 def _members(
   arrays: Sequence[Array], places: Sequence[Place], dtype: Any, concatenate: bool
 ) -> list[_Member]:
-  """Each large array is a part of its own, small ones of one norm share some.
+  """Makes each large array a part, and concatenates small ones of one norm.
 
   XLA compiles a norm over 2,000 small arrays in 20 seconds, worse than linear in
-  their number; over a few concatenations of them it takes two. Where the arrays may
-  be sharded (`concatenate=False`) they are kept apart, since laying them side by
-  side could move them between devices.
+  their number; over a few concatenations it takes two. Arrays that may be sharded
+  (`concatenate=False`) stay apart: concatenating could move them between devices.
   """
   found: list[_Member] = []
   buckets: dict[Any, list[tuple[Array, Place]]] = {}
@@ -259,7 +258,7 @@ def _members(
     buckets.setdefault(key, []).append((x, place))
   for key in list(buckets):
     close(key)
-  # Where each entry is one part, `segment` has nothing to do.
+  # In this order `segment` has nothing to do where each entry is one part.
   return sorted(found, key=lambda m: (m.place.block, m.place.entry or 0))
 
 
@@ -274,7 +273,7 @@ def _run(
   """Reduces each part, with one collective for each set of mesh axes.
 
   Returns:
-    For each array that `local` returns, the blocks of them.
+    For each array that `local` returns, its blocks.
   """
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
@@ -299,9 +298,9 @@ def _run(
 
 
 def _apart(units: Sequence[Array]) -> list[Array]:
-  """The same units; scalars that several share are one for each.
+  """Gives each part a scalar unit of its own where several share one.
 
-  One that is shared XLA:CPU writes down, as large as what is divided by it.
+  XLA:CPU materialises a shared one at the size of what it divides.
   """
   scalars = [unit for unit in units if not unit.ndim]
   if len({id(unit) for unit in scalars}) == len(scalars):
@@ -315,7 +314,7 @@ def _joined(
   shape: tuple[int, ...],
   merge: Callable[..., Array],
 ) -> Array:
-  """The results of the parts of one block as that block."""
+  """Joins the results of the parts to their block."""
   arrays = [x for x, _ in values]
   if any(index is not None for _, index in values):
     index = [i or 0 for _, i in values]
@@ -324,7 +323,7 @@ def _joined(
 
 
 def _sizes(arrays: Sequence[Array], layout: Layout) -> list[Any]:
-  """For each block of how many elements an entry is, on all devices."""
+  """Counts the elements behind each entry of each block, on all devices."""
   sizes: list[Any] = [
     [0] * block.shape[0] if len(block.shape) == 1 else 0 for block in layout.blocks
   ]
@@ -336,5 +335,5 @@ def _sizes(arrays: Sequence[Array], layout: Layout) -> list[Any]:
       sizes[p.block] = previous + size
     else:
       sizes[p.block][p.entry] += size
-  # Not as integers: there may be more elements than an int32 counts.
+  # As floats: there may be more elements than an int32 counts.
   return [np.asarray(x, np.float64) for x in sizes]

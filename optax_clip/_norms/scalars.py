@@ -1,20 +1,19 @@
-"""Lays arithmetic on the few numbers of each leaf out, so that XLA compiles it well.
+"""How arithmetic on the few numbers of each leaf compiles to few kernels.
 
-Nothing here changes a number. It changes which kernels XLA makes, of three things:
+Nothing here changes a number. It changes the kernels that XLA makes of three things:
 
 * *Coefficients of whole leaves*, `columns`. XLA compiles one kernel for all leaves of
-  a shape that are scaled by a *scalar*, but one for each leaf that is scaled by *an
-  element of a vector*: it moves the slice into the kernel, where its constant index
-  makes the kernel unlike all others. With 300 leaves that is the difference of 0.1 to
-  3 seconds.
-* *Arithmetic on the norms of units*, `each`. Leaf by leaf it takes XLA:GPU most of the
-  time to compile a step.
-* *Coefficients of units*, `each` again. XLA:CPU does all that follows their last
-  division once for each element of the leaf.
+  a shape if a *scalar* scales them, but one for each leaf if *an element of a vector*
+  does: it fuses the slice, whose constant index makes the kernel unlike all others.
+  With 300 leaves that is the difference of 0.1 to 3 seconds.
+* *Arithmetic on the norms of units*, `each`. Leaf by leaf, XLA:GPU spends most of a
+  step's compilation on it.
+* *Coefficients of units*, `each` again. XLA:CPU repeats all that follows their last
+  division for each element of the leaf.
 
-`lax.optimization_barrier` prevents none of it, as it is gone before XLA fuses. A
-reduction does: XLA writes its results down. One into rows and one into the elements of
-each row are two kernels, as all rows share theirs.
+`lax.optimization_barrier` prevents none of it: it is gone before XLA fuses. A
+reduction does, as XLA materialises its results. One reduction into rows and one from
+rows into elements make two kernels, as all rows share theirs.
 """
 
 from collections.abc import Callable
@@ -29,24 +28,24 @@ from optax_clip import _backend
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
-# Results of a reduction. Kernels are slow to compile with more, and with 60 do not fit
-# the shared memory of a GPU; the program is long with fewer.
+# Results of one reduction. With more, kernels compile slowly, and 60 do not fit a GPU's
+# shared memory; with fewer, the program is long.
 _WIDTH = 16
 
 
 def columns(vectors: Sequence[Array]) -> list[list[Array]]:
-  """For each i the entries ``vector[i]`` of all vectors, bit for bit.
+  """Returns for each i the entries ``vector[i]`` of all vectors, bit for bit.
 
   Args:
-    vectors: of one shape. Where they have more than one axis, an entry is an array.
+    vectors: arrays of one shape; with more than one axis, an entry is an array.
   """
   count = vectors[0].shape[0]
-  # Within a reduction dtypes have to agree, and what varies over which mesh axes.
+  # The operands of one reduction have to agree in dtype and in varying mesh axes.
   alike = len({v.dtype for v in vectors}) == 1
   if count <= 1 or not alike or any(map(_mesh.varying_axes, vectors)):
     return [list(row) for row in zip(*map(_entries, vectors), strict=True)]
   table = jnp.stack(vectors, axis=1)
-  # Kernels of a CPU are not shared by leaves, and there a reduction is slow.
+  # If entries are arrays, leaves share no kernels on a CPU, and a reduction is slow.
   cpu = _by_rows if table.ndim == 2 else _by_entries
   return _backend.by_backend(table, cpu=cpu, gpu=_by_rows, tpu=_by_entries)
 
@@ -56,23 +55,23 @@ def _by_rows(table: Array) -> list[list[Array]]:
 
 
 def _by_entries(table: Array) -> list[list[Array]]:
-  # Each leaf's kernel on a TPU reads its own scalars: no kernel of theirs.
+  # On a TPU each leaf's kernel reads its own scalars, at the cost of no other kernel.
   return [_entries(row) for row in _entries(table)]
 
 
 def each(
   f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, is_last: bool = False
 ) -> list[Any]:
-  """``[f(*x) for x in arguments]``; on one GPU, of all of one shape at once.
+  """Returns ``[f(*x) for x in arguments]``; one GPU computes like shapes at once.
 
-  XLA's time to compile for a GPU grows with the number of operations, and that of AGC
-  with the arithmetic on the norms of the units of each leaf: four times as long as with
-  optax's. A TPU would move the norms to lay them side by side.
+  XLA compiles longer for a GPU the more operations there are: leaf by leaf, the
+  arithmetic on the norms of units makes AGC compile four times as long as optax's.
+  A TPU would move the norms to stack them.
 
   Args:
-    f: of trees of arrays to such a tree, of the same shapes for the same shapes.
-    arguments: for each call its arguments.
-    is_last: whether leaves are multiplied with the results.
+    f: a function from trees of arrays to such a tree; like shapes give like shapes.
+    arguments: the arguments of each call.
+    is_last: whether leaves are multiplied by the results.
   """
   arrays = jax.tree.leaves(arguments)
 
@@ -92,7 +91,7 @@ def each(
 
 
 def by_shape(arguments: Sequence[Any]) -> list[list[int]]:
-  """The numbers of the arguments that are alike in structure, shapes and dtypes."""
+  """Groups the indices of arguments of like structure, shapes and dtypes."""
   found: dict[Any, list[int]] = {}
   for i, x in enumerate(arguments):
     leaves, treedef = jax.tree.flatten(x)
@@ -107,13 +106,13 @@ def in_stacks(
   arguments: Sequence[tuple[Any, ...]],
   is_last: bool = False,
 ) -> list[Any]:
-  """What a function makes of stacks of the arguments that are alike, taken apart.
+  """Calls a function on stacks of like arguments, and takes the results apart.
 
   Args:
-    of_stack: the function, of arguments with one more axis in front.
-    of_one: the function for what nothing else is like.
-    arguments: for each call its arguments.
-    is_last: whether leaves are multiplied with the results.
+    of_stack: the function for arguments with one more axis in front.
+    of_one: the function for arguments unlike all others.
+    arguments: the arguments of each call.
+    is_last: whether leaves are multiplied by the results.
   """
   results: list[Any] = [None] * len(arguments)
   for members in by_shape(arguments):
@@ -130,14 +129,14 @@ def in_stacks(
 
 @jax.custom_jvp
 def _written(x: Array) -> Array:
-  """The same array, which XLA:CPU writes down if it has an entry for each unit.
+  """Returns the array, which XLA:CPU materialises if it has an entry for each unit.
 
-  It would compute it anew for each element of the leaf that is multiplied with it:
-  all that follows the last division.
+  Else XLA:CPU would repeat all that follows the last division for each element of the
+  leaf that the array multiplies.
   """
   if x.ndim < 2:
     return x
-  # As bits: of a sum XLA:CPU would make a kernel that multiplies the leaf, too.
+  # As bits: XLA:CPU would turn a sum into a kernel that multiplies the leaf, too.
   bits = _bits(x)
   first = lax.broadcasted_iota(jnp.int32, (2, *x.shape), 0) == 0
   both = jnp.where(first, bits[None], jnp.zeros_like(bits)[None])
@@ -157,7 +156,7 @@ def _bits(x: Array) -> Array:
 
 @jax.custom_jvp
 def _rows(table: Array) -> list[Array]:
-  """``list(table)``."""
+  """Returns ``list(table)``."""
   # As bits: a sum with zeros would flush subnormals.
   found = _taken_apart(_bits(table))[: table.shape[0]]
   return [lax.bitcast_convert_type(x, table.dtype) for x in found]
@@ -172,12 +171,12 @@ def _rows_jvp(
 
 
 def _entries(table: Array) -> list[Array]:
-  """The entries along the first axis, as slices: cheaper to trace than `table[i]`."""
+  """Slices out the entries along axis 0: cheaper to trace than `table[i]`."""
   return [lax.index_in_dim(table, i, keepdims=False) for i in range(table.shape[0])]
 
 
 def _taken_apart(bits: Array) -> list[Array]:
-  """The entries of an array of integers along its first axis, and some more."""
+  """Returns an integer array's entries along axis 0, followed by padding."""
   count, *rest = bits.shape
   if count <= _WIDTH:
     return _along_first(bits)
@@ -191,7 +190,7 @@ def _taken_apart(bits: Array) -> list[Array]:
 
 
 def _along_first(bits: Array) -> list[Array]:
-  """The entries of an array of integers along its first axis, of a few."""
+  """Returns an integer array's few entries along axis 0, by one reduction."""
   count = bits.shape[0]
   place = lax.broadcasted_iota(jnp.int32, bits.shape, 0)
   none = jnp.zeros_like(bits)

@@ -1,27 +1,25 @@
-"""How a sum of powers keeps its range: one form for each backend.
+"""How a sum of squares avoids overflow and underflow: one form for each backend.
 
 A sum of squares of float32 values over- and underflows for values beyond about 1e19
 and below about 1e-19. Measuring the largest element first would be a second read at
-every step. What costs nothing instead depends on the compiler:
+every step. Which form costs nothing instead depends on the compiler:
 
 * CPU, `rescued`: the plain sum; and *only if it left the safe range*, a second
   measurement in units of the largest element replaces it (`lax.cond`). XLA:CPU
-  vectorises the sum of ``x * x`` and of little else, and a branch that is not taken
-  costs nothing there.
-* GPU, `doubled`: the sum in float64, which no square of a float32 leaves. Elements are
-  read in their own dtype. A `cond` would copy its predicate to the host and stop it
-  in every step (and XLA runs both branches of some). Float64 runs at half the float32
-  rate on data-centre cards, far above what their memory delivers. Other cards have
-  1/64 of it, and there the sum of whole arrays is `tripled`: an estimate stands in
-  ``benchmarks/NOTES.md``.
-* TPU, `tripled`: three sums with constant units, from one read, of which one is
-  chosen. A TPU has no float64. It compiles to fewer kernels than a plain sum with a
-  branch.
+  vectorises the sum of ``x * x`` and of little else, and pays nothing for a branch
+  that it does not take.
+* GPU, `doubled`: the sum in float64, whose range no square of a float32 leaves. It
+  reads elements in their own dtype. A `cond` would copy its predicate to the host and
+  stop it in every step (and XLA runs both branches of some). Float64 runs at half the
+  float32 rate on data-centre cards, far above what their memory delivers. Other cards
+  have 1/64 of it and sum whole arrays `tripled`: ``benchmarks/NOTES.md`` estimates why.
+* TPU, `tripled`: three sums with constant units, from one read; one is chosen. A TPU
+  has no float64. This compiles to fewer kernels than a plain sum with a branch.
 
-What one read cannot do, powers above 2, whose terms leave any range, is measured twice
-everywhere, `scaled`: the largest element first.
+Powers above 2 leave any range, which one read cannot prevent: `scaled` reads twice on
+every backend, first for the largest element.
 
-All agree with the sum in float64 to 1e-6, relative.
+All forms agree with the sum in float64 to 1e-6, relative.
 """
 
 from collections.abc import Callable
@@ -43,16 +41,16 @@ from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 
 Array = jax.Array
-# Cards that add float64 fast enough; `_doubled` says what for.
+# Compute capabilities of GPUs that add float64 at half their float32 rate.
 _FAST_FLOAT64 = ("6.0", "7.0", "8.0", "9.0", "10.0")
 
 
 class Part(NamedTuple):
-  """Arrays that are reduced together, to one entry of a block or to all of it.
+  """Holds arrays that reduce together, to one entry of a block or to all of it.
 
   Attributes:
-    arrays: of one kind, real or complex.
-    dims: the dimensions that are reduced and stay with size 1; `None`: all, to a
+    arrays: all real, or all complex.
+    dims: the dimensions to reduce, which stay with size 1; `None` reduces all, to a
       scalar.
   """
 
@@ -60,21 +58,21 @@ class Part(NamedTuple):
   dims: tuple[int, ...] | None
 
 
-# From a part, and its unit or `None`, to one array or several of one shape.
+# From a part and its unit, or `None`, to one array or several of one shape.
 Local = Callable[[Part, Array | None], Sequence[Array]]
 
 
 class Reduction(NamedTuple):
-  """How parts of arrays become blocks of norms; `norm` makes it.
+  """Says how parts of arrays become blocks of norms; `norm` makes it.
 
   Attributes:
-    run: ``run(local, collective, merge, units)``: for each array that ``local``
-      returns the blocks of them, merged over parts and collected over the mesh.
+    run: ``run(local, collective, merge, units)`` returns, for each array that
+      ``local`` returns, its blocks: merged over parts, and collected over the mesh.
       ``units`` is `None`, or a block of units for each block.
-    sizes: for each block of how many elements an entry is.
-    dtypes: those of the arrays.
-    dtype: float32 or float64: that of the norms.
-    is_whole: whether every part is reduced to a scalar.
+    sizes: for each block the number of elements behind an entry.
+    dtypes: the dtypes of the arrays.
+    dtype: the dtype of the norms, float32 or float64.
+    is_whole: whether every part reduces to a scalar.
   """
 
   run: Callable[..., list[list[Array]]]
@@ -85,7 +83,7 @@ class Reduction(NamedTuple):
 
 
 def norms(reduction: Reduction, ord: float) -> list[Extended]:
-  """The norms of each block, in the form of the backend that is lowered for."""
+  """Computes the norms of each block, in the form of the target backend."""
   square = ord == 2
   if ord == math.inf:
     cpu = gpu = tpu = _peaks
@@ -103,8 +101,8 @@ def norms(reduction: Reduction, ord: float) -> list[Extended]:
       slow = square and reduction.is_whole and not _has_fast_float64()
       gpu = _tripled if slow else _doubled
   forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
-  # A product of vectors, on a GPU, would be a call of a library. (A form that is
-  # forced runs on a CPU, whose short sums are serial.)
+  # On a GPU a dot product would be a library call. (A forced form runs on a CPU, whose
+  # short sums are serial.)
   forced = _backend.forced() is not None
   bound = {
     backend: functools.partial(form, reduction, ord, forced or backend == "cpu")
@@ -114,7 +112,7 @@ def norms(reduction: Reduction, ord: float) -> list[Extended]:
 
 
 def _has_fast_float64() -> bool:
-  """Whether the GPUs of this process add float64 at half their rate of float32."""
+  """Returns whether this process's GPUs add float64 at half their float32 rate."""
   try:
     devices = jax.local_devices(backend="gpu")
   except RuntimeError:
@@ -142,8 +140,8 @@ def _rescued(reduction: Reduction, ord: float, products: bool) -> list[Extended]
   moments = _power_sums(reduction, ord, products)
 
   def rescue() -> list[tuple[Array, Array]]:
-    # XLA runs both branches where one holds nothing but reductions and arithmetic,
-    # unless it cannot look behind what it returns.
+    # XLA runs both branches where one holds only reductions and arithmetic, unless a
+    # barrier hides what it returns.
     pairs = _in_units(reduction, ord, products)
     return list(lax.optimization_barrier(pairs))
 
@@ -184,8 +182,8 @@ def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
 def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
   dtype = reduction.dtype
   info = jnp.finfo(dtype)
-  # 2^-90 and 2^70 for float32: no square of an element leaves the range of floats
-  # in all three units, and where one sum is unsafe, its neighbour is not.
+  # 2^-90 and 2^70 for float32: no square of an element leaves the range in all three
+  # units, and where one sum is unsafe, its neighbour is safe.
   down, up = 2.0 ** -(info.maxexp * 45 // 64), 2.0 ** (info.maxexp * 35 // 64)
 
   def local(part: Part, unit: Any) -> list[Array]:
@@ -194,7 +192,7 @@ def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
     return [functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)]
 
   def merge(parts: Array) -> Array:
-    # Without the barrier XLA adds scalar to scalar, on a TPU a kernel for each.
+    # Without the barrier XLA adds scalar to scalar, each in a kernel on a TPU.
     return _sum(lax.optimization_barrier(parts))
 
   columns = reduction.run(local, lax.psum, merge, None)
@@ -216,9 +214,9 @@ def _three_sums(
   up: float,
   products: bool,
 ) -> list[Array]:
-  """The sums of squares of ``|x|``, and of it in two scales; XLA reads x once."""
-  # Not as one reduction with three results: where it is sharded along what is reduced,
-  # XLA would gather it.
+  """Sums the squares of ``|x|``, as it is and in two scales; XLA reads x once."""
+  # Not one reduction with three results: XLA would gather an x that is sharded along a
+  # reduced dimension.
   parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
   def total(scaled: Callable[[Array], Array]) -> Array:
@@ -227,8 +225,8 @@ def _three_sums(
       return functools.reduce(jnp.add, [_moments.power_sum(y, 2, dtype) for y in wide])
     return _total(functools.reduce(jnp.add, map(jnp.square, wide)), dims)
 
-  # The bounds change no sum that is chosen. They keep XLA from squaring first, and
-  # multiplying with the square of the scale, which is no float.
+  # The bounds change no sum that is chosen. They keep XLA from squaring first and
+  # multiplying by the square of the scale, which is out of range.
   return [
     total(lambda y: y),
     total(lambda y: jnp.maximum(jnp.abs(y) * down, down)),
@@ -254,7 +252,7 @@ def _power_sums(
 def _in_units(
   reduction: Reduction, ord: float, products: bool
 ) -> list[tuple[Array, Array]]:
-  """The moments in units of the largest elements, and these."""
+  """Returns the moments in units of the largest elements, and these units."""
   units = [_extended.power_of_two(x) for x in _largest(reduction)]
   moments = _power_sums(reduction, ord, products, units)
   return list(zip(moments, units, strict=True))
@@ -275,11 +273,11 @@ def _largest(reduction: Reduction) -> list[Array]:
 
 
 def _sum_in_float64(x: Array, ord: float, dims: tuple[int, ...] | None) -> Array:
-  """The sum of ``|x| ** ord``.
+  """Sums ``|x| ** ord`` in float64.
 
-  Of few columns of 16-bit floats XLA:GPU writes the float64 powers down, to convert
-  them by more threads than it adds them: eight more reads. Then sixteen sums of each
-  column come first, which it takes apart no more.
+  For few columns of 16-bit floats XLA:GPU materialises the float64 powers, to convert
+  them by more threads than it adds them: eight more reads. There, sixteen sums of each
+  column come first, which it does not split further.
   """
   if dims is not None and x.dtype.itemsize == 2 and _mesh.on_one_device([x]):
     rows, rest = math.prod(x.shape[: len(dims)]), x.shape[len(dims) :]
@@ -293,12 +291,11 @@ def _sum_in_float64(x: Array, ord: float, dims: tuple[int, ...] | None) -> Array
 
 
 def _written(stack: Array) -> tuple[Array, Array]:
-  """The same array twice, which XLA:GPU writes down.
+  """Returns the array twice, which makes XLA:GPU materialise it.
 
-  It would move the stack of the sums of all leaves into the kernel that makes
-  coefficients of them, and that kernel repeats its arithmetic for each leaf: 300 KB of
-  code, and most of the time to compile a step. A reduction with two results it leaves
-  where it is, if both are used.
+  Else XLA:GPU fuses the stack of all leaves' sums into the kernel of the coefficients,
+  which then repeats its arithmetic for each leaf: 300 KB of code, and most of the time
+  to compile a step. It does not fuse a reduction with two results if both are used.
   """
   first = lax.broadcasted_iota(jnp.int32, (2, *stack.shape), 0) == 0
   none = jnp.zeros_like(stack)[None]
@@ -322,21 +319,21 @@ def _root(moment: Array, unit: Array, ord: float) -> Extended:
 
 
 def _least(dtype: Any, size: Any) -> Array:
-  """Below it a sum of so many powers has lost precision to underflow.
+  """Returns the bound below which underflow costs a sum of so many powers precision.
 
-  Every term may have lost up to the smallest normal float: that much more than it,
-  and the loss is at most one rounding error of the sum.
+  Every term may lose up to the smallest normal float. At the bound, all of these
+  losses together are one rounding error of the sum.
   """
   info = jnp.finfo(dtype)
   return jnp.asarray(size, dtype) * (info.tiny / info.eps)
 
 
 def _out_of_range(moments: Sequence[Array], sizes: Sequence[Any]) -> Array:
-  """Whether any moment overflowed, or is so small that it lost precision.
+  """Returns whether a moment overflowed, or is so small that it lost precision.
 
-  A zero beside moments that are not zero is taken for a true zero (an expert that
-  no token reached, a dead unit), not for an underflow: it stands for elements below
-  about 1e-19 at most. When all are zero, it is looked into.
+  A zero beside nonzero moments counts as a true zero (an expert that no token reached,
+  a dead unit), not as an underflow, which hides elements below about 1e-19 at most.
+  If all are zero, they count as out of range, for a second measurement.
   """
   strayed, zero = [jnp.asarray(False)], []
   for moment, size in zip(moments, sizes, strict=True):

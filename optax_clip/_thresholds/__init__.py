@@ -1,1 +1,1 @@
-"""Holds what limits share: fixed ones, memory, windows."""
+"""How a limit learns: memory, windows, averages."""

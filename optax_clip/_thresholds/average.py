@@ -1,4 +1,4 @@
-"""The running mean of norms."""
+"""How a limit follows the running mean of the norms."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ _INF = float("inf")
 
 
 class AverageMemory(NamedTuple):
-  """What `average` remembers.
+  """Holds what `average` remembers.
 
   Attributes:
     mean: f32[norms], the bias-corrected running mean.
@@ -27,7 +27,7 @@ class AverageMemory(NamedTuple):
 
 
 def average(decay: Scalar = 0.999) -> Threshold:
-  r"""The bias-corrected running mean of all norms, this one included.
+  r"""Limits norms to their bias-corrected running mean, the newest included.
 
   .. math::
       T \leftarrow \beta T + (1 - \beta) n_t, \quad L_t = T / (1 - \beta^t)

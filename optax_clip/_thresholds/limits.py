@@ -1,9 +1,6 @@
-"""Thresholds: how large updates may be.
+"""Which limits learn nothing: constants, schedules, groups, caps and warm-ups.
 
-Each function returns a `Threshold` for `optax_clip.clip_with`: a pair of pure
-functions, shaped like a gradient transformation but acting on norms. Those that
-learn work with any measure: each of its norms has a memory of its own. A step
-whose norms are not finite is never remembered, nor is a norm of 0.
+The functions are public as `optax_clip.thresholds`.
 """
 
 from collections.abc import Sequence
@@ -25,17 +22,17 @@ Array = jax.Array
 
 
 class ScheduleState(NamedTuple):
-  """The state of `scheduled`.
+  """Holds the state of `scheduled`.
 
   Attributes:
-    step: i32[], the steps taken; grows by one at every update.
+    step: i32[], how many steps were taken; each update adds one.
   """
 
   step: Array
 
 
 class PairState(NamedTuple):
-  """The state of `at_most`.
+  """Holds the state of `at_most`.
 
   Attributes:
     threshold: the state of the threshold.
@@ -47,13 +44,13 @@ class PairState(NamedTuple):
 
 
 class WarmupState(NamedTuple):
-  """The state of `warmup`.
+  """Holds the state of `warmup`.
 
   Attributes:
     seen: i32[norms], how many norms each entry has seen; stands still where the
-      norm is 0, and for all of them where one is not finite.
+      norm is 0, and everywhere if one is not finite.
     threshold: the state of the threshold.
-    limit: the state of the limit of the warm-up.
+    limit: the state of the limit during the warm-up.
   """
 
   seen: Array
@@ -62,7 +59,7 @@ class WarmupState(NamedTuple):
 
 
 def constant(limit: ScalarOrSchedule) -> Threshold:
-  """The same limit at every step.
+  """Sets the same limit at every step.
 
   Args:
     limit: a non-negative float, or an array that broadcasts to the norms. It
@@ -78,7 +75,7 @@ def constant(limit: ScalarOrSchedule) -> Threshold:
 
 
 def scheduled(schedule: optax.Schedule) -> Threshold:
-  """A limit that is a function of the step.
+  """Sets the limit by a schedule of the step.
 
   Args:
     schedule: from the number of steps taken, i32[], to a limit.
@@ -101,7 +98,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
 
 
 def per_group(limits: Sequence[Any]) -> Threshold:
-  """One limit, a number or a schedule, for each group of a measure.
+  """Sets one limit, a number or a schedule, for each group of a measure.
 
   Args:
     limits: as many as the measure has norms, in their order.
@@ -117,7 +114,7 @@ def per_group(limits: Sequence[Any]) -> Threshold:
 
 
 def at_most(threshold: Threshold, cap: ScalarOrSchedule) -> Threshold:
-  """The smaller of two limits; the threshold does not learn of the cap.
+  """Takes the smaller of two limits; the threshold does not learn of the cap.
 
   Args:
     threshold: any threshold.
@@ -144,7 +141,7 @@ def at_most(threshold: Threshold, cap: ScalarOrSchedule) -> Threshold:
 def warmup(
   threshold: Threshold, steps: Scalar, limit: ScalarOrSchedule = math.inf
 ) -> Threshold:
-  """Another limit, or none, for the first steps; the threshold learns meanwhile.
+  """Sets another limit, or none, for the first steps; the threshold still learns.
 
   Args:
     threshold: any threshold.
@@ -179,10 +176,10 @@ def warmup(
 
 
 def of(limit: ScalarOrSchedule) -> Threshold:
-  """The threshold for what users pass: a number, an array or a schedule.
+  """Makes a threshold of what users pass: a number, an array or a schedule.
 
   Args:
-    limit: any of these, or a `Threshold`, which is returned as it is.
+    limit: any of these, or a `Threshold`, which stays as it is.
   """
   if isinstance(limit, Threshold):
     return limit
@@ -190,13 +187,13 @@ def of(limit: ScalarOrSchedule) -> Threshold:
 
 
 def _stacked(limits: Sequence[Any]) -> Any:
-  # The default float: limits of several dtypes have no common one in strict mode.
+  # The default float: in strict mode several dtypes have no common one.
   dtype = jnp.result_type(float)
   return jnp.stack([jnp.asarray(limit).astype(dtype) for limit in limits])
 
 
 def _filled(norms: Array, limit: ScalarOrSchedule) -> Array:
-  """`limit` in the dtype of the norms; never below 0. A scalar stays one."""
+  """Casts a limit to the dtype of the norms, never below 0. A scalar stays one."""
   # Cast late: a Python float keeps its precision for float64 norms.
   exact = jnp.maximum(jnp.asarray(limit, norms.dtype), 0)
   return jnp.broadcast_to(exact, norms.shape) if exact.ndim else exact

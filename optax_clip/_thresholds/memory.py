@@ -1,32 +1,30 @@
-"""Memory: the one way in which thresholds learn.
+"""How a threshold learns: what it remembers, forgets and ignores.
 
-A method that learns is an equation, and the same housekeeping as all others.
+A method that learns is an equation, plus housekeeping that all such methods share.
 The equation is a *rule*, alone in a function in the paper's symbols::
 
     rule(norms, memory, count) -> limits, memory
 
-on vectors with one entry for each norm of the measure, whether it has one norm
-or a norm for each unit of each leaf. `remembering` makes a `Threshold` of it and
-owns the rest:
+It acts on vectors with one entry for each norm of the measure, be it one norm or one
+for each unit. `remembering` makes a `Threshold` of it and owns the rest:
 
 * *Forgetting.* A step in which any norm is NaN or inf leaves the memory and the
   count bit for bit as they were: one NaN in a running mean stays there for good.
   A norm of 0 (an expert that no token reached, a frozen layer, a partner of LoRA
-  that starts at zero, an empty batch) says nothing about how large updates are
-  and is left out too, for that norm alone. The count is therefore a vector: how
-  many norms each entry has learned from, which is what warm-up is counted in.
+  that starts at zero, an empty batch) says nothing about how large updates are and
+  is left out too, for its own entry. The count is therefore a vector: how many norms
+  each entry has learned from, which is also what a warm-up counts.
 * *What a rule sees.* Finite float32 norms; 0 stands for "nothing to learn from",
   and the limit is then what the memory alone says.
 * *Range.* Norms of finite gradients reach 3e38, where squares overflow: rules
   keep roots (a standard deviation, not a variance) and divide before they
   square. An average that has seen 1e30 once is useless for thousands of steps:
-  one that learns norms as they come learns at most a million times itself
-  (`plausible`).
+  from one norm it learns at most a million times its own value (`plausible`).
 * *Dtypes.* Memory is float32 whatever the gradients are, as bfloat16 rounds the
   small increments of an average away. Limits come back in the norms' dtype.
 * *Noise.* Norms are right to 1e-6 relative. One that exceeds its limit by less
-  than 2e-6 of it is not clipped: equal norms, whose deviation is 0, would
-  otherwise be clipped by their rounding errors.
+  than 2e-6 of it passes: otherwise rounding errors would clip equal norms, whose
+  deviation is 0.
 """
 
 from collections.abc import Callable
@@ -45,21 +43,21 @@ from optax_clip._algebra.types import Threshold
 Array = jax.Array
 # The largest norm that is remembered.
 LARGEST = float(jnp.finfo(jnp.float32).max)
-# Averages learn at most so many times themselves. More than any spike that they
-# could still be of use after, and less than what broken steps produce.
+# An average learns at most this many times its value: more than any spike after which
+# it could still be of use, and less than broken steps produce.
 LEAP = 2.0**20
-# A norm may exceed its limit by this share of it and still count as equal.
+# A norm that exceeds its limit by this share of it still counts as equal.
 NOISE = 2.0**-19
 
 
 class MemoryState(NamedTuple):
-  """The state of a threshold that learns.
+  """Holds the state of a threshold that learns.
 
   Attributes:
     seen: i32[norms], how many norms each entry has learned from; grows by one
       unless the step was not finite or the norm 0.
-    memory: what the rule remembers: float32 arrays whose first axis is that of
-      the norms; changes when `seen` does.
+    memory: what the rule remembers, in float32 arrays whose first axis counts norms;
+      changes when `seen` does.
   """
 
   seen: Array
@@ -70,13 +68,13 @@ def remembering(
   start: Callable[[Array], Any],
   rule: Callable[[Array, Any, Array], tuple[Array, Any]],
 ) -> Threshold:
-  """The threshold of a rule, see the module's docstring.
+  """Makes a threshold of a rule, see the module's docstring.
 
   Args:
     start: from zeros, f32[norms], to the memory before the first step.
     rule: from norms, f32[norms], the memory and the count, i32[norms], to limits,
       f32[norms], and the memory with these norms learned. It need not care about
-      dtypes, NaN or inf. Where a norm is 0 its memory is thrown away.
+      dtypes, NaN or inf. Where a norm is 0 the old memory stays.
   """
   kind = _validate.Kind("this threshold")
 
@@ -113,17 +111,17 @@ def remembering(
 
 
 def learnt(exact: Array) -> Array:
-  """Which of the norms of a step are learned from: bool[norms]."""
+  """Returns which norms of a step are to be learned from: bool[norms]."""
   return jnp.all(jnp.isfinite(exact)) & (exact > 0)
 
 
 def debiasing(decay: float | Array, count: Array) -> Array:
-  r"""The weight of the newest value in a bias-corrected running average.
+  r"""Returns the weight of the newest value in a bias-corrected running average.
 
   .. math::
       w = (1 - \beta) / (1 - \beta^t), \quad t = \text{count} + 1
 
-  With it, ``a + w * (x - a)`` is the average that starts at 0 and is divided by
+  With it, ``a + w * (x - a)`` is the average that starts at 0, divided by
   :math:`1 - \beta^t`; but it needs no start, and stays at x if x is constant.
   """
   t = count.astype(jnp.float32) + 1
@@ -136,7 +134,7 @@ def debiasing(decay: float | Array, count: Array) -> Array:
 
 
 def number(value: Any) -> Any:
-  """A hyperparameter: a Python float where it is known, else f32[]."""
+  """Converts a hyperparameter to a Python float where it is known, else to f32[]."""
   if callable(value):
     raise TypeError(
       f"Expected a number, got {value!r}: this hyperparameter takes no schedule."
@@ -149,22 +147,22 @@ def number(value: Any) -> Any:
 
 
 def plausible(n: Array, mean: Array, count: Array) -> tuple[Array, Array]:
-  """The part of a new norm that a running average absorbs.
+  """Caps a new norm at `LEAP` times the running average that absorbs it.
 
   Returns:
-    The norm, or a million times the mean if that is less; and whether it shows
-    that the only norm before it was no norm to learn from: a million times it.
+    The capped norm; and whether the average should start anew with it, because the
+    only norm before it was more than `LEAP` times as large.
   """
   most = jnp.where((count > 0) & (mean > 0), LEAP * mean, LARGEST)
   return jnp.minimum(n, most), (count == 1) & (mean > LEAP * n)
 
 
 def root_mean(weight: Any, old: Array, new: Array) -> Array:
-  r"""The root of a weighted mean of squares: :math:`\sqrt{(1-w) a^2 + w b^2}`.
+  r"""Takes the root of a weighted mean square, :math:`\sqrt{(1-w) a^2 + w b^2}`.
 
-  Squares of neither need be floats.
+  The squares of both may be out of range.
   """
-  # The unit cancels: its derivative, a quotient by a square, is left out.
+  # The unit cancels, so that its derivative, a quotient by a square, is left out.
   largest = lax.stop_gradient(jnp.maximum(old, new))
   unit = jnp.where(largest > 0, largest, 1)
   mean = (1 - weight) * (old / unit) ** 2 + weight * (new / unit) ** 2
@@ -180,7 +178,7 @@ def _same_size(size: int, state: MemoryState) -> None:
     found = ", ".join(sorted(str(s[0]) if s else "a scalar" for s in sizes))
     raise ValueError(
       f"The state of this threshold remembers {found} norms, but the updates"
-      f" have {size}: it is of a model with another number of layers or"
+      f" have {size}: it belongs to a model with another number of layers or"
       " groups (a checkpoint of it, perhaps). Make a new state with tx.init,"
       " which learns afresh, or restore the checkpoint that fits."
     )

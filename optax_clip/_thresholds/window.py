@@ -1,7 +1,7 @@
-"""Rules that learn from a window of the last norms.
+"""How a limit learns from a window of the last norms.
 
-The functions are public as `optax_clip.thresholds`. What all rules share
-(forgetting, dtypes, counting, noise) is in `memory`.
+The functions are public as `optax_clip.thresholds`. `memory` does what all rules share
+(forgetting, dtypes, counting, noise).
 """
 
 from typing import NamedTuple
@@ -19,18 +19,18 @@ _INF = float("inf")
 
 
 class WindowMemory(NamedTuple):
-  """What `percentile` and `history` remember.
+  """Holds what `percentile` and `history` remember.
 
   Attributes:
-    window: f32[norms, window], a ring of the last norms; entries from `count` on
-      are not filled yet and 0.
+    window: f32[norms, window], a ring of the last norms; entries from `count` on are
+      still 0.
   """
 
   window: Array
 
 
 def percentile(q: Scalar = 10.0, window: int = 1000) -> Threshold:
-  r"""A percentile of the last norms, this one included (AutoClip).
+  r"""Limits norms to a percentile of the last, the newest included (AutoClip).
 
   .. math::
       L_t = \text{percentile}_q(n_{t-W+1}, \dots, n_t)
@@ -51,7 +51,7 @@ def percentile(q: Scalar = 10.0, window: int = 1000) -> Threshold:
   def rule(n: Array, memory: WindowMemory, count: Array) -> tuple[Array, WindowMemory]:
     _same_window(memory.window, size)
     learnt = _inserted(memory.window, n, count)
-    # A norm that is not to be remembered leaves the window as it was.
+    # A norm of 0 is not remembered, and leaves the window as it was.
     values = jnp.where((n > 0)[:, None], learnt, memory.window)
     # In this order: the count may be the largest integer.
     total = jnp.minimum(jnp.minimum(count, size) + (n > 0).astype(count.dtype), size)
@@ -61,15 +61,15 @@ def percentile(q: Scalar = 10.0, window: int = 1000) -> Threshold:
 
 
 def history(sigmas: Scalar = 3.0, window: int = 128) -> Threshold:
-  r"""Mean plus some standard deviations of the last norms, this one excluded.
+  r"""Limits norms to the mean plus some deviations of the last, the newest excluded.
 
   .. math::
       L_t = \mu + k \sigma, \quad
       \mu, \sigma \text{ of } n_{t-W}, \dots, n_{t-1}
 
-  The norms are those before clipping, so that it follows any change within
-  `window` steps; for as long, one huge norm makes it blind. No limit before the
-  window is half full.
+  It learns norms before clipping, and so follows any change within `window` steps;
+  for as long, one huge norm makes it blind. It sets no limit before the window is
+  half full.
 
   Args:
     sigmas: k >= 0. A float or a traced scalar.
@@ -96,13 +96,13 @@ def _same_window(window: Array, size: int) -> None:
   if window.shape[1] != size:
     raise ValueError(
       f"The state holds a window of {window.shape[1]} norms, but window={size}:"
-      " it was made with another one (by a checkpoint, perhaps). Pass that one,"
-      " or make a new state with tx.init."
+      " it was made with another window (it is a checkpoint's, perhaps). Pass that"
+      " window, or make a new state with tx.init."
     )
 
 
 def _inserted(window: Array, n: Array, count: Array) -> Array:
-  """The ring with one more norm."""
+  """Puts one more norm into the ring."""
   size = window.shape[1]
   place = jnp.arange(size, dtype=count.dtype)[None] == (count % size)[:, None]
   return jnp.where(place, n[:, None], window)
@@ -113,7 +113,7 @@ def _filled(window: Array, count: Array) -> Array:
 
 
 def _percentile(values: Array, total: Array, q: Scalar) -> Array:
-  """With linear interpolation, of the first `total` of each row; inf of none."""
+  """Interpolates a percentile of each row's first `total` values; inf of none."""
   ranked = jnp.sort(jnp.where(_filled(values, total), values, _INF), axis=1)
   # In hundredths of a place, which are whole numbers for a whole q.
   last = jnp.maximum(total - 1, 0)
@@ -133,7 +133,7 @@ def _percentile(values: Array, total: Array, q: Scalar) -> Array:
 
 
 def _window_moments(window: Array, count: Array) -> tuple[Array, Array]:
-  """The mean and the population standard deviation of each row."""
+  """Returns the mean and the population standard deviation of each row."""
   filled = _filled(window, count)
   total = jnp.maximum(jnp.sum(filled, axis=1), 1).astype(jnp.float32)
   largest = jax.lax.stop_gradient(jnp.max(window, axis=1))
@@ -142,8 +142,8 @@ def _window_moments(window: Array, count: Array) -> tuple[Array, Array]:
   def mean(values: Array) -> Array:
     return jnp.sum(jnp.where(filled, values, 0), axis=1) / total
 
-  # Relative to the largest, whose square is 1. The mean once more from the
-  # deviations, so that it is exact where all norms are equal.
+  # Relative to the largest, whose square is 1. The deviations correct the mean, so
+  # that it is exact where all norms are equal.
   scaled = window / unit
   centre = mean(scaled)
   centre = centre + mean(scaled - centre[:, None])

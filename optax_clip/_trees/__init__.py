@@ -1,1 +1,1 @@
-"""Tells leaves apart: floats, labels, layers, units."""
+"""Which leaf is which: floats, layers, units, labels."""

@@ -1,4 +1,4 @@
-"""Which leaf belongs to which group."""
+"""Which group a leaf belongs to, and whether it counts in the group's norm."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
@@ -26,7 +26,7 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
 
 
 def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
-  """For each leaf of `tree`, the index of its label in `names`."""
+  """Returns for each leaf of `tree` the index of its label in `names`."""
   found = _each_leaf(labels, tree, "labels")
   _hashable(found, "labels")
   _all_known(set(found), names)
@@ -35,7 +35,7 @@ def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]
 
 
 def counted_leaves(counted: Any, tree: Any) -> list[bool]:
-  """For each leaf of `tree` whether its elements count in the norm of its group."""
+  """Returns for each leaf of `tree` whether it counts in the norm of its group."""
   if counted is None:
     return [True] * len(jax.tree.leaves(tree))
   found = _each_leaf(counted, tree, "counted")
@@ -46,7 +46,7 @@ def counted_leaves(counted: Any, tree: Any) -> list[bool]:
 
 
 def _each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
-  """What a tree, a prefix of one, or a function to either says of each leaf."""
+  """Broadcasts a tree, a prefix of one, or what a function returns, to the leaves."""
   resolved = given(tree) if callable(given) else given
   try:
     return jax.tree.leaves(jax.tree.broadcast(resolved, tree))
@@ -79,7 +79,7 @@ def _all_known(found: set[Any], names: Sequence[Hashable]) -> None:
 
 
 def named_limits(max_norms: Mapping[Hashable, Any]) -> list[Hashable]:
-  """The names of the groups, in a stable order."""
+  """Checks the limits of groups; returns their names in a stable order."""
   if not isinstance(max_norms, Mapping):
     raise TypeError(
       "max_norms must map labels to limits, as in {'encoder': 1.0, 'head': 0.1}, got"
@@ -89,7 +89,7 @@ def named_limits(max_norms: Mapping[Hashable, Any]) -> list[Hashable]:
     if not jax.tree_util.all_leaves([label]):
       raise TypeError(
         f"The labels of max_norms must be strings, or other leaves of a tree, got the"
-        f" {type(label).__name__} {label!r}: in a tree of labels it would be several."
+        f" {type(label).__name__} {label!r}: a tree of labels takes it for several."
       )
   if not max_norms:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What a leaf has beside its values: a weak type, and derivatives."""
+"""How a leaf keeps its weak type, and a gate its derivatives finite."""
 
 from typing import Any
 
@@ -9,17 +9,15 @@ Array = jax.Array
 
 
 def keep_weak_type(old: Array, new: Array) -> Array:
-  """The new array, weakly typed if the old one is."""
-  # A strongly typed scalar where a weakly typed one was would make `jit`
-  # compile the training step twice.
+  """Makes the new array weakly typed if the old one is."""
+  # A scalar that became strongly typed would make `jit` compile the step twice.
   return old.at[...].set(new) if jax.typeof(old).weak_type else new
 
 
 def gate(x: Any, take: Array) -> Any:
-  """The same; derivatives go through it only if the condition holds.
+  """Returns `x`, but lets derivatives through only if the condition holds.
 
-  A selection alone would multiply the derivatives of what is not selected with 0,
-  which keeps NaN.
+  A selection alone multiplies derivatives of what it drops by 0, which keeps NaN.
   """
   if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
     return x

@@ -1,4 +1,4 @@
-"""Which leaves of a tree are clipped: those that hold floats."""
+"""Which leaves of a tree are clipped: floats, and no integers, flags or keys."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +13,20 @@ Array = jax.Array
 
 
 def floats_only(tree: Any) -> Any:
-  """A tree with `None` for leaves that get no updates: integers, flags and keys.
+  """Replaces leaves that get no updates by `None`: integers, flags and keys.
 
-  What is no array at all stays, for an error that says so.
+  A leaf that is no array stays, for an error that names it.
   """
   return _without(tree, lambda dtype: not jnp.issubdtype(dtype, jnp.inexact))
 
 
 def with_values(updates: Updates) -> Any:
-  """Updates with `None` for leaves of float0, which JAX has for those of integers."""
+  """Replaces float0 leaves, which JAX has for those of integers, by `None`."""
   return _without(updates, lambda dtype: dtype == jax.dtypes.float0)
 
 
 def restored(new: Any, updates: Updates) -> Any:
-  """What became of `with_values`, with the leaves of float0 where they were."""
+  """Puts float0 leaves back where `with_values` replaced them."""
   leaves, treedef = jax.tree.flatten(updates)
   if not any(map(_is_float0, leaves)):
     return new
@@ -56,14 +56,14 @@ def _without(tree: Any, leaves_out: Callable[[Any], bool]) -> Any:
 
 
 def floating_leaves(tree: Any) -> list[Array]:
-  """The leaves of a tree as arrays.
+  """Returns the leaves of a tree as arrays.
 
   Raises:
     TypeError: if a leaf is neither floating nor complex; names its path.
   """
   leaves = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    # Without values too: optimizers are initialised with shapes and dtypes.
+    # Optimizers may be initialised with a `ShapeDtypeStruct`, too.
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
       leaf = _as_array(path, leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -87,7 +87,7 @@ def _as_array(path: Any, leaf: Any) -> Array:
 
 
 def same_structure(updates: Updates, params: Params) -> None:
-  """Raises unless two trees match."""
+  """Raises unless updates and parameters match in structure and shapes."""
   if params is None:
     raise ValueError(
       "This transformation compares updates with parameters: pass them, as"

@@ -1,4 +1,4 @@
-"""Rules by path: what a model's names say of its leaves."""
+"""Which rule applies to a leaf, by its path or the names of its axes."""
 
 from collections.abc import Callable
 from collections.abc import Collection
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 
 def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
-  """For each leaf what the rules say of its path, or `None`.
+  """Returns for each leaf the value of the first rule found in its path, or `None`.
 
   Args:
     tree: parameters or updates.
-    rules: a mapping from regular expressions, searched for in paths such as
-      ``blocks/attention/kernel``: the first that is found counts. Or a function from
-      path and leaf. `None`: says `None` of all.
+    rules: a mapping from regular expressions to values. The first expression that is
+      found in a path, such as ``blocks/attention/kernel``, counts. Or a function from
+      path and leaf to a value; or `None`, for no rules.
     what: the name of the argument, for errors.
 
   Raises:
@@ -42,15 +42,14 @@ def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
 
 
 def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
-  """Labels for groups of leaves, from regular expressions of their paths.
+  """Labels leaves by regular expressions of their paths.
 
-  For `clip_by_group_norm`, and as well for `optax.multi_transform` and
-  `optax.masked`.
+  It serves `clip_by_group_norm`, `optax.multi_transform` and `optax.masked`.
 
   Args:
-    rules: from a regular expression, searched for in paths such as
-      ``blocks/attention/kernel``, to a label. The first that is found counts, so that
-      ``""`` in the end is for all others. In Flax NNX, paths are of
+    rules: a mapping from regular expressions to labels. The first expression that is
+      found in a path, such as ``blocks/attention/kernel``, counts, so that a last
+      ``""`` labels all other leaves. In Flax NNX, paths are those of
       ``nnx.state(model, nnx.Param)``.
 
   Returns:
@@ -91,13 +90,13 @@ def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
 def unit_axes_by_name(
   names: Any, outputs: Collection[str]
 ) -> Callable[[str, Any], tuple[int, ...] | None]:
-  """The axes of units, from the names that a model gives its axes.
+  """Finds the axes of units by the names that a model gives its axes.
 
   A unit is what feeds one output: its weights lie along all axes but those that count
-  outputs. Which these are, ranks can only guess, and names say.
+  outputs. Ranks can only guess which axes these are; names say it.
 
   Args:
-    names: a tree of `PartitionSpec` of axis names, logical or of a mesh, as
+    names: a tree of `PartitionSpec` that hold names of axes, logical or of a mesh, as
       ``nnx.get_partition_spec(nnx.state(model, nnx.Param))`` and Linen's
       ``nn.get_partition_spec(variables)`` return it.
     outputs: the names of axes that count outputs, as ``{"mlp", "heads"}``.
@@ -137,7 +136,7 @@ def unit_axes_by_name(
     )
 
   def axis(path: str, leaf: Any) -> tuple[int, ...] | None:
-    # Flax's boxes of parameters with names add the name of their field.
+    # The path of a parameter that Flax boxed with its names ends in the box's field.
     spec = found.get(path, found.get(path.removesuffix("/value"), ()))
     rank = jnp.ndim(leaf)
     if rank <= 1 or not any(map(_each, spec)):
@@ -149,7 +148,7 @@ def unit_axes_by_name(
 
 
 def checked_patterns(rules: Any, what: str) -> None:
-  """Raises, at construction, for a mapping whose keys are no regular expressions."""
+  """Raises, at construction, if a key of the mapping is no regular expression."""
   for pattern in rules:
     try:
       re.compile(pattern)
@@ -160,12 +159,12 @@ def checked_patterns(rules: Any, what: str) -> None:
 
 
 def every_path(tree: Any) -> list[str]:
-  """The path of each leaf, as ``blocks/attention/kernel``."""
+  """Returns the path of each leaf, as ``blocks/attention/kernel``."""
   return [_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _each(entry: Any) -> tuple[str, ...]:
-  """The names in one entry of a `PartitionSpec`."""
+  """Returns the names in one entry of a `PartitionSpec`."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 

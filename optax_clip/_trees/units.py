@@ -1,4 +1,4 @@
-"""Which axes of a leaf belong to one unit, and which one to layers."""
+"""Which axes of a leaf belong to a unit; which axis of a stacked leaf is a layer."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ Stacked = Mapping[str, int] | Callable[[str, Any], int | None] | None
 
 
 def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
-  """The axes over which a unit's weights lie, by the rule of optax and NFNets.
+  """Returns the axes that one unit's weights span, by the rule of optax and NFNets.
 
   Args:
     shape: the shape of a leaf.
-    axis: these axes; or `None`, to go by rank: all axes of scalars, vectors
-      and what has one axis longer than 1; axis 0 for rank 2 and 3; all but the
-      last for rank 4 (HWIO) and 5 (DHWIO).
+    axis: these axes; or `None`, to go by rank: all axes of scalars, vectors and
+      leaves with one axis longer than 1; axis 0 for rank 2 and 3; all but the last
+      for rank 4 (HWIO) and 5 (DHWIO).
   """
   rank = len(shape)
   if axis is not None:
@@ -47,11 +47,11 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
 
 
 def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
-  """For each leaf of a tree the axis along which layers are stacked in it.
+  """Returns for each leaf the axis that counts its stacked layers, or `None`.
 
   Args:
     tree: parameters or updates.
-    stacked: rules as of `paths.by_path`, to axes.
+    stacked: rules for axes, as in `paths.by_path`.
 
   Raises:
     ValueError: if an expression is found in no path, or an axis is out of range.
@@ -72,14 +72,14 @@ def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
 
 
 def stacked_axes(shape: Sequence[int], layer: int) -> tuple[int, ...]:
-  """The axes of one layer: all but the one along which they are stacked."""
+  """Returns the axes of one layer: all but the one that counts layers."""
   return tuple(i for i in range(len(shape)) if i != layer)
 
 
 def stacked_unit_axes(
   shape: Sequence[int], axis: Any, layer: int | None
 ) -> tuple[int, ...]:
-  """`unit_axes` of what one layer of a stack is, as axes of the stack."""
+  """Returns the `unit_axes` of one layer in a stack, as axes of the stack."""
   if layer is None:
     return unit_axes(shape, axis)
   rest = stacked_axes(shape, layer)
@@ -87,7 +87,7 @@ def stacked_unit_axes(
 
 
 def checked_stacked(stacked: Any) -> None:
-  """Raises, at construction, for what can never be layer axes."""
+  """Raises, at construction, unless `stacked` can say axes of layers."""
   if stacked is None or callable(stacked):
     return
   if not isinstance(stacked, Mapping):

@@ -312,7 +312,7 @@ class TestBadInput:
     [
       ("d", TypeError, "specs must hold PartitionSpecs, got 'd'"),
       ({"v": jax.P("d")}, ValueError, "specs must be a tree prefix"),
-      (jax.P("d", None, None), ValueError, "is of more dimensions than"),
+      (jax.P("d", None, None), ValueError, "has more dimensions than"),
     ],
   )
   def test_specs(self, specs, error, words):
