@@ -253,16 +253,20 @@ def _noted(
 ) -> dict[str, Any]:
   """The records after one more step; `zeroed`: where it is not finite, it is zero."""
   layout = found.layout
-  factors = [x.value * x.unit for x in coefficients]
+  pairs = list(zip(found.blocks, coefficients, strict=True))
+  applied = _scalars.each(_factor_and_norm, pairs)
+  if zeroed:
+    stays = jnp.stack([jnp.asarray(True), finite])
+    applied = [
+      jnp.where(stays, x, jnp.zeros_like(x))
+      if isinstance(x, jax.Array)
+      else (x[0], jnp.where(finite, x[1], jnp.zeros_like(x[1])))
+      for x in applied
+    ]
   entries: dict[str, Any] = {}
   for key, last in record.items():
     if isinstance(last, _record.Record):
-      pairs = list(zip(found.blocks, coefficients, strict=True))
-      after = _scalars.each(_scaled, pairs)
-      noted = _record.noted(last, sizes, limits, factors, after, finite)
-      if zeroed:
-        noted = noted._replace(norm_after=jnp.where(finite, noted.norm_after, 0))
-      entries[key] = noted
+      entries[key] = _record.noted(last, sizes, limits, applied, finite)
       continue
     if layers is None:
       entries[key] = last  # Of a transformation with record="layers"; this is not.
@@ -273,14 +277,26 @@ def _noted(
       last,
       *layers,
       limit=layout.rows(_smallest, whole),
-      coefficient=layout.rows(_smallest, factors),
+      coefficient=layout.rows(_smallest, [x[0] for x in applied]),
       clipped=layout.rows(largest, above) > 0,
     )
   return entries
 
 
-def _scaled(norm: Extended, coefficient: Extended) -> Array:
-  """The norm after clipping; in this order no product leaves the range."""
+def _factor_and_norm(norm: Extended, coefficient: Extended) -> Any:
+  """What a norm was multiplied with, and what it is after that.
+
+  Of one norm they are one array, as a TPU has a kernel for each operation on a scalar.
+  """
+  if norm.value.ndim:
+    factor = coefficient.value * coefficient.unit
+    return factor, _product(norm, coefficient)
+  beside = Extended(*(jnp.stack([jnp.ones_like(x), x]) for x in norm))
+  return _product(beside, coefficient)
+
+
+def _product(norm: Extended, coefficient: Extended) -> Array:
+  """In this order nothing leaves the range on the way."""
   value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
   return _extended.as_float(Extended(value, unit))
 

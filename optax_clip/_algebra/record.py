@@ -13,8 +13,8 @@ import optax
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
-# How many steps a rate is of, about.
-_RATE_STEPS = 100
+# How much of a rate is of the last step.
+_RATE_WEIGHT = 0.01
 
 # What follows the name of a record in the key of its record of layers.
 LAYERS = "/layers"
@@ -23,36 +23,25 @@ LAYERS = "/layers"
 class Record(NamedTuple):
   """What clipping did. Where there are several norms, the worst of them.
 
+  Vectors, and not a scalar for each entry: a TPU has a kernel for each operation on a
+  scalar, and every leaf of a state costs time at each call of a step. `metrics` takes
+  them apart.
+
   Attributes:
-    norm: f32[], the largest norm of the last step, before clipping.
-    limit: f32[], the smallest limit of the last step.
-    coefficient: f32[], the smallest factor that the last step applied.
-    clipped_fraction: f32[], the share of norms above their limit.
-    norm_after: f32[], the largest norm of the last step, after clipping.
-    clip_rate: f32[], the share of clipped steps among the last 100 or so: the mean of
-      the first 100 steps, then a running average that forgets 1% in each step.
-    steps: i32[], how many updates were seen.
-    steps_clipped: i32[], in how many of them a norm was above its limit.
-    steps_nonfinite: i32[], in how many of them a norm was NaN or inf.
-    last_clipped: i32[], the last step that clipped, counted from 1; 0 before.
-    last_nonfinite: i32[], the last step with a NaN or an inf; 0 before.
-    clipped: i32[], 1 if the last step clipped, else 0.
-    nonfinite: i32[], 1 if the last step had a NaN or an inf, else 0.
+    shown: f32[5], of the last step: the largest ``norm`` before clipping; the smallest
+      ``limit``; the smallest ``coefficient``; ``norm_after``, the largest norm after
+      clipping; ``clipped_fraction``, the share of norms above their limit.
+    rates: f32[2], ``clip_rate`` and ``nonfinite_rate``, the shares of steps that
+      clipped, and that had a NaN or an inf, among the last 100 or so: running averages
+      that start at 0 and forget 1% in each step.
+    counts: i32[7], ``steps``; ``steps_clipped`` and ``steps_nonfinite``, how many of
+      them there were; ``last_clipped`` and ``last_nonfinite``, the last one, counted
+      from 1, or 0; ``clipped`` and ``nonfinite``, 1 if the last step was one, else 0.
   """
 
-  norm: Array
-  limit: Array
-  coefficient: Array
-  clipped_fraction: Array
-  norm_after: Array
-  clip_rate: Array
-  steps: Array
-  steps_clipped: Array
-  steps_nonfinite: Array
-  last_clipped: Array
-  last_nonfinite: Array
-  clipped: Array
-  nonfinite: Array
+  shown: Array
+  rates: Array
+  counts: Array
 
 
 class LayerRecord(NamedTuple):
@@ -99,53 +88,70 @@ class LayerRecord(NamedTuple):
 class SkipRecord(NamedTuple):
   """What a guard did. One inside another counts the steps that the outer one let by.
 
+  Vectors, as in `Record`.
+
   Attributes:
-    norm: f32[], the (largest) norm of the last step, skipped or not.
-    limit: f32[], the (smallest) limit of these norms; inf if there is none.
-    skipped: i32[], 1 if the last step was skipped, else 0.
-    reason: i32[], the `SkipReason` of the last skipped step.
-    consecutive: i32[], how many steps up to the last one were skipped.
-    steps: i32[], how many steps were seen.
-    steps_skipped: i32[], how many of them were skipped.
-    skip_rate: f32[], the share of skipped steps among the last 100 or so, as
-      ``clip_rate`` in `Record`.
-    last_nonfinite: i32[], the last step that was skipped because the norm or the loss
-      was not finite, counted from 1; 0 before.
-    nonfinite_loss: f32[], the ``loss=`` of that step; NaN if none was passed.
-    last_spike: i32[], the last step that was skipped as a spike; 0 before.
-    spike_norm: f32[], the norm of that step.
-    spike_loss: f32[], the ``loss=`` of that step; NaN if none was passed.
+    shown: f32[2], the (largest) ``norm`` of the last step, skipped or not, and the
+      (smallest) ``limit`` of these norms; inf if there is none.
+    kept: f32[4], ``skip_rate``, as ``clip_rate`` in `Record`; ``nonfinite_loss``, the
+      ``loss=`` of the last step that was skipped because it was not finite;
+      ``spike_norm`` and ``spike_loss`` of the last one that was skipped as a spike. A
+      loss that was not passed is NaN.
+    counts: i32[7], ``skipped``, 1 if the last step was skipped, else 0; ``reason``, the
+      `SkipReason` of the last skipped step; ``consecutive``, how many steps up to the
+      last one were skipped; ``steps``; ``steps_skipped``; ``last_nonfinite`` and
+      ``last_spike``, the last steps that were skipped as such, counted from 1, or 0.
   """
 
-  norm: Array
-  limit: Array
-  skipped: Array
-  reason: Array
-  consecutive: Array
-  steps: Array
-  steps_skipped: Array
-  skip_rate: Array
-  last_nonfinite: Array
-  nonfinite_loss: Array
-  last_spike: Array
-  spike_norm: Array
-  spike_loss: Array
+  shown: Array
+  kept: Array
+  counts: Array
+
+
+# What the entries of the vectors are called.
+_ENTRIES: dict[type, tuple[tuple[str, ...], ...]] = {
+  Record: (
+    ("norm", "limit", "coefficient", "norm_after", "clipped_fraction"),
+    ("clip_rate", "nonfinite_rate"),
+    (
+      *("steps", "steps_clipped", "steps_nonfinite", "last_clipped", "last_nonfinite"),
+      *("clipped", "nonfinite"),
+    ),
+  ),
+  SkipRecord: (
+    ("norm", "limit"),
+    ("skip_rate", "nonfinite_loss", "spike_norm", "spike_loss"),
+    (
+      *("skipped", "reason", "consecutive", "steps", "steps_skipped"),
+      *("last_nonfinite", "last_spike"),
+    ),
+  ),
+}
+
+
+def entries(record: Record | SkipRecord) -> dict[str, Array]:
+  """The entries of a record by name; of a stack of records, stacks."""
+  return {
+    name: vector[..., i]
+    for names, vector in zip(_ENTRIES[type(record)], record, strict=True)
+    for i, name in enumerate(names)
+  }
 
 
 def blank() -> Record:
   """The record before the first step."""
-  # Separate arrays: a donated state may not hold one buffer twice.
-  floats = [jnp.zeros((), jnp.float32) for _ in range(6)]
-  counts = [jnp.zeros((), jnp.int32) for _ in range(7)]
-  return Record(*floats, *counts)._replace(coefficient=jnp.ones((), jnp.float32))
+  return Record(
+    jnp.zeros(5, jnp.float32).at[2].set(1),
+    jnp.zeros(2, jnp.float32),
+    jnp.zeros(7, jnp.int32),
+  )
 
 
 def noted(
   last: Record,
   sizes: Sequence[Array],
   limits: Sequence[Array],
-  factors: Sequence[Array],
-  after: Sequence[Array],
+  applied: Sequence[Any],
   finite: Array,
 ) -> Record:
   """The record after one more step.
@@ -154,61 +160,51 @@ def noted(
     last: the record before it.
     sizes: the norms as floats, in arrays.
     limits: for each of these arrays its limits, which broadcast to it.
-    factors: of the same shapes, what the norms' updates were multiplied with.
-    after: of the same shapes, the norms after that.
+    applied: for each of these arrays what the norms' updates were multiplied with, and
+      their norms after that; of a scalar one array of both.
     finite: bool[], whether all norms are finite.
   """
   count = sum(x.size for x in sizes)
   if not count:
-    return last._replace(steps=optax.safe_increment(last.steps))
-  together = _mesh.on_one_device([*sizes, *limits, *factors, *after])
+    return last._replace(counts=last.counts + jnp.eye(7, dtype=jnp.int32)[0])
+  together = _mesh.on_one_device(jax.tree.leaves((sizes, limits, applied)))
   if any(x.ndim for x in limits):
     pairs = zip(sizes, limits, strict=True)
     whole = [jnp.broadcast_to(x, n.shape) for n, x in pairs]
     limits = _side_by_side(whole, together)
-  sizes, factors, after = (_side_by_side(x, together) for x in (sizes, factors, after))
+  sizes = _side_by_side(sizes, together)
   # A limit that is the same for all norms is one scalar.
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
   number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
   # Of one norm it is known without another comparison.
   clipped = above[0].reshape(()) if count == 1 else number_above > 0
-  # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
   happened = jnp.stack([jnp.asarray(True), finite & clipped, ~finite])
-  counts = counted(
-    happened, jnp.stack([last.steps, last.steps_clipped, last.steps_nonfinite])
-  )
-  steps = counts[0]
-  latest = jnp.stack([last.last_clipped, last.last_nonfinite])
-  latest = jnp.where(happened[1:], steps, latest)
-  flags = happened.astype(jnp.int32)
+  counts = counted(happened, last.counts[:3])
+  latest = jnp.where(happened[1:], counts[:1], last.counts[3:5])
+  flags = happened[1:].astype(jnp.int32)
+  if len(applied) == 1 and isinstance(applied[0], jax.Array):
+    factor_and_norm = applied[0]
+  else:
+    rows = (_side_by_side([x[i] for x in applied], together) for i in range(2))
+    folds = zip((jnp.min, jnp.max), rows, strict=True)
+    factor_and_norm = jnp.stack([_fold(fold, row) for fold, row in folds])
+  shown = [
+    single(_fold(jnp.max, sizes))[None],
+    single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits]))[None],
+    single(factor_and_norm),
+    (number_above / count)[None],
+  ]
   return Record(
-    norm=single(_fold(jnp.max, sizes)),
-    limit=single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits])),
-    coefficient=single(_fold(jnp.min, factors)),
-    clipped_fraction=number_above / count,
-    norm_after=single(_fold(jnp.max, after)),
-    clip_rate=rate(last.clip_rate, happened[1], steps),
-    steps=steps,
-    steps_clipped=counts[1],
-    steps_nonfinite=counts[2],
-    last_clipped=latest[0],
-    last_nonfinite=latest[1],
-    clipped=flags[1],
-    nonfinite=flags[2],
+    shown=jnp.concatenate(shown),
+    rates=rate(last.rates, happened[1:]),
+    counts=jnp.concatenate([counts, latest, flags]),
   )
 
 
-def rate(last: Array, happened: Array, steps: Array) -> Array:
-  """The share of steps in which something happened, among the last 100 or so.
-
-  Args:
-    last: the share before this step.
-    happened: bool[], whether it happened in this step.
-    steps: how many steps there were, this one included.
-  """
-  weight = 1 / jnp.minimum(steps, _RATE_STEPS).astype(jnp.float32)
-  return last + weight * (happened.astype(jnp.float32) - last)
+def rate(last: Array, happened: Array) -> Array:
+  """The running average of whether something happened, which forgets 1% in a step."""
+  return last + _RATE_WEIGHT * (happened.astype(jnp.float32) - last)
 
 
 def blank_layers(stacks: list[int]) -> LayerRecord:
@@ -305,9 +301,9 @@ def of_last_step(state: Any) -> list[bool]:
 
 
 _LAST = {
-  Record: ("norm", "limit", "coefficient", "clipped_fraction", "norm_after"),
+  Record: ("shown",),
   LayerRecord: ("norm", "limit", "coefficient", "size"),
-  SkipRecord: ("norm", "limit"),
+  SkipRecord: ("shown",),
 }
 
 

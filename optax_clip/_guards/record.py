@@ -31,20 +31,12 @@ def recorded_loss(extra_args: dict[str, Any]) -> Array:
 
 
 def blank() -> SkipRecord:
-  # Separate arrays: a donated state may not hold one buffer twice.
-  numbers: dict[str, Any] = {
-    "norm": 0.0,
-    "limit": jnp.inf,
-    "skip_rate": 0.0,
-    "nonfinite_loss": jnp.nan,
-    "spike_norm": 0.0,
-    "spike_loss": jnp.nan,
-  }
-  fields = {
-    name: jnp.full((), numbers.get(name, 0), "float32" if name in numbers else "int32")
-    for name in SkipRecord._fields
-  }
-  return SkipRecord(**fields)
+  """The record before the first step."""
+  return SkipRecord(
+    shown=jnp.asarray([0, jnp.inf], jnp.float32),
+    kept=jnp.asarray([0, jnp.nan, 0, jnp.nan], jnp.float32),
+    counts=jnp.zeros(7, jnp.int32),
+  )
 
 
 def noted(last: Any, verdict: Verdict, loss: Array) -> Any:
@@ -67,21 +59,24 @@ def noted(last: Any, verdict: Verdict, loss: Array) -> Any:
 
 def _skip_noted(last: SkipRecord, verdict: Verdict, loss: Array) -> SkipRecord:
   norm, skipped = _record.single(verdict.norm), ~verdict.take
-  steps = optax.safe_increment(last.steps)
+  old = _record.entries(last)
+  steps = optax.safe_increment(old["steps"])
   is_spike = verdict.reason >= SkipReason.NORM_SPIKE
   spike, nonfinite = skipped & is_spike, skipped & ~is_spike
-  return SkipRecord(
-    norm=norm,
-    limit=_record.single(verdict.limit),
-    skipped=skipped.astype(jnp.int32),
-    reason=jnp.where(skipped, verdict.reason, last.reason),
-    consecutive=jnp.where(skipped, optax.safe_increment(last.consecutive), 0),
-    steps=steps,
-    steps_skipped=counted(skipped, last.steps_skipped),
-    skip_rate=_record.rate(last.skip_rate, skipped, steps),
-    last_nonfinite=jnp.where(nonfinite, steps, last.last_nonfinite),
-    nonfinite_loss=jnp.where(nonfinite, loss, last.nonfinite_loss),
-    last_spike=jnp.where(spike, steps, last.last_spike),
-    spike_norm=jnp.where(spike, norm, last.spike_norm),
-    spike_loss=jnp.where(spike, loss, last.spike_loss),
-  )
+  counts = [
+    skipped.astype(jnp.int32),
+    jnp.where(skipped, verdict.reason, old["reason"]),
+    jnp.where(skipped, optax.safe_increment(old["consecutive"]), 0),
+    steps,
+    counted(skipped, old["steps_skipped"]),
+    jnp.where(nonfinite, steps, old["last_nonfinite"]),
+    jnp.where(spike, steps, old["last_spike"]),
+  ]
+  kept = [
+    _record.rate(old["skip_rate"], skipped),
+    jnp.where(nonfinite, loss, old["nonfinite_loss"]),
+    jnp.where(spike, norm, old["spike_norm"]),
+    jnp.where(spike, loss, old["spike_loss"]),
+  ]
+  shown = [norm, _record.single(verdict.limit)]
+  return SkipRecord(*map(jnp.stack, (shown, kept, counts)))

@@ -143,7 +143,7 @@ def skip_nonfinite(
     finite = jnp.all(jnp.isfinite(seen.sizes))
     take = finite
     if max_consecutive is not None:
-      take = finite | (record.consecutive >= max_consecutive)
+      take = finite | (_record.entries(record)["consecutive"] >= max_consecutive)
     return Verdict(
       take=take,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),

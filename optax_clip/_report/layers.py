@@ -52,7 +52,7 @@ class LayerReport:
       `None` if there was none.
     spike_step: which step that was; 0 if there was none.
     spike_growth: by what factor the layer's norm exceeded that of the step before.
-    skips: what the guard of these layers recorded; `None` of a clip.
+    skips: the metrics of the guard that recorded these layers; empty of a clip.
     exploding: layers whose size was more than `factor` times the median size of the
       others in the last step, or not finite; the largest first.
     vanishing: layers whose size was less than the median over `factor`, or 0; the
@@ -66,7 +66,7 @@ class LayerReport:
   spike: str | None
   spike_step: int
   spike_growth: float
-  skips: SkipRecord | None
+  skips: dict[str, float]
   exploding: list[str]
   vanishing: list[str]
 
@@ -115,11 +115,11 @@ class LayerReport:
 
   def _outcome(self, step: int, counter: str, loss: str) -> str:
     """Whether the guard skipped a step, and the loss of it."""
-    if self.skips is None:
+    if not self.skips:
       return ""
-    if int(getattr(self.skips, counter)) != step:
+    if self.skips[counter] != step:
       return "; taken"
-    return f"; skipped, loss {float(getattr(self.skips, loss)):.4g}"
+    return f"; skipped, loss {self.skips[loss]:.4g}"
 
 
 def layer_metrics(
@@ -199,7 +199,11 @@ def layer_metrics(
     path: LayerMetrics(*map(float, row)) for path, row in zip(paths, rows, strict=True)
   }
   wrong, spike = int(values.nonfinite_layer), int(values.spike_layer)
-  skips = [x for key, x in _metrics.entries(opt_state, (SkipRecord,)) if key == found]
+  skips = [
+    SkipRecord._make(map(_host, x))
+    for key, x in _metrics.entries(opt_state, (SkipRecord,))
+    if key == found
+  ]
   exploding, vanishing = _apart(layers, factor)
   return LayerReport(
     layers=layers,
@@ -209,7 +213,7 @@ def layer_metrics(
     spike=paths[spike] if spike >= 0 else None,
     spike_step=int(values.spike_step),
     spike_growth=float(values.spike_growth),
-    skips=SkipRecord._make(map(_host, skips[0])) if len(skips) == 1 else None,
+    skips={k: v.item() for x in skips for k, v in _record.entries(x).items()},
     exploding=exploding,
     # Before the first step all are 0, and leaves without elements always.
     vanishing=[path for path in vanishing if values.steps and path not in empty],

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import Record
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards.loss_scale import LossScale
@@ -35,7 +36,8 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
       several, the smallest.
     * ``<name>/clipped_fraction``: f32, the share of norms above their limit.
     * ``<name>/norm_after``: f32, the norm after clipping. Of several, the largest.
-    * ``<name>/clip_rate``: f32, the share of clipped steps among the last 100 or so.
+    * ``<name>/clip_rate``, ``<name>/nonfinite_rate``: f32, the share of such steps
+      among the last 100 or so; running averages that start at 0.
     * ``<name>/steps``, ``<name>/steps_clipped``, ``<name>/steps_nonfinite``:
       i32, counted since `init`.
     * ``<name>/last_clipped``, ``<name>/last_nonfinite``: i32, the last such step,
@@ -80,15 +82,21 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
   result: dict[str, Array] = {}
   for name, entry in found:
     prefix, number = name, 0
-    values = entry._asdict()
+    values = _values(entry)
     while any(f"{prefix}/{field}" in result for field in values) or (
       number and prefix in chosen
     ):
       number += 1
       prefix = f"{name}_{number}"
     for field, value in values.items():
-      result[f"{prefix}/{field}"] = array(value)
+      result[f"{prefix}/{field}"] = value
   return result
+
+
+def _values(entry: Any) -> dict[str, Array]:
+  # Flax NNX wraps each leaf of the state.
+  entry = type(entry)._make(map(array, entry))
+  return entry._asdict() if isinstance(entry, LossScale) else _record.entries(entry)
 
 
 def loss_scale(opt_state: OptState) -> Array:

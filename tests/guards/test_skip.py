@@ -58,10 +58,8 @@ def same(a, b):
 
 # What records show of the last step, taken or not.
 SHOWN = {
-  optax_clip.states.Record: (
-    *("norm", "limit", "coefficient", "clipped_fraction", "norm_after"),
-  ),
-  optax_clip.states.SkipRecord: ("norm", "limit"),
+  optax_clip.states.Record: ("shown",),
+  optax_clip.states.SkipRecord: ("shown",),
 }
 
 

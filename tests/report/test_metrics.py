@@ -19,6 +19,7 @@ FIELDS = {
   "clipped_fraction",
   "norm_after",
   "clip_rate",
+  "nonfinite_rate",
   "steps",
   "steps_clipped",
   "steps_nonfinite",
@@ -65,7 +66,8 @@ ONCE_CLIPPED = {
   "coefficient": np.float32(0.2).item(),
   "clipped_fraction": 1.0,
   "norm_after": 1.0,
-  "clip_rate": 1.0,
+  "clip_rate": np.float32(0.01).item(),
+  "nonfinite_rate": 0.0,
   "steps": 1,
   "steps_clipped": 1,
   "steps_nonfinite": 0,
@@ -326,9 +328,10 @@ def test_carried_by_scan():
 
 
 def test_reading_adds_no_computation():
-  """`metrics` is a selection of leaves: under jit it costs nothing."""
+  """`metrics` takes vectors apart, and computes nothing."""
   state = after(clipped(), GRADS)
-  assert not jax.make_jaxpr(metrics)(state).eqns
+  done = {x.primitive.name for x in jax.make_jaxpr(metrics)(state).eqns}
+  assert done <= {"slice", "squeeze", "copy_p"}
 
 
 # --- Counters -----------------------------------------------------------------

@@ -109,16 +109,17 @@ class TestOfSteps:
       latest = np.maximum.accumulate(np.where(happened, steps, 0))
       np.testing.assert_array_equal(found[f"last_{flag}"], latest)
 
-  def test_the_rate_is_a_mean_and_then_a_running_average(self):
+  def test_rates_are_running_averages(self):
     tx = optax_clip.clip_by_global_norm(1.0)
-    found = run(tx, SIZES, "clip_by_global_norm")["clip_rate"]
-    rate, wanted = 0.0, []
-    for i, size in enumerate(SIZES):
-      rate += (float(math.isfinite(size) and size > 1) - rate) / min(i + 1, 100)
-      wanted.append(rate)
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
-    assert found[59] == 1
-    assert found[-1] < 0.25
+    found = run(tx, SIZES, "clip_by_global_norm")
+    clips = [math.isfinite(size) and size > 1 for size in SIZES]
+    broken = [not math.isfinite(size) for size in SIZES]
+    for key, happened in (("clip_rate", clips), ("nonfinite_rate", broken)):
+      rate, wanted = 0.0, []
+      for now in happened:
+        rate = 0.99 * rate + 0.01 * now
+        wanted.append(rate)
+      np.testing.assert_allclose(found[key], wanted, atol=2e-6)
 
   def test_nothing_has_happened_before_the_first_step(self):
     tx = optax_clip.clip_by_global_norm(1.0)
@@ -142,7 +143,7 @@ class TestOfSteps:
       if kind == "spike":
         norms = np.float32(np.where(latest > 0, np.array(SIZES)[latest - 1], 0))
         np.testing.assert_array_equal(found["spike_norm"], norms)
-    assert found["skip_rate"][59] == 1
+    np.testing.assert_allclose(found["skip_rate"][59], 1 - 0.99**60, atol=2e-6)
 
   def test_a_loss_that_was_not_passed_is_nan(self):
     tx = optax_clip.skip_nonfinite(optax.sgd(0.1))
@@ -171,13 +172,11 @@ class TestOfSteps:
 
 
 def test_an_alert_is_one_comparison_inside_jit():
-  """Stop when 90% of the last 100 steps were clipped."""
+  """Stop when nearly all of the last steps were clipped."""
   tx = optax_clip.clip_by_global_norm(1.0)
 
   def going_on(carry):
-    found = optax_clip.metrics(carry)
-    alert = found["clip_by_global_norm/clip_rate"] > 0.9
-    return ~(alert & (found["clip_by_global_norm/steps"] >= 100))
+    return optax_clip.metrics(carry)["clip_by_global_norm/clip_rate"] <= 0.9
 
   def step(state):
     number = optax_clip.metrics(state)["clip_by_global_norm/steps"]
@@ -222,7 +221,7 @@ def test_which_step_which_layer_was_it_skipped_and_what_was_the_loss():
   assert (report.nonfinite, report.nonfinite_step) == ("head", 100)
   assert (report.spike, report.spike_step) == ("embed", 201)
   assert report.spike_growth == pytest.approx(300, rel=0.2)
-  assert report.skips.spike_loss == losses[200]
+  assert report.skips["spike_loss"] == losses[200]
   assert str(report).splitlines()[-2:] == [
     "step 100 was not finite: first head; skipped, loss nan",
     f"step 201 was a spike: embed grew x{report.spike_growth:.3g};"
@@ -238,5 +237,5 @@ def test_a_clip_says_nothing_of_spikes():
   nan = {"embed": PARAMS["embed"], "head": jnp.full(4, jnp.nan)}
   _, state = tx.update(nan, tx.init(PARAMS))
   report = optax_clip.layer_metrics(state, PARAMS)
-  assert (report.spike, report.skips) == (None, None)
+  assert (report.spike, report.skips) == (None, {})
   assert str(report).endswith("step 1 was not finite: first head")
