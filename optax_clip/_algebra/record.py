@@ -1,4 +1,4 @@
-"""What clipping did: written at every step, with the arithmetic it did anyway."""
+"""What the state records about each step, with arithmetic that clipping does anyway."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ import optax
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
-# How many steps a rate is of, about.
+# Over about how many steps a rate is taken.
 _RATE_STEPS = 100
 
-# What follows the name of a record in the key of its record of layers.
+# Follows a record's name in the key of its record of layers.
 LAYERS = "/layers"
 
 
 class Record(NamedTuple):
-  """What clipping did. Where there are several norms, the worst of them.
+  """Records what clipping did; with several norms, the worst of them.
 
   Attributes:
     norm: f32[], the largest norm of the last step, before clipping.
@@ -31,9 +31,9 @@ class Record(NamedTuple):
     norm_after: f32[], the largest norm of the last step, after clipping.
     clip_rate: f32[], the share of clipped steps among the last 100 or so: the mean of
       the first 100 steps, then a running average that forgets 1% in each step.
-    steps: i32[], how many updates were seen.
-    steps_clipped: i32[], in how many of them a norm was above its limit.
-    steps_nonfinite: i32[], in how many of them a norm was NaN or inf.
+    steps: i32[], how many updates came in.
+    steps_clipped: i32[], in how many steps a norm was above its limit.
+    steps_nonfinite: i32[], in how many steps a norm was NaN or inf.
     last_clipped: i32[], the last step that clipped, counted from 1; 0 before.
     last_nonfinite: i32[], the last step with a NaN or an inf; 0 before.
     clipped: i32[], 1 if the last step clipped, else 0.
@@ -56,25 +56,25 @@ class Record(NamedTuple):
 
 
 class LayerRecord(NamedTuple):
-  """What clipping did to each layer; `layer_metrics` names them.
+  """Records what clipping did to each layer; `layer_metrics` names them.
 
-  A layer is a leaf, or one layer of a stacked leaf; they stand in the order of the
-  leaves. Vectors, since a state of thousands of scalars is slow to pass around.
+  A layer is a leaf, or one layer of a stacked leaf; layers stand in the order of the
+  leaves. Fields are vectors, since a state of thousands of scalars is slow to pass
+  around.
 
   Attributes:
-    stacks: i32[leaves], how many layers are stacked in a leaf; 0 if it is no stack.
-      It never changes.
-    norm: f32[layers], of the last step, before clipping. Where the layer has several
-      norms (units), the largest.
-    limit: f32[layers], what the last step allowed the layer, or the group it is in.
+    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is no stack. Constant.
+    norm: f32[layers], in the last step, before clipping; with several norms (units),
+      the largest.
+    limit: f32[layers], what the last step allowed the layer, or its group.
     coefficient: f32[layers], the smallest factor that the last step applied to it.
-    size: f32[layers], the norm for one element, to compare layers by.
-    steps: i32[], how many updates were seen.
-    steps_clipped: i32[layers], in how many of them it was clipped.
-    nonfinite_layer: i32[], the first layer that was not finite in the last step in
-      which one was not; -1 before.
+    size: f32[layers], the norm for one element, which compares layers.
+    steps: i32[], how many updates came in.
+    steps_clipped: i32[layers], how many steps clipped it.
+    nonfinite_layer: i32[], the first layer that was not finite in the last such step;
+      -1 before.
     nonfinite_step: i32[], which step that was, counted from 1; 0 before.
-    usual: f32[layers], the norms of the last step that was finite and not skipped.
+    usual: f32[layers], the norms in the last step that was finite and taken.
     spike_layer: i32[], the layer that grew most, compared with `usual`, in the last
       step that a guard skipped as a spike; -1 before.
     spike_step: i32[], which step that was; 0 before.
@@ -97,16 +97,16 @@ class LayerRecord(NamedTuple):
 
 
 class SkipRecord(NamedTuple):
-  """What a guard did. One inside another counts the steps that the outer one let by.
+  """Records what a guard did; an inner guard counts the steps that the outer let by.
 
   Attributes:
-    norm: f32[], the (largest) norm of the last step, skipped or not.
+    norm: f32[], the (largest) norm in the last step, skipped or not.
     limit: f32[], the (smallest) limit of these norms; inf if there is none.
     skipped: i32[], 1 if the last step was skipped, else 0.
-    reason: i32[], the `SkipReason` of the last skipped step.
-    consecutive: i32[], how many steps up to the last one were skipped.
-    steps: i32[], how many steps were seen.
-    steps_skipped: i32[], how many of them were skipped.
+    reason: i32[], why the last skipped step was skipped, a `SkipReason`.
+    consecutive: i32[], how many steps in a row, up to the last one, were skipped.
+    steps: i32[], how many steps there were.
+    steps_skipped: i32[], how many were skipped.
     skip_rate: f32[], the share of skipped steps among the last 100 or so, as
       ``clip_rate`` in `Record`.
     last_nonfinite: i32[], the last step that was skipped because the norm or the loss
@@ -133,7 +133,7 @@ class SkipRecord(NamedTuple):
 
 
 def blank() -> Record:
-  """The record before the first step."""
+  """Makes the record before the first step."""
   # Separate arrays: a donated state may not hold one buffer twice.
   floats = [jnp.zeros((), jnp.float32) for _ in range(6)]
   counts = [jnp.zeros((), jnp.int32) for _ in range(7)]
@@ -148,14 +148,14 @@ def noted(
   after: Sequence[Array],
   finite: Array,
 ) -> Record:
-  """The record after one more step.
+  """Notes one more step in a record.
 
   Args:
     last: the record before it.
     sizes: the norms as floats, in arrays.
     limits: for each of these arrays its limits, which broadcast to it.
-    factors: of the same shapes, what the norms' updates were multiplied with.
-    after: of the same shapes, the norms after that.
+    factors: for each array what its updates were multiplied by, in its shape.
+    after: for each array the norms after that, in its shape.
     finite: bool[], whether all norms are finite.
   """
   count = sum(x.size for x in sizes)
@@ -171,7 +171,7 @@ def noted(
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
   number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
-  # Of one norm it is known without another comparison.
+  # One norm says so without another comparison.
   clipped = above[0].reshape(()) if count == 1 else number_above > 0
   # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
   happened = jnp.stack([jnp.asarray(True), finite & clipped, ~finite])
@@ -200,7 +200,7 @@ def noted(
 
 
 def rate(last: Array, happened: Array, steps: Array) -> Array:
-  """The share of steps in which something happened, among the last 100 or so.
+  """Updates the share of steps in which something happened, over the last 100 or so.
 
   Args:
     last: the share before this step.
@@ -212,7 +212,7 @@ def rate(last: Array, happened: Array, steps: Array) -> Array:
 
 
 def blank_layers(stacks: list[int]) -> LayerRecord:
-  """The record of layers before the first step."""
+  """Makes the record of layers before the first step."""
   count = sum(max(n, 1) for n in stacks)
   return LayerRecord(
     stacks=jnp.asarray(stacks, jnp.int32),
@@ -240,15 +240,15 @@ def noted_layers(
   clipped: Array,
   skipped: Array | None = None,
 ) -> LayerRecord:
-  """The record of layers after one more step.
+  """Notes one more step in a record of layers.
 
   Args:
     last: the record before it.
-    norm: f[layers], and so the next four.
+    norm: f[layers], as the next four are.
     size: the norm for one element.
-    limit: what was allowed.
-    coefficient: the factor that was applied.
-    clipped: whether it was above its limit.
+    limit: the largest norm allowed.
+    coefficient: the factor applied.
+    clipped: whether the norm was above its limit.
     skipped: bool[], whether a guard skipped the step; `None`: there is no guard.
   """
   steps = optax.safe_increment(last.steps)
@@ -291,9 +291,9 @@ def noted_layers(
 
 
 def of_last_step(state: Any) -> list[bool]:
-  """For each leaf of a state whether it shows the last step, taken or not.
+  """Marks the leaves of a state that show the last step, taken or skipped.
 
-  Those are the norms and what was done to them. Counters count steps taken.
+  These are the norms and what was done to them. Counters count steps taken.
   """
 
   def marks(node: Any) -> list[bool]:
@@ -312,7 +312,7 @@ _LAST = {
 
 
 def single(x: Array) -> Array:
-  """As float32; a finite number, however large, does not become inf."""
+  """Converts to float32; a finite number, however large, does not become inf."""
   if x.dtype == jnp.float32:
     return x
   largest = float(jnp.finfo(jnp.float32).max)
@@ -321,27 +321,27 @@ def single(x: Array) -> Array:
 
 
 def counted(happened: Array, counter: Array) -> Array:
-  """The counter, one higher if it happened."""
+  """Adds one to the counter if it happened."""
   grows = happened & (counter < jnp.iinfo(jnp.int32).max)
   return counter + grows.astype(counter.dtype)
 
 
 def all_finite(sizes: Sequence[Array]) -> Array:
-  """Whether all norms are finite; true if there are none."""
+  """Returns whether all norms are finite; true if there are none."""
   if not any(x.size for x in sizes):
     return jnp.asarray(True)
-  # The largest is recorded anyway, and NaN is larger than all.
+  # The record needs the largest anyway, and NaN is larger than all.
   return jnp.isfinite(_fold(jnp.max, _side_by_side(sizes, _mesh.on_one_device(sizes))))
 
 
 def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
-  """Arrays as one, where that moves no data between devices: it is few kernels."""
+  """Joins arrays where that moves no data between devices, to make few kernels."""
   arrays = [x for x in arrays if x.size]
   if len({x.dtype for x in arrays}) > 1:
     arrays = [x.astype(jnp.float64) for x in arrays]
   if len(arrays) == 1 or not together:
     return arrays
-  # Those of one shape after each other: if they are slices of a stack, XLA takes it.
+  # Sorted by shape: where arrays are slices of a stack, XLA takes the stack.
   arrays = sorted(arrays, key=lambda x: x.shape)
   # Without the barrier XLA reduces each on its own again.
   joined = jnp.concatenate([x.ravel() for x in arrays])
@@ -349,10 +349,7 @@ def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
 
 
 def _fold(reduce: Callable[[Array], Array], arrays: Sequence[Array]) -> Array:
-  """Reduces arrays to one scalar.
-
-  Each array first, so that no two that are sharded differently meet.
-  """
+  """Reduces arrays to a scalar: each first, as their shardings may differ."""
   if len(arrays) == 1:
     return reduce(arrays[0])
   return reduce(jnp.stack([reduce(x) for x in arrays]))
