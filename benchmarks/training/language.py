@@ -1,8 +1,8 @@
 """How clips help a small language model, on clean and on faulty batches.
 
 It trains the byte-level transformer from `examples/train_lm.py` on the source of
-Python's standard library. In a run on faulty batches one batch in 100 holds random
-bytes, and one in 100 counts 100 times as much; the one in the middle has a NaN gradient.
+Python's standard library. In a run on faulty batches, one batch in 100 holds random
+bytes and one in 100 counts 100 times as much; the gradient of the middle one is NaN.
 """
 
 from collections.abc import Callable

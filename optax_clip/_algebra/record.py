@@ -171,7 +171,7 @@ def noted(
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
   number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
-  # One norm says so without another comparison.
+  # With one norm this needs no other comparison.
   clipped = above[0].reshape(()) if count == 1 else number_above > 0
   # Side by side: arithmetic on a scalar is a kernel for each operation on a TPU.
   happened = jnp.stack([jnp.asarray(True), finite & clipped, ~finite])

@@ -7,8 +7,8 @@
   values into the kernels that read and write them anyway. A `cond` copies parameters
   and both moments in every step on a GPU, and stops the host.
 
-Values are the same in both: nothing is forgotten by multiplying it with zero, which
-would keep NaN. So are derivatives: those of a skipped step are 0.
+Values are the same in both: neither multiplies by zero to forget a value, which would
+keep NaN. So are derivatives: by all that a skipped step was made from they are 0.
 """
 
 from collections.abc import Callable

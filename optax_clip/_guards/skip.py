@@ -82,11 +82,11 @@ def skip_nonfinite(
       (u, s) \leftarrow \begin{cases} \text{inner}(g, s) & \text{if } \|g\| \text{
       is finite} \\ (0, s) & \text{else} \end{cases}
 
-  On a skipped step updates are zero; optimizer moments, step counts and thresholds'
-  memories are untouched. Only ``norm``, ``limit``, ``coefficient`` and
-  ``clipped_fraction`` in `metrics` show the last step, taken or skipped. The run goes
-  on as if the step had not been. Finite gradients never have a norm of inf here, so
-  that no finite step is lost, whatever its size.
+  On a skipped step updates are zero and the state of `inner` is untouched: optimizer
+  moments, step counts, thresholds' memories. Only ``norm``, ``limit``, ``coefficient``
+  and ``clipped_fraction`` in `metrics` show the last step, taken or skipped. The run
+  goes on as if the step had not been. Finite gradients never have a norm of inf here,
+  so that no finite step is lost, whatever its size.
 
   The test needs no read of its own: a clip inside that measures what `measure` does,
   and stands first in its chain, takes over the norm. On CPU a jitted AdamW step takes

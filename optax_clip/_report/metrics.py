@@ -25,8 +25,8 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
       `optax.chain`, `masked`, `multi_transform`, `inject_hyperparams`, `MultiSteps`,
       `apply_if_finite`; or a Flax NNX `Optimizer` or Linen `TrainState`, which have it
       as ``opt_state``.
-    allow_empty: whether to return an empty dictionary, and no error, for a state
-      without a record.
+    allow_empty: whether to return an empty dictionary for a state without a record,
+      instead of raising an error.
 
   Returns:
     A flat dictionary of scalars. For each transformation, under its name

@@ -181,7 +181,7 @@ def norm_history(opt_state: OptState, name: str | None = None) -> np.ndarray:
 
   Args:
     opt_state: any optimizer state that holds one of `observe`, however deep: what
-      `metrics` takes. Pass states that `jax.vmap` or `jax.pmap` stacked whole.
+      `metrics` takes, also one that `jax.vmap` or `jax.pmap` stacked.
     name: which one, if there are several: the name that `observe` got.
 
   Returns:

@@ -197,7 +197,7 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
   .. math::
       L_t = \text{threshold}(n_0, \dots, n_t)
 
-  Use it to try thresholds that learn on a run that you only observed.
+  Use it to try learned thresholds on a run that you only observed.
 
   Args:
     tx: `autoclip`, `zclip`, `clip_by_history`, or another single transformation that
