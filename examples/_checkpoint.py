@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment; for any training loop.
+"""Writes checkpoints that survive a kill at any moment, for any training loop.
 
 To use them in your own loop, copy this file::
 
@@ -15,16 +15,16 @@ To use them in your own loop, copy this file::
         if step % 100 == 0:
           checkpoints.save(step, state)
 
-A run that was killed and resumed so ends with the same bits as one that was not,
-on the same machine with the same versions, if
+A killed and resumed run ends with the same bits as an uninterrupted one, on the same
+machine with the same versions, if
 
-* the state is all that a step depends on: the weights, the whole state of the
-  optimizer (what clipping has learnt is a part of it), the keys of dropout;
-* the batch is a function of the seed and the step alone;
-* a checkpoint is whole or is not there. Orbax writes into a temporary folder and
+* the state is all that a step depends on: the weights, the whole optimizer state
+  (with what clipping has learned), the keys of dropout;
+* the batch depends on the seed and the step alone;
+* a checkpoint is whole or is not there: Orbax writes into a temporary folder and
   renames it, in the background;
-* the measurements of a step are on the disk before a checkpoint that counts it,
-  and those of steps beyond the checkpoint are cut off before they are made again.
+* a step's measurements are on the disk before a checkpoint that counts it, and those
+  of steps beyond the checkpoint are cut off before the run makes them again.
 """
 
 from collections.abc import Mapping
@@ -36,24 +36,22 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-# The second last is there in case that the disk damages the last.
+# The second last remains in case the disk damages the last.
 KEPT = 2
 
 
 class Checkpoints:
-  """The checkpoints of one run, and what it measured at each step.
+  """Keeps one run's checkpoints, and what it measured at each step.
 
-  The folder then holds ``steps.csv``, and ``states`` with a folder for each step
-  that is kept.
+  Its folder holds ``steps.csv``, and ``states`` with a folder for each kept step.
 
   Args:
-    folder: of this run alone. It is made by `begin`.
-    config: all that the results depend on, in JSON's types. It is written into
-      each checkpoint.
+    folder: for this run alone. `begin` makes it.
+    config: all that the results depend on, in JSON's types. Each checkpoint holds it.
 
   Attributes:
-    latest: the step of the latest checkpoint, `None` without one.
-    problem: why it cannot be restored; empty if it can.
+    latest: the latest checkpoint's step, `None` without one.
+    problem: why `restore` refuses it; empty if it does not.
   """
 
   def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any]):
@@ -90,13 +88,13 @@ class Checkpoints:
     self._open("w")
 
   def restore(self, like: Any) -> tuple[int, Any, list[dict[str, float]]]:
-    """The latest checkpoint; cuts ``steps.csv`` off behind it.
+    """Restores the latest checkpoint, and cuts ``steps.csv`` off behind it.
 
     Args:
       like: a state of the run, for its structure, shapes and dtypes.
 
     Returns:
-      The number of steps that are done, the state, and their measurements.
+      The number of finished steps, the state, and their measurements.
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
@@ -119,24 +117,24 @@ class Checkpoints:
     return self.latest, self._manager.restore(self.latest, args=args)["state"], rows
 
   def record(self, rows: Sequence[Mapping[str, float]]) -> None:
-    """Appends the measurements of the next steps."""
+    """Appends the next steps' measurements."""
     writer = csv.writer(self._file, lineterminator="\n")
     for row in rows:
       if self._recorded == 0:
         writer.writerow(("step", *row))
       self._recorded += 1
       writer.writerow((self._recorded, *row.values()))
-    # From here on they survive the end of this process.
+    # From here on they survive this process.
     self._file.flush()
 
   def save(self, step: int, state: Any) -> None:
-    """Writes a checkpoint of `step` steps, all of which are recorded.
+    """Writes a checkpoint after `step` steps, all of them recorded.
 
     Returns while Orbax still writes; the state may change nevertheless.
     """
     if step != self._recorded:
       raise ValueError(f"Step {step} cannot be saved: {self._recorded} are recorded.")
-    # And from here on a loss of power.
+    # And from here on a power failure.
     os.fsync(self._file.fileno())
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self.config)
@@ -189,7 +187,7 @@ class Checkpoints:
     return self.metrics.read_bytes().splitlines(keepends=True)
 
   def _open(self, mode: str) -> None:
-    # What a killed process left half written is of no use to anyone.
+    # Nobody can use what a killed process left half written.
     options = ocp.CheckpointManagerOptions(
       max_to_keep=KEPT, cleanup_tmp_directories=True
     )
@@ -198,7 +196,7 @@ class Checkpoints:
 
 
 def _number(text: str) -> float:
-  """Undoes `str`; a count stays one, to be written as one again."""
+  """Undoes `str`; a count stays an integer, so that it is written as one again."""
   try:
     return int(text)
   except ValueError:

@@ -1,4 +1,4 @@
-"""Where training runs: on one device, or in parts on all of one or more processes."""
+"""Where training runs: on one device, or on all devices of one or more processes."""
 
 import argparse
 from collections.abc import Callable
@@ -16,27 +16,27 @@ _AXIS = "devices"
 
 
 class One:
-  """The default device.
+  """Trains on the default device.
 
   Attributes:
-    first: whether this process is the one that prints and writes.
+    first: whether this process prints and writes.
   """
 
   first = True
 
   def build(self, make: Callable[[], Any]) -> Any:
-    """The model and the optimizer that `make` makes."""
+    """Returns the model and the optimizer that `make` makes."""
     return make()
 
   def keep(self, modules: Any) -> None:
-    """Says inside of a step where what it has updated belongs."""
+    """Says inside a step where the modules it updated belong."""
 
   def batch(self, batch: np.ndarray) -> Any:
-    """A batch where the weights are."""
+    """Puts a batch where the weights are."""
     return batch
 
   def wait(self, result: Any, *modules: Any) -> Any:
-    """The result, once another computation may be started."""
+    """Returns the result once another computation may start."""
     return result
 
 
@@ -44,11 +44,11 @@ ONE = One()
 
 
 class All(One):
-  """All devices of all processes: fully sharded data parallelism (FSDP).
+  """Trains on all devices of all processes: fully sharded data parallelism (FSDP).
 
-  Each device has a part of every weight, of all that the optimizer keeps for it, and
-  of the batch. XLA gathers a weight where it is needed, and no device ever has all of
-  them: not at the start either.
+  Each device has a part of every weight, of its optimizer state, and of the batch. XLA
+  gathers a weight where a step needs it, and no device ever has all weights: not at the
+  start either.
   """
 
   def __init__(self):
@@ -57,7 +57,7 @@ class All(One):
     self.first = jax.process_index() == 0
 
   def build(self, make: Callable[[], Any]) -> Any:
-    """As above, but nothing of it is ever whole."""
+    """Makes them as above, but never whole on one device."""
 
     @nnx.jit
     def parts() -> Any:
@@ -69,31 +69,31 @@ class All(One):
     return self.wait(modules, modules)
 
   def keep(self, modules: Any) -> None:
-    """As above; XLA might choose another place, and compile again for that."""
+    """Says it as above; XLA might choose another place, and compile again for that."""
     model, _ = modules
     shapes = {x.shape for x in jax.tree.leaves(nnx.state(model))}
 
     def placed(x: jax.Array) -> jax.Array:
-      # What clipping remembers is small, and every device needs all of it.
+      # The memory of a clip is small, and every device needs all of it.
       spec = self._cut(x.shape) if x.shape in shapes else jax.P()
       return jax.lax.with_sharding_constraint(x, jax.NamedSharding(self._mesh, spec))
 
     nnx.update(modules, jax.tree.map(placed, nnx.state(modules)))
 
   def batch(self, batch: np.ndarray) -> Any:
-    """As above; every process has the whole batch, and takes its part."""
+    """Puts it as above; every process has the whole batch, and takes its part."""
     return jax.make_array_from_callback(
       batch.shape, jax.NamedSharding(self._mesh, jax.P(_AXIS)), lambda part: batch[part]
     )
 
   def wait(self, result: Any, *modules: Any) -> Any:
-    """As above; two steps at once can lock each other where CPUs have few threads."""
+    """Waits on CPU: with few threads, two steps at once can lock each other."""
     if jax.default_backend() == "cpu":
       jax.block_until_ready((result, nnx.state(modules)))
     return result
 
   def _cut(self, shape: tuple[int, ...]) -> jax.sharding.PartitionSpec:
-    """Along the largest dimension that can be cut; none if none can."""
+    """Cuts the largest dimension that the devices divide; none if they divide none."""
     sizes = [0 if size % self._mesh.size else size for size in shape]
     if not any(sizes):
       return jax.P()
@@ -101,7 +101,7 @@ class All(One):
 
 
 def _address(text: str) -> str:
-  """A type for argparse."""
+  """Checks an address, as a type for argparse."""
   found = re.fullmatch(r"[^ ]+:(\d{1,5})", text)
   if text != "auto" and not (found and 0 < int(found[1]) < 2**16):
     raise argparse.ArgumentTypeError(
@@ -111,7 +111,7 @@ def _address(text: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The flags that `find` reads."""
+  """Adds the flags that `find` reads."""
   add = parser.add_argument
   add(
     "--fsdp",
@@ -145,11 +145,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def find(
   flags: argparse.Namespace, batch: int, error: Callable[[str], Any]
 ) -> One | All:
-  """Joins the other processes; to be called before JAX has computed anything.
+  """Joins the other processes; call it before JAX has computed anything.
 
   Args:
-    flags: of `add_arguments`, and `--checkpoint`.
-    batch: the size of a batch, which the devices must divide.
+    flags: those of `add_arguments`, and `--checkpoint`.
+    batch: the batch size, which the devices must divide.
     error: says what is wrong and does not return.
   """
   several = {
@@ -210,7 +210,7 @@ def _join(given: dict[str, Any], error: Callable[[str], Any]) -> None:
 
 
 def check_same(settings: Any, error: Callable[[str], Any]) -> None:
-  """Processes of different settings would wait for each other for ever."""
+  """Checks that all processes have these settings, or they would wait for ever."""
   if jax.process_count() == 1:
     return
   mine = np.uint32(zlib.crc32(repr(settings).encode()))

@@ -1,4 +1,4 @@
-"""Real images that need no network: scikit-learn's handwritten digits, 8 x 8 pixels."""
+"""Loads real images without a network: scikit-learn's digits, 8 x 8 pixels."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 
 
 class Digits(NamedTuple):
-  """Images in [0, 1] and what they show, a fifth of them held out.
+  """Holds images in [0, 1] and what they show, with a fifth held out.
 
   Attributes:
     train_images: f32[1437, 64].
@@ -25,7 +25,7 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-  """All 1797 images of ten digits, always split in the same way."""
+  """Loads all 1797 images of ten digits, always split in the same way."""
   images, labels = load_digits(return_X_y=True)
   train_images, test_images, train_labels, test_labels = train_test_split(
     np.float32(images / 16),
@@ -38,7 +38,7 @@ def load() -> Digits:
 
 
 def only(digits: Digits, first: int, last: int) -> Digits:
-  """Those images that show a digit from `first` to `last`."""
+  """Selects the images that show a digit from `first` to `last`."""
 
   def chosen(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     kept = (first <= labels) & (labels <= last)
@@ -53,7 +53,7 @@ def only(digits: Digits, first: int, last: int) -> Digits:
 def batches(
   digits: Digits, count: int, batch: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields `count` random batches of images to train on, with their labels."""
+  """Yields `count` random training batches, with their labels."""
   generator = np.random.default_rng(seed)
   for _ in range(count):
     picked = generator.integers(len(digits.train_labels), size=batch)

@@ -1,4 +1,4 @@
-"""Types of command-line flags whose errors are one line that says what to do."""
+"""Types for command-line flags, whose one-line errors say what to do."""
 
 import argparse
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import _model
 
 
 class Parser(argparse.ArgumentParser):
-  """Errors are one line, without the usage before it."""
+  """Writes errors on one line, without the usage before it."""
 
   def error(self, message: str) -> NoReturn:
-    """Exits with the code that argparse uses."""
+    """Exits with argparse's code."""
     self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def methods(value: str) -> list[str]:
-  """A comma-separated list of names of `METHODS`."""
+  """Parses a comma-separated list of names in `METHODS`."""
   names = [name.strip() for name in value.split(",")]
   for name in names:
     if name not in METHODS:
@@ -34,7 +34,7 @@ def methods(value: str) -> list[str]:
 def _checked(
   convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
 ) -> Callable[[str], Any]:
-  """A type for argparse whose error names the value and what is wanted."""
+  """Makes a type for argparse, whose error names the value and what is wanted."""
 
   def parse_value(text: str) -> Any:
     try:

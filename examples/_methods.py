@@ -1,4 +1,4 @@
-"""The ways to clip that the training script compares, and its optimizers."""
+"""Which ways to clip the training script compares, and its optimizers."""
 
 import argparse
 from collections.abc import Callable
@@ -14,16 +14,16 @@ import optax_clip
 
 
 class Method(NamedTuple):
-  """A way to clip.
+  """Describes a way to clip.
 
   Attributes:
-    build: from the threshold to the transformation.
-    measured: what its norm is a norm of, for the table and the figure.
-    flag: the flag that sets the threshold, or what a learned threshold is
-      learned by, without dashes; None if it has none.
-    default: its value unless set.
+    build: maps the threshold to the transformation.
+    measured: what its norm measures, for the table and the figure.
+    flag: the flag, without dashes, that sets the threshold, or the number by which a
+      threshold learns; `None` if there is none.
+    default: the flag's default.
     after: whether it comes after the optimizer, and compares steps with weights.
-    part: of a method that is a chain of several, the one whose record is shown.
+    part: for a method that chains several, the one whose record is shown.
   """
 
   build: Callable[[float], optax.GradientTransformation]
@@ -50,7 +50,7 @@ METHODS = {
     "max-value",
     0.01,
   ),
-  # These learn their limits.
+  # Those below learn their limits.
   "autoclip": Method(optax_clip.autoclip, "global norm", "percentile", 10.0),
   "layer-percentile": Method(
     optax_clip.clip_by_layer_percentile,
@@ -75,7 +75,7 @@ METHODS = {
     0.999,
     part="stable_spam_adagn",
   ),
-  # With the absolute bound of the paper, 1e-7, biases would hardly leave zero.
+  # With the paper's absolute bound, 1e-7, biases would hardly leave zero.
   "clippy": Method(
     lambda share: optax_clip.clippy(share, absolute=0.01),
     "largest |step|/bound",
@@ -93,7 +93,7 @@ OPTIMIZERS = {
 
 
 def setting(method: Method, flags: argparse.Namespace) -> float:
-  """What the flag of the method is set to."""
+  """Returns what the method's flag is set to."""
   return getattr(flags, method.flag.replace("-", "_")) if method.flag else math.inf
 
 
@@ -109,7 +109,7 @@ def transformation(
 
 
 def recorded(method: Method, optimizer_state: Any) -> dict[str, jax.Array]:
-  """What the method measured and did in the last step, by the name of the field."""
+  """Returns what the method measured and did in the last step, by field."""
   return {
     key.rpartition("/")[2]: value
     for key, value in optax_clip.metrics(optimizer_state).items()
@@ -118,10 +118,10 @@ def recorded(method: Method, optimizer_state: Any) -> dict[str, jax.Array]:
 
 
 def cast_updates(dtype: Any) -> optax.GradientTransformation:
-  """Adam squares gradients, and what it squares must not be float16."""
+  """Casts updates: Adam squares gradients, and must not square float16."""
   return optax.stateless(lambda updates, _: cast(updates, dtype))
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-  """The tree with all its arrays in one dtype."""
+  """Casts all arrays in a tree to one dtype."""
   return jax.tree.map(lambda x: x.astype(dtype), tree)

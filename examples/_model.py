@@ -1,4 +1,4 @@
-"""A small decoder-only transformer over bytes, in Flax NNX."""
+"""Defines a small decoder-only transformer over bytes, in Flax NNX."""
 
 from flax import nnx
 import jax
@@ -10,7 +10,7 @@ HEAD = 16
 
 
 class Block(nnx.Module):
-  """Attention, then an MLP, each on a normalized residual stream."""
+  """Applies attention, then an MLP, each to a normalized residual stream."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
@@ -31,13 +31,13 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """Next-byte logits.
+  """Predicts the next byte.
 
   Args:
-    width: of the residual stream, a multiple of `HEAD`.
+    width: the width of the residual stream, a multiple of `HEAD`.
     layers: the number of blocks.
     length: the longest sequence.
-    rngs: for the initial weights.
+    rngs: the keys for the initial weights.
   """
 
   def __init__(self, width: int, layers: int, length: int, rngs: nnx.Rngs):
@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
 
 
 def loss(model: Transformer, windows: jax.Array) -> jax.Array:
-  """The mean cross-entropy of each next byte, in nats; f32."""
+  """Computes the mean cross-entropy of each next byte, in nats; f32."""
   logits = model(windows[:, :-1]).astype(jnp.float32)
   return jnp.mean(
     optax.softmax_cross_entropy_with_integer_labels(

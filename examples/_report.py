@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a CSV, a figure and a table."""
+"""Writes what a training run leaves behind: a CSV, a figure and a table."""
 
 from collections.abc import Sequence
 import csv
@@ -15,7 +15,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-# Of each step, in this order. All but the loss are `optax_clip.metrics`.
+# What each step records, in this order: the loss, then fields of `optax_clip.metrics`.
 FIELDS = (
   "loss",
   "norm",
@@ -29,7 +29,7 @@ FIELDS = (
 # The train loss of the table is the mean over this many last steps.
 LAST = 20
 
-# A bit more than that of a model that knows nothing, log 256 = 5.5.
+# A bit above the loss of a uniform guess, log 256 = 5.5.
 _HIGHEST_LOSS = 6.5
 
 _COLORS = (
@@ -53,14 +53,14 @@ _COLORS = (
 
 
 class Run(NamedTuple):
-  """One finished run.
+  """Holds one finished run.
 
   Attributes:
-    name: of the clipping method.
-    measured: what its norm is a norm of.
+    name: the clipping method's name.
+    measured: what its norm measures.
     lr: the learning rate.
-    steps: for each step a dictionary of `FIELDS`.
-    held_out: nats per byte on text that was not trained on.
+    steps: for each step a dictionary with `FIELDS`.
+    held_out: nats per byte on text that it did not train on.
     speed: steps per second, without compilation; NaN if unknown.
   """
 
@@ -72,19 +72,19 @@ class Run(NamedTuple):
   speed: float
 
   def column(self, field: str) -> np.ndarray:
-    """One field at every step."""
+    """Returns one field at every step."""
     return np.array([step[field] for step in self.steps], float)
 
   def nonfinite(self) -> np.ndarray:
-    """Whether the loss or the norm of each step was NaN or inf."""
+    """Returns for each step whether the loss or the norm was NaN or inf."""
     return ~np.isfinite(self.column("loss") + self.column("norm"))
 
   def clipped(self) -> float:
-    """The percentage of steps in which something was clipped."""
+    """Returns the percentage of steps in which something was clipped."""
     return 100 * self.steps[-1]["steps_clipped"] / len(self.steps)
 
   def train_loss(self) -> float:
-    """The mean loss of the last steps."""
+    """Returns the mean loss over the last steps."""
     return float(self.column("loss")[-LAST:].mean())
 
 
@@ -99,7 +99,7 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
 
 
 def table(runs: Sequence[Run]) -> Table:
-  """The closing table; at most 80 columns wide."""
+  """Makes the closing table, at most 80 columns wide."""
   measured = "; ".join(f"{run.name}: {run.measured}" for run in runs)
   result = Table(
     caption=f"Losses in nats/byte; train: mean of the last {LAST} steps."
@@ -136,7 +136,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def number(value: float) -> str:
-  """Three digits, in few characters."""
+  """Writes three digits, in few characters."""
   if not math.isfinite(value):
     return "-" if math.isnan(value) else str(value)
   return f"{value:.0f}" if 100 <= value < 1e5 else f"{value:#.3g}"
@@ -190,7 +190,7 @@ def _draw_losses(axis: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
     if run.nonfinite().any():
       first = 1 + run.nonfinite().argmax()
       axis.axvline(first, color=color, linestyle=":")
-  # A spike would flatten all that is worth seeing.
+  # A spike would flatten all that is worth a look.
   losses = np.concatenate([run.column("loss") for run in runs])
   losses = losses[np.isfinite(losses)]
   if losses.size:
@@ -208,7 +208,7 @@ def _label(run: Run) -> str:
 
 
 def smooth(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
-  """An exponential mean without bias at the start."""
+  """Computes an exponential mean without bias at the start."""
   result, mean, weight = [], 0.0, 0.0
   for value in values:
     mean = decay * mean + (1 - decay) * value
@@ -242,7 +242,7 @@ def _draw_norms(axis: Any, run: Run, color: str) -> None:
 
 
 def label_decades(axis: Any) -> None:
-  """Plain numbers; once the axis has its range, which others may share."""
+  """Labels an axis in plain numbers, once it has its range, which others may share."""
   low, high = axis.get_ylim()
   if axis.get_yscale() != "log":
     return

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of Python's standard library."""
+"""Loads real text that every machine has: the source of Python's standard library."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Installed packages are not part of the library; its tests are, but they are
-# two thirds of it and much of them are tables.
+# Installed packages are no part of the library. Its tests are, but they make up two
+# thirds of it and hold many tables.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
-# The last part of each file, 1 byte in so many, is held out. (Whole files would
-# make the two parts of different kinds: some files are one large table.)
+# The last part of each file, 1 byte in so many, is held out. (With whole files the two
+# parts would be of different kinds: some files are one large table.)
 _HELD_OUT = 10
 
 
 class Text(NamedTuple):
-  """Bytes to train on, and other bytes of the same files to test on.
+  """Holds bytes to train on, and other bytes from the same files to test on.
 
   Attributes:
     train: u8[n].
@@ -29,14 +29,14 @@ class Text(NamedTuple):
 
 
 def load(root: Path | None = None) -> Text:
-  """Reads the sources of the running Python's standard library.
+  """Reads the source of the running Python's standard library.
 
   Args:
     root: where to look instead.
 
   Raises:
-    FileNotFoundError: if there is too little of it, as in Pythons that ship
-      only compiled files.
+    FileNotFoundError: if there is too little, as in Pythons that ship only compiled
+      files.
   """
   root = root or Path(sysconfig.get_paths()["stdlib"])
   files = [
@@ -60,10 +60,10 @@ def load(root: Path | None = None) -> Text:
 def windows(
   text: np.ndarray, count: int, batch: int, length: int, seed: int, first: int = 0
 ) -> Iterator[np.ndarray]:
-  """Yields batches `first` to `count`, u8[batch, length], of random places.
+  """Yields the batches from `first` to before `count`, u8[batch, length].
 
-  A batch depends on the seed and its number alone, not on `first`: the places of
-  those before are drawn too, which costs microseconds.
+  A batch depends on the seed and its number alone, not on `first`: this draws the
+  random places of those before, too, which costs microseconds.
   """
   generator = np.random.default_rng(seed)
   offsets = np.arange(length)

@@ -2,8 +2,8 @@
 
 `python -m benchmarks --suite training --study batch_range` measures one study, writes
 `benchmarks/results/training-batch_range.json`, draws `docs/figures/batch_range.png` and
-brings the tables of `docs/evidence.md` up to date; with `--quick` it is much smaller
-and writes nothing unless `--json` says where.
+updates the tables in `docs/evidence.md`. With `--quick` it is much smaller and writes
+nothing unless `--json` says where.
 """
 
 import argparse
@@ -24,12 +24,12 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def results(study: str) -> pathlib.Path:
-  """Where the results of a study are kept."""
+  """Returns the file that keeps a study's results."""
   return ROOT / "benchmarks" / "results" / f"training-{study}.json"
 
 
 def main(options: argparse.Namespace) -> list[dict[str, Any]]:
-  """Runs one study or all, shows its table and writes; returns the rows."""
+  """Runs one study or all, prints and writes the tables; returns the rows."""
   from rich.console import Console
 
   from benchmarks.training import _page
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> list[dict[str, Any]]:
 def measure(
   study: str, quick: bool, path: pathlib.Path | None, note: Any
 ) -> list[dict[str, Any]]:
-  """All rows of one study, written as they come: a run that is stopped leaves some."""
+  """Measures one study; writes rows as they come, so that a stopped run leaves some."""
   from benchmarks import _report
   from benchmarks import _timing
 
@@ -71,5 +71,5 @@ def measure(
 
 
 def load(study: str) -> list[dict[str, Any]]:
-  """The rows that are kept of a study."""
+  """Loads the rows that are kept of a study."""
   return json.loads(results(study).read_text())["rows"]

@@ -1,6 +1,6 @@
-"""Draws all figures and tables again from the results that are kept.
+"""Draws all figures and tables again from the kept results, and trains nothing.
 
-`python -m benchmarks.training`; it trains nothing.
+Run it as `python -m benchmarks.training`.
 """
 
 from benchmarks import training

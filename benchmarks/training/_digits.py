@@ -1,4 +1,7 @@
-"""Scikit-learn's digits and a small network without normalisation layers."""
+"""What most studies train: scikit-learn's digits and a small network.
+
+The network has no normalisation layers.
+"""
 
 import functools
 import itertools
@@ -16,7 +19,7 @@ WIDTH = 64
 
 @functools.cache
 def data() -> tuple[np.ndarray, ...]:
-  """Images in [0, 1] and labels to train on, 1437, and to test on, 360."""
+  """Loads images in [0, 1] and labels: 1437 to train on, 360 to test on."""
   from sklearn.datasets import load_digits
   from sklearn.model_selection import train_test_split
 
@@ -28,14 +31,14 @@ def data() -> tuple[np.ndarray, ...]:
 
 
 def batch(key: Array, size: int) -> tuple[Array, Array]:
-  """Images and labels, drawn with replacement."""
+  """Draws images and labels, with replacement."""
   train_x, train_y, _, _ = data()
   picked = jax.random.randint(key, (size,), 0, len(train_x))
   return jnp.asarray(train_x)[picked], jnp.asarray(train_y)[picked]
 
 
 def plain(seed: int, hidden: int = 4) -> list[tuple[Array, Array]]:
-  """Weights (He) and biases of a network with `hidden` layers and ReLUs."""
+  """Draws weights (He) and biases for a network with `hidden` layers and ReLUs."""
   random = np.random.default_rng(seed)
   sizes = (64, *[WIDTH] * hidden, 10)
   return [
@@ -48,7 +51,7 @@ def plain(seed: int, hidden: int = 4) -> list[tuple[Array, Array]]:
 
 
 def logits(params: Any, images: Array) -> Array:
-  """What the network says, in the dtype of its parameters."""
+  """Computes the network's logits, in the dtype of its parameters."""
   x = images.astype(params[0][0].dtype)
   for weights, bias in params[:-1]:
     x = jax.nn.relu(x @ weights + bias)
@@ -57,19 +60,19 @@ def logits(params: Any, images: Array) -> Array:
 
 
 def losses(params: Any, images: Array, labels: Array) -> Array:
-  """The cross-entropy of each example, in float32."""
+  """Computes each example's cross-entropy, in float32."""
   return optax.softmax_cross_entropy_with_integer_labels(
     logits(params, images).astype(jnp.float32), labels
   )
 
 
 def accuracy(params: Any) -> dict[str, Array]:
-  """The share of test images that are told right."""
+  """Computes the share of test images that the network names correctly."""
   _, _, test_x, test_y = data()
   right = jnp.argmax(logits(params, jnp.asarray(test_x)), -1) == jnp.asarray(test_y)
   return {"accuracy": jnp.mean(right)}
 
 
 def percent(accuracies: np.ndarray) -> list[float]:
-  """Final accuracies of some members, in percent."""
+  """Returns some members' final accuracies, in percent."""
   return [round(100 * float(x), 2) for x in accuracies[:, -1]]

@@ -1,4 +1,4 @@
-"""The figures of docs/evidence.md, each from the rows of its study."""
+"""Draws the figures in docs/evidence.md, each from its study's rows."""
 
 from collections.abc import Callable
 import pathlib
@@ -22,12 +22,12 @@ STYLE = {
   "axes.titlelocation": "left",
   "figure.facecolor": "white",
 }
-WORST = 3.0  # Losses beyond are written: drawn, they would leave no room for others.
+WORST = 3.0  # Larger losses stand as text: drawn, they would leave no room for others.
 LIBRARIES = {"none": "#444444", "optax": "#c0392b", "optax_clip": "#1f6fb4"}
 
 
 def draw(study: str, rows: list[Row], path: pathlib.Path) -> None:
-  """Draws the figure of a study into a PNG."""
+  """Draws a study's figure into a PNG."""
   matplotlib.use("Agg")
   with plt.rc_context(STYLE):
     figure = globals()[f"_{study}"](rows)
@@ -37,7 +37,7 @@ def draw(study: str, rows: list[Row], path: pathlib.Path) -> None:
 
 
 def _temporal_order(rows: list[Row]) -> Any:
-  """Solved seeds for each method and rate; the best rate's with its interval."""
+  """Shows solved seeds for each method and rate; the best rate with its interval."""
   lengths = values(rows, "length")
   figure, axes = plt.subplots(
     len(lengths), 2, figsize=(9.5, 3.6 * len(lengths)), layout="constrained"
@@ -62,7 +62,7 @@ def _temporal_order(rows: list[Row]) -> Any:
 
 
 def _batch_range(rows: list[Row]) -> Any:
-  """Accuracy over learning rates: constants, relative ones, learned ones."""
+  """Shows accuracy over learning rates, by kind of threshold."""
   panels = {
     "one norm, constant": ("global 0.1", "global 1", "global 10", "tanh 1"),
     "by layer or unit, constant": ("layer 0.1", "layer 1", "agc 0.01", "agc 0.1"),
@@ -93,7 +93,7 @@ def _batch_range(rows: list[Row]) -> Any:
 
 
 def _shifting_scale(rows: list[Row]) -> Any:
-  """Accuracy for each method and scale, with the rate that is best at scale 1."""
+  """Shows accuracy by method and scale, at scale 1's best rate and at each one's."""
   methods, scales = values(rows, "method"), values(rows, "scale")
 
   def kept(method: str, scale: str) -> Row:
@@ -121,7 +121,7 @@ def _shifting_scale(rows: list[Row]) -> Any:
 
 
 def _language(rows: list[Row]) -> Any:
-  """Held-out losses at each method's best rate, on clean and on faulty batches."""
+  """Shows held-out losses at each method's best rate, on clean and faulty batches."""
   optimizers = values(rows, "optimizer")
   figure, axes = plt.subplots(
     1, len(optimizers), figsize=(10.5, 4.8), layout="constrained", squeeze=False
@@ -163,7 +163,7 @@ def _language(rows: list[Row]) -> Any:
 
 
 def _low_precision(rows: list[Row]) -> Any:
-  """Float16 by batch and loss scale, for each library; bfloat16 by rate."""
+  """Shows float16 by batch and loss scale, for each library; bfloat16 by rate."""
   half, many = select(rows, part="float16"), select(rows, part="bfloat16")
   batches, scales = values(half, "batch"), values(half, "loss_scale")
   names = [f"mean x {scale:g}" if scale else "sum" for scale in scales]
@@ -212,7 +212,7 @@ def _heat(
   form: str,
   limits: tuple[float, float],
 ) -> None:
-  """A table whose cells are coloured by their numbers."""
+  """Draws a table whose numbers colour its cells."""
   axis.imshow(cells, cmap="Blues", vmin=limits[0], vmax=limits[1] * 1.2, aspect="auto")
   for y, line in enumerate(cells):
     for x, cell in enumerate(line):
@@ -234,13 +234,13 @@ def _dot(
   color: str,
   fill: str | None = None,
 ) -> None:
-  """A value with an interval, on a line of its own."""
+  """Draws a value with an interval, on its own line."""
   axis.plot([low, high], [y, y], color=color, linewidth=1.6, zorder=2)
   axis.plot(value, y, "o", color=color, markerfacecolor=fill or color, zorder=3)
 
 
 def _rows(axis: Any, names: list[str]) -> None:
-  """One line for each name, the first on top."""
+  """Makes one line for each name, the first on top."""
   axis.set_yticks(range(len(names)), names)
   axis.set_ylim(len(names) - 0.5, -0.5)
   axis.grid(axis="y", color="#eeeeee")

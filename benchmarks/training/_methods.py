@@ -1,4 +1,4 @@
-"""The ways to clip that the studies compare: one table, one colour for each."""
+"""Which ways to clip the studies compare: one table, with a colour for each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,12 +14,12 @@ Transformation = optax.GradientTransformation
 
 
 class Method(NamedTuple):
-  """A way to clip, or not to.
+  """Describes a way to clip, or not to.
 
   Attributes:
-    around: from an optimizer to an optimizer that clips.
-    color: in every figure.
-    line: the style of its line, which tells apart what shares a colour.
+    around: maps an optimizer to an optimizer that clips.
+    color: its colour in every figure.
+    line: its line style, which tells apart methods with one colour.
   """
 
   around: Callable[[Transformation], Transformation]
@@ -37,8 +37,8 @@ def _soft(limit: float) -> Transformation:
   )
 
 
-# Constants are powers of ten, and the same ones for all; what learns has the defaults
-# of its authors. No number here was chosen after a look at results.
+# Constants are powers of ten, and the same ones for all; methods that learn have their
+# authors' defaults. Nobody chose a number here after a look at results.
 METHODS = {
   # Nothing is above an infinite limit: this only counts.
   "none": Method(_first(optax_clip.clip_by_global_norm(float("inf"))), "#444444"),
@@ -55,8 +55,8 @@ METHODS = {
   "layer percentile": Method(
     _first(optax_clip.clip_by_layer_percentile()), "#e67e22", "--"
   ),
-  # With the papers' constants, which are not the defaults: the norm of 1 that `zclip`
-  # never allows more than, and the one that `adagc` begins with.
+  # With the papers' constants, which are not the defaults: `zclip` never allows more
+  # than a norm of 1, and `adagc` begins with one.
   "zclip": Method(_first(optax_clip.zclip(max_norm=1.0, eps=1e-6)), "#c0392b"),
   "zclip, no cap": Method(_first(optax_clip.zclip(eps=1e-6)), "#c0392b", "--"),
   "adagc": Method(_first(optax_clip.adagc(warmup_norm=1.0)), "#d6569b"),

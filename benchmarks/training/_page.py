@@ -1,4 +1,4 @@
-"""Keeps docs/evidence.md and its figures in step with the results that are kept."""
+"""Keeps docs/evidence.md and its figures in step with the kept results."""
 
 import pathlib
 
@@ -12,17 +12,17 @@ FIGURES = ROOT / "docs" / "figures"
 
 
 def tables(study: str, rows: list[Row]) -> str:
-  """The tables of a study, in Markdown."""
+  """Makes a study's tables, in Markdown."""
   return getattr(_tables, study)(rows)
 
 
 def draw(study: str, rows: list[Row]) -> None:
-  """Draws the figure of a study."""
+  """Draws a study's figure."""
   from benchmarks.training import _figures
 
   _figures.draw(study, rows, FIGURES / f"{study}.png")
 
 
 def update(study: str, rows: list[Row]) -> None:
-  """Writes the tables of a study into the page, between its two marks."""
+  """Writes a study's tables into the page, between its two marks."""
   PAGE.write_text(_marked.replaced(PAGE.read_text(), study, tables(study, rows)))

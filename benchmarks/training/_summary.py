@@ -1,4 +1,4 @@
-"""From rows to means, intervals and the rates at which a method is at its best."""
+"""Turns rows into means, intervals and each method's best rates."""
 
 from collections.abc import Iterable
 import math
@@ -8,12 +8,12 @@ from typing import NamedTuple
 Row = dict[str, Any]
 
 
-# What a byte costs whoever knows nothing of it, in nats.
+# The loss of a uniform guess, in nats per byte.
 GUESS = math.log(256)
 
 
 class Mean(NamedTuple):
-  """A mean over seeds.
+  """Holds a mean over seeds.
 
   Attributes:
     value: the mean.
@@ -25,7 +25,7 @@ class Mean(NamedTuple):
 
 
 def mean(values: Iterable[float]) -> Mean:
-  """Of one value for each seed."""
+  """Averages one value for each seed."""
   known = list(values)
   center = sum(known) / len(known)
   squares = sum((v - center) ** 2 for v in known)
@@ -33,7 +33,7 @@ def mean(values: Iterable[float]) -> Mean:
 
 
 def losses(row: Row) -> list[float]:
-  """Losses for each seed, none above `GUESS`: that is what a diverged run is worth.
+  """Returns each seed's loss, at most `GUESS`: so much a diverged run is worth.
 
   Without this a single seed would decide a mean, or leave none.
   """
@@ -41,12 +41,12 @@ def losses(row: Row) -> list[float]:
 
 
 def diverged(row: Row) -> int:
-  """How many seeds ended at or above the loss of a guess, or not finite."""
+  """Counts the seeds that ended at or above the loss of a guess, or not finite."""
   return sum(x >= GUESS for x in losses(row))
 
 
 def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
-  """The 95% interval of a share (Wilson 1927); it holds near 0 and 1, too."""
+  """Computes a share's 95% interval (Wilson 1927), which holds near 0 and 1, too."""
   share = successes / count
   middle = share + z * z / (2 * count)
   half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -55,36 +55,36 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def select(rows: list[Row], **wanted: Any) -> list[Row]:
-  """The rows in which all of these fields have these values."""
+  """Selects the rows in which all these fields have these values."""
   return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
 def values(rows: list[Row], field: str) -> list[Any]:
-  """The different values of a field, in the order in which they come."""
+  """Lists a field's different values, in the order in which they come."""
   return list(dict.fromkeys(row[field] for row in rows))
 
 
 def solved(row: Row) -> int:
-  """How many seeds of a row of `temporal_order` solved the problem."""
+  """Counts the seeds that solved the problem, in a row of `temporal_order`."""
   return sum(end is not None for end in row["solved_at"])
 
 
 def most_solved(rows: list[Row]) -> Row:
-  """The row with most seeds solved, the smallest rate among equals."""
+  """Finds the row with most seeds solved, the smallest rate among equals."""
   return max(rows, key=lambda row: (solved(row), -row["rate"]))
 
 
 def most_accurate(rows: list[Row]) -> Row:
-  """The row with the best mean accuracy."""
+  """Finds the row with the best mean accuracy."""
   return max(rows, key=lambda row: mean(row["accuracy"]).value)
 
 
 def least_loss(rows: list[Row]) -> Row:
-  """The row with the least mean loss."""
+  """Finds the row with the least mean loss."""
   return min(rows, key=lambda row: mean(losses(row)).value)
 
 
 def gain(row: Row, base: Row) -> Mean:
-  """The mean difference of losses to another row, seed by seed."""
+  """Computes the mean difference in loss to another row, seed by seed."""
   pairs = zip(losses(row), losses(base), strict=True)
   return mean(a - b for a, b in pairs)

@@ -16,14 +16,14 @@ Members = dict[str, np.ndarray]
 
 
 class Task(NamedTuple):
-  """What is trained.
+  """Describes what is trained.
 
   Attributes:
-    init: from a seed, a Python integer, to parameters.
-    gradient: ``gradient(params, member, key, step)``: what clipping is given. The
-      key is that of the seed and the step, so that all methods see equal batches.
-    score: ``score(params)``: scalars that say how good the parameters are.
-    weight: ``weight(member, step)``: what updates are multiplied by at the end.
+    init: maps a seed, a Python integer, to parameters.
+    gradient: ``gradient(params, member, key, step)``: returns what clipping gets. The
+      key depends on seed and step alone, so that all methods see equal batches.
+    score: ``score(params)``: returns scalars that say how good the parameters are.
+    weight: ``weight(member, step)``: returns the last factor for updates.
   """
 
   init: Callable[[int], Any]
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 def members(**values: Any) -> Members:
-  """All combinations of the values, the last of them varying fastest.
+  """Makes all combinations of the values; the last varies fastest.
 
   `seed` and `rate`, the learning rate, must be among them.
   """
@@ -53,17 +53,17 @@ def train(
 
   Args:
     task: what to train.
-    make: from a member to its clip and optimizer; the member's values are traced.
+    make: maps a member to its clip and optimizer; the member's values are traced.
     who: the members.
-    steps: of each.
-    every: scores are taken, and members left out, after so many steps.
-    settled: from scores to the members that need no more training. Those whose
+    steps: how many each takes.
+    every: after so many steps takes scores, and leaves members out.
+    settled: maps scores to the members that need no more training. Members whose
       parameters are no longer finite are left out in any case.
 
   Returns:
-    Scores ``[members, checks]``; those of members that were left out repeat. Beside
-    the task's own: ``finite``, whether all parameters are; ``clipped`` and ``idle``,
-    the steps so far that were clipped, and that changed nothing.
+    Scores ``[members, checks]``; members that were left out repeat theirs. Beside the
+    task's own: ``finite``, whether all parameters are; ``clipped`` and ``idle``, the
+    steps so far that were clipped, and that changed nothing.
   """
   run = jax.jit(_portion(task, make, every))
   starts = {seed: task.init(seed) for seed in sorted(set(who["seed"].tolist()))}
@@ -129,9 +129,9 @@ def _portion(task: Task, make: Any, every: int) -> Any:
 
 
 def _fewer(places: np.ndarray, carry: Any, alive: np.ndarray) -> Any:
-  """Drops members that need no training, as soon as half of the rows are such.
+  """Drops members that need no training, as soon as they are half the rows.
 
-  The number of rows is halved, and not cut to measure: every new number compiles.
+  Halves the number of rows instead of fitting it: every new number compiles.
   """
   keep = np.flatnonzero(alive[places])
   rows = len(places)
@@ -139,7 +139,7 @@ def _fewer(places: np.ndarray, carry: Any, alive: np.ndarray) -> Any:
     rows //= 2
   if rows == len(places):
     return places, carry
-  # Rows that are over fill up; nobody reads their scores.
+  # Dropped members fill the rest; nobody reads their scores.
   others = np.setdiff1d(np.arange(len(places)), keep)
   rows_kept = np.concatenate([keep, others])[:rows]
   return places[rows_kept], jax.tree.map(lambda x: x[rows_kept], carry)

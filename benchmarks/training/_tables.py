@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, each from the rows of its study."""
+"""Makes the tables in docs/evidence.md, each from its study's rows."""
 
 from benchmarks.training import _summary
 from benchmarks.training._summary import Row
@@ -9,7 +9,7 @@ USABLE = 95.0  # Percent.
 
 
 def temporal_order(rows: list[Row]) -> str:
-  """Solved seeds for each length, method and rate."""
+  """Counts solved seeds for each length, method and rate."""
   rates = values(rows, "rate")
   parts = []
   for length in values(rows, "length"):
@@ -32,7 +32,7 @@ def temporal_order(rows: list[Row]) -> str:
 
 
 def language(rows: list[Row]) -> str:
-  """Losses at each method's best rate, then on faulty batches at every rate."""
+  """Lists losses at each method's best rate, then at every rate."""
   parts = []
   for optimizer in values(rows, "optimizer"):
     of_one = select(rows, optimizer=optimizer)
@@ -63,7 +63,7 @@ def language(rows: list[Row]) -> str:
 
 
 def shifting_scale(rows: list[Row]) -> str:
-  """Accuracies with the rate that is best at scale 1, and with the best at each."""
+  """Lists accuracies at scale 1's best rate, and at each scale's."""
   scales = values(rows, "scale")
   kept, tuned = [], []
   for method in values(rows, "method"):
@@ -86,7 +86,7 @@ def shifting_scale(rows: list[Row]) -> str:
 
 
 def batch_range(rows: list[Row]) -> str:
-  """Mean accuracies, and the rates at which they are usable."""
+  """Lists mean accuracies, and the rates at which they are usable."""
   rates = values(rows, "rate")
   body = []
   for method in values(rows, "method"):
@@ -107,7 +107,7 @@ def batch_range(rows: list[Row]) -> str:
 
 
 def low_precision(rows: list[Row]) -> str:
-  """Float16 by batch and loss scale, then bfloat16 in many leaves by rate."""
+  """Lists float16 by batch and loss scale, then bfloat16 in many leaves by rate."""
   half, many = select(rows, part="float16"), select(rows, part="bfloat16")
   methods = values(rows, "method")
   body = []
@@ -130,7 +130,7 @@ def low_precision(rows: list[Row]) -> str:
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
-  """A table; all columns but the first are aligned to the right."""
+  """Writes a table; aligns all columns but the first to the right."""
   lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -145,7 +145,7 @@ def _plus_minus(difference: _summary.Mean) -> str:
 
 
 def _loss(row: Row) -> str:
-  """A mean and its error; how many seeds diverged, if any; nothing if all did."""
+  """Writes a mean and its error, and how many seeds diverged; no mean if all did."""
   dead, count = _summary.diverged(row), len(row["loss"])
   if dead == count:
     return "all diverge"

@@ -1,4 +1,4 @@
-"""At which learning rates a network without normalisation layers can be trained.
+"""At which learning rates a network without normalisation layers trains.
 
 Scikit-learn's digits, a third of them in each batch, four hidden layers, SGD with
 momentum.
@@ -37,7 +37,7 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def gradient(params: Any, member: Any, key: jax.Array, step: jax.Array) -> Any:
-  """Of the mean loss of a large batch."""
+  """Differentiates the mean loss over a large batch."""
   del member, step
   images, labels = _digits.batch(key, BATCH)
   return jax.grad(lambda p: jnp.mean(_digits.losses(p, images, labels)))(params)
@@ -52,9 +52,9 @@ def run(
   seeds: int = 5,
   steps: int = 200,
 ) -> Iterator[dict[str, Any]]:
-  """One row for each method and learning rate, with a list over seeds.
+  """Yields one row for each method and learning rate, with a list over seeds.
 
-  ``accuracy`` is that of the last step on the test set, in percent.
+  ``accuracy`` is taken after the last step on the test set, in percent.
   """
   if quick:
     names, rates, seeds, steps = ("none", "global 1"), (0.1, 1.0), 2, 30

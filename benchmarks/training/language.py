@@ -1,8 +1,8 @@
-"""A small language model, on clean batches and on what happens in practice.
+"""How clips help a small language model, on clean and on faulty batches.
 
-The byte-level transformer of `examples/train_lm.py`, on the source of Python's standard
-library. Of every 100 batches one is of random bytes, and one counts 100 times as much;
-in the middle of the run the gradient of one batch is NaN.
+It trains the byte-level transformer from `examples/train_lm.py` on the source of
+Python's standard library. In a run on faulty batches, one batch in 100 holds random
+bytes and one in 100 counts 100 times as much; the gradient of the middle one is NaN.
 """
 
 from collections.abc import Callable
@@ -34,14 +34,14 @@ WIDTH, LAYERS, LENGTH, BATCH = 32, 2, 32, 16
 RANDOM = 0.01
 HEAVY = 0.01
 HEAVY_WEIGHT = 100.0
-BLOCK, SHARE = 4096, 5  # One block in five: all is more than such runs read.
+BLOCK, SHARE = 4096, 5  # One block in five: such runs do not read more.
 BARE = "none, bare"
 OPTIMIZERS = {
   "sgd": (lambda rate: optax.sgd(rate, momentum=0.9), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
   "adamw": (optax.adamw, (0.001, 0.003, 0.01, 0.03)),
 }
 # More rates for the methods that were best on faulty batches at the lowest of those:
-# none must lose for want of a rate that is low enough.
+# no method must lose because all its rates were too high.
 LOWER = {
   ("sgd", name): (0.00625, 0.0125, 0.025)
   for name in ("none", "layer 1", "history", "skip_spikes")
@@ -64,7 +64,7 @@ NAMES = (
 
 @functools.cache
 def texts() -> tuple[np.ndarray, np.ndarray]:
-  """Bytes to train on, and 512 windows that no run has seen."""
+  """Loads bytes to train on, and 512 windows that no run has seen."""
   text = _text.load()
   held_out = next(_text.windows(text.held_out, 1, 512, LENGTH + 1, 0))
   whole = len(text.train) // BLOCK * BLOCK
@@ -72,14 +72,14 @@ def texts() -> tuple[np.ndarray, np.ndarray]:
 
 
 def around(name: str) -> Callable[[Transformation], Transformation]:
-  """The method, and around it, but for `BARE`, what skips steps that are NaN."""
+  """Returns the method inside `skip_nonfinite`, or `BARE` without it."""
   if name == BARE:
     return METHODS["none"].around
   return lambda optimizer: optax_clip.skip_nonfinite(METHODS[name].around(optimizer))
 
 
 def task(steps: int) -> _sweep.Task:
-  """The language model; a member's number `faults` says whether batches are bad."""
+  """Makes the language model's task; a member's `faults` says if batches are bad."""
 
   def build(seed: int) -> _model.Transformer:
     return _model.Transformer(WIDTH, LAYERS, LENGTH, nnx.Rngs(seed))
@@ -119,9 +119,9 @@ def run(
   seeds: int = 5,
   steps: int = 200,
 ) -> Iterator[dict[str, Any]]:
-  """One row for each optimizer, method, learning rate and kind of batches.
+  """Yields one row for each optimizer, method, learning rate and kind of batches.
 
-  ``loss`` is held out, in nats a byte, at the end, for each seed; null where it is not
+  ``loss`` is each seed's final held-out loss, in nats per byte; null where it is not
   finite.
   """
   if quick:

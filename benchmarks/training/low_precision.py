@@ -1,9 +1,9 @@
 """What an inexact norm does to a run: float16 in few leaves, bfloat16 in many.
 
-*float16*: gradients of a loss that is summed over the batch, or averaged and scaled,
-as in mixed precision; clipped while they are float16 and scaled, and unscaled in
-float32. *bfloat16*: the parameters in 2,000 leaves, as sums of many squares are where
-that dtype loses most. Scikit-learn's digits, SGD with momentum.
+*float16*: the loss is summed over the batch, or averaged and scaled, as in mixed
+precision; gradients are clipped while they are float16 and scaled, and unscaled in
+float32. *bfloat16*: the parameters are in 2,000 leaves, as that dtype loses most in
+sums of many squares. Scikit-learn's digits, SGD with momentum.
 """
 
 from collections.abc import Callable
@@ -44,10 +44,10 @@ def run(
   seeds: int = 8,
   steps: int = 150,
 ) -> Iterator[dict[str, Any]]:
-  """One row for each clip and setting, with lists over seeds.
+  """Yields one row for each clip and setting, with lists over seeds.
 
   Accuracies are final ones, in percent; ``idle`` counts steps that changed nothing.
-  A loss scale of 0 stands for a loss that is summed, and not scaled.
+  A loss scale of 0 stands for a summed loss without a scale.
   """
   if quick:
     batches, loss_scales, rates = (128,), (0.0, 1024.0), (0.1,)
@@ -65,7 +65,7 @@ def run(
 def _half(
   clip: str, batch: int, loss_scale: float, seeds: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-  """Float16 gradients at a learning rate of 0.1, clipped to a norm of 1, unscaled."""
+  """Clips float16 gradients to a norm of 1, unscaled; the learning rate is 0.1."""
   unscaled = loss_scale or 1.0
 
   def gradient(params: Any, member: Any, key: Array, step: Array) -> Any:
@@ -97,10 +97,10 @@ def _half(
 def _many(
   clip: str, rates: tuple[float, ...], leaves: int, seeds: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-  """Bfloat16 gradients in many leaves, clipped to a norm of `LIMIT`.
+  """Clips bfloat16 gradients in many leaves to a norm of `LIMIT`.
 
-  ``norms`` are the largest norms that any step of each member had after the clip, in
-  units of the limit. Leaves are cut in numpy and clipped op by op: with 2,000 bfloat16
+  ``norms`` has each member's largest norm after the clip over all steps, in units of
+  the limit. NumPy cuts the leaves and JAX clips them op by op: with 2,000 bfloat16
   leaves XLA takes minutes to compile optax's clip.
   """
   who = _sweep.members(rate=np.float32(rates), seed=np.arange(seeds))

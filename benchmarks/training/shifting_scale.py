@@ -1,9 +1,9 @@
-"""Which thresholds need no tuning: the same task with gradients of other sizes.
+"""Which thresholds need no tuning: one task, with gradients scaled up and down.
 
-Gradients are multiplied by a scale before clipping, and steps divided by it after, so
-that without clipping nothing changes: a threshold that does not fit is all that is
-left. Of every 50 batches one has random labels and counts 100 times as much, as
-otherwise no method would have anything to do.
+It multiplies gradients by a scale before clipping, and divides steps by it after, so
+that nothing changes without clipping: only the threshold's fit does. Of every 50
+batches one has random labels and counts 100 times as much, as otherwise no method
+would have anything to do.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ NAMES = (
 
 
 def task(steps: int) -> _sweep.Task:
-  """The digits; members have a number `scale`, the place in `SCALES`."""
+  """Makes the digits' task; a member's `scale` is its place in `SCALES`."""
   ends = np.log(np.float32(list(SCALES.values())))
 
   def scale(member: Any, step: Array) -> Array:
@@ -87,7 +87,7 @@ def run(
   seeds: int = 5,
   steps: int = 400,
 ) -> Iterator[dict[str, Any]]:
-  """One row for each method, scale and learning rate, with a list over seeds."""
+  """Yields one row for each method, scale and learning rate, with a list over seeds."""
   if quick:
     names, rates, seeds, steps = ("none", "global 1"), (0.1,), 2, 30
   who = _sweep.members(

@@ -1,4 +1,4 @@
-"""The temporal-order problem of Pascanu et al. (2013), with and without clipping.
+"""How clips help with the temporal-order problem in Pascanu et al. (2013).
 
 A sequence of random symbols holds two that matter, A or B, one in its second tenth and
 one in its fifth. After the last symbol a recurrent network says which of the four
@@ -37,12 +37,12 @@ NAMES = (
   "zclip, no cap",
   "adagc",
 )
-# The methods at each length. The longest is costly: none, and three that did well.
+# The methods at each length. The longest is costly: "none", and three that did well.
 LENGTHS = {30: NAMES, 50: NAMES, 100: ("none", "global 1", "layer 1", "adagc")}
 
 
 def sequences(key: Array, count: int, length: int) -> tuple[Array, Array]:
-  """Symbols i32[count, length], of which 0 and 1 matter, and classes i32[count]."""
+  """Draws symbols i32[count, length], where 0 and 1 matter, and classes i32[count]."""
   noise, where, what = jax.random.split(key, 3)
   symbols = jax.random.randint(noise, (count, length), 2, 6)
   tenth = length // 10
@@ -53,7 +53,7 @@ def sequences(key: Array, count: int, length: int) -> tuple[Array, Array]:
 
 
 def init(seed: int) -> dict[str, Array]:
-  """Weights of a spectral radius of `RADIUS`; in and out of small Gaussians."""
+  """Draws weights: inside with spectral radius `RADIUS`, the others small Gaussians."""
   random = np.random.default_rng(seed)
   inside = random.normal(size=(UNITS, UNITS))
   inside *= RADIUS / np.abs(np.linalg.eigvals(inside)).max()
@@ -67,7 +67,7 @@ def init(seed: int) -> dict[str, Array]:
 
 
 def logits(params: dict[str, Array], symbols: Array) -> Array:
-  """What the network says after the last symbol, f32[count, 4]."""
+  """Computes the network's logits after the last symbol, f32[count, 4]."""
 
   def step(hidden: Array, symbol: Array) -> Any:
     return jnp.tanh(
@@ -79,7 +79,7 @@ def logits(params: dict[str, Array], symbols: Array) -> Array:
 
 
 def task(length: int) -> _sweep.Task:
-  """The problem at one length; the test sequences are the same for all."""
+  """Makes the problem at one length; the test sequences are the same for all."""
   test, classes = sequences(jax.random.key(2**31 - 1), TEST, length)
 
   def gradient(params: Any, member: Any, key: Array, step: Array) -> Any:
@@ -110,10 +110,10 @@ def run(
   steps: int = 3000,
   every: int = 250,
 ) -> Iterator[dict[str, Any]]:
-  """One row for each length, method and learning rate, with a list over seeds.
+  """Yields one row for each length, method and learning rate, with a list over seeds.
 
-  ``solved_at`` is the first check with `SOLVED` of the test sequences right; a member
-  is not trained after that. It is null for those that never were.
+  ``solved_at`` is the first check at which a member gets `SOLVED` of the test sequences
+  right, which ends its training; null if it never does.
   """
   if quick:
     lengths, seeds, steps, every = {20: ("none", "global 1")}, 2, 500, 250

@@ -1,4 +1,4 @@
-"""The algebra of clipping: measure, threshold, action.
+"""How a clipping method is put together: measure, threshold, action.
 
 A clipping method measures updates, decides how large they may be, and acts on
 what is larger. Each of the three is one value, and `clip_with` joins them::
@@ -17,14 +17,14 @@ what is larger. Each of the three is one value, and `clip_with` joins them::
           v
        updates           same structure, shapes, dtypes, shardings
 
-"ZClip for each layer" or "AGC with a percentile threshold" are then new
-combinations, not new code. Precision, meshes, the policy for NaNs, recording
-and the rules of dtypes each have one home, whatever the method.
+"ZClip for each layer" and "AGC with a percentile threshold" are then new
+combinations, not new code. Precision, meshes, the policy for NaNs, recording and
+dtype rules each have one home, whatever the method.
 
-Whoever knows the norms already (a guard, which measured the same updates; a caller
-of `clip_tree`) hands them over: the extra argument ``norms`` of ``update``, made by
-`given`, says which norms of which arrays they are. It travels as ``value=`` and
-``grad=`` of optax do, and a clip that is given other arrays measures these.
+Whoever knows the norms already (a guard that measured the same updates, a caller of
+`clip_tree`) passes them to ``update`` as ``norms=``. Made by `given`, this argument
+says which norms it holds, and for which arrays. It travels as ``value=`` and ``grad=``
+do in optax, and a clip that receives other arrays measures those.
 """
 
 from collections.abc import Sequence
@@ -65,13 +65,13 @@ Array = jax.Array
 
 
 class ClipState(NamedTuple):
-  """The state of a transformation made by `clip_with`.
+  """Holds the state of a transformation that `clip_with` made.
 
   Attributes:
     threshold: the memory of the threshold.
-    record: `{name: Record}`, or empty with `record=False`. The name is a key
-      and not a field because a string cannot be a leaf of an optimizer state.
-      With ``record="layers"`` also `{name/layers: LayerRecord}`.
+    record: `{name: Record}`, or empty with `record=False`. The name is a key, as a
+      string cannot be a leaf of an optimizer state. With ``record="layers"`` also
+      `{name/layers: LayerRecord}`.
   """
 
   threshold: Any
@@ -91,7 +91,7 @@ def clip_with(
   record: Recording = True,
   name: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Joins a measure, a threshold and an action to a transformation.
+  r"""Joins a measure, a threshold and an action into one transformation.
 
   .. math::
       n = \text{measure}(u), \quad L = \text{threshold}(n), \quad
@@ -100,23 +100,23 @@ def clip_with(
   Args:
     measure: how large the updates are, from `optax_clip.measures`.
     threshold: how large they may be, from `optax_clip.thresholds`.
-    action: what to do with what is larger, from `optax_clip.actions`.
+    action: what to do with larger ones, from `optax_clip.actions`.
     nonfinite: what to do if a norm is NaN or inf, as it is if an element is.
-      ``"propagate"`` keeps what the arithmetic gives, so that the problem is seen.
+      ``"propagate"`` keeps what the arithmetic gives, so that you see the problem.
       ``"zero"`` turns the whole update into zeros. (A norm of finite elements is never
       inf here, even where its value is too large for a float.)
     record: whether the state keeps what `metrics` reads: the last norm, limit and
-      coefficient, and counters. ``"layers"`` also keeps those of each layer for
-      `layer_metrics`, from the same read. With `False` a clip by fixed thresholds has
-      the state of optax's, and restores its checkpoints.
+      coefficient, and counters. ``"layers"`` also keeps them for each layer, from the
+      same read, for `layer_metrics`. With `False` a clip by fixed thresholds has the
+      state that optax's has, and restores its checkpoints.
     name: the prefix of the metrics' keys.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`, or
-    `optax.EmptyState` if nothing is recorded or remembered. Its ``update`` takes
-    norms that are known already as ``norms=``, see `given`. Its ``init`` leaves out
-    what is no float: integers get no updates, which may be `None` or, as JAX has them,
-    of float0; these pass. ``update`` refuses integers.
+    `optax.EmptyState` if it records and remembers nothing. Its ``update`` takes known
+    norms as ``norms=``, see `given`. Its ``init`` leaves out what is no float: integers
+    get no updates, and `None` or JAX's float0 may stand there. ``update`` refuses
+    integers.
 
   Raises:
     ValueError: for an unknown `nonfinite` or `record`, or ``record="layers"`` with a
@@ -180,7 +180,7 @@ def clip_with(
     sizes = found.sizes()
     finite = _record.all_finite(sizes)
     if nonfinite == "zero":
-      # What is made zero depends on nothing.
+      # Zeros must depend on nothing.
       updates, blocks = jax.tree.map(
         lambda x: _leaf.gate(x, finite), (updates, found.blocks)
       )
@@ -211,7 +211,7 @@ def _limited(
   memory: Any,
   extra_args: dict[str, Any],
 ) -> tuple[list[Array], Any]:
-  """The limits of each block, and the memory after the step."""
+  """Asks the threshold for each block's limits, and for its memory after the step."""
   table = layout.table(sizes)
   limits, memory = threshold.update(table, memory, **extra_args)
   limits = jnp.asarray(limits)
@@ -227,7 +227,7 @@ def _applied(
   limits: Sequence[Array],
   updates: Updates,
 ) -> Any:
-  """The updates, each leaf by its coefficient."""
+  """Applies to each leaf its coefficient."""
   leaves, treedef = jax.tree.flatten(updates)
   own = layout.spread(list(zip(coefficients, limits, strict=True)))
   clipped = [
@@ -251,7 +251,7 @@ def _noted(
   finite: Array,
   zeroed: bool,
 ) -> dict[str, Any]:
-  """The records after one more step; `zeroed`: where it is not finite, it is zero."""
+  """Notes one more step in the records; `zeroed`: if it is not finite, it is zero."""
   layout = found.layout
   pairs = list(zip(found.blocks, coefficients, strict=True))
   applied = _scalars.each(_factor_and_norm, pairs)
@@ -269,7 +269,7 @@ def _noted(
       entries[key] = _record.noted(last, sizes, limits, applied, finite)
       continue
     if layers is None:
-      entries[key] = last  # Of a transformation with record="layers"; this is not.
+      entries[key] = last  # From a clip with record="layers", which this one is not.
       continue
     whole = [jnp.broadcast_to(x, n.shape) for x, n in zip(limits, sizes, strict=True)]
     above = [(n > x).astype(n.dtype) for n, x in zip(sizes, whole, strict=True)]
@@ -284,9 +284,9 @@ def _noted(
 
 
 def _factor_and_norm(norm: Extended, coefficient: Extended) -> Any:
-  """What a norm was multiplied with, and what it is after that.
+  """Returns what a norm was multiplied with, and the norm after that.
 
-  Of one norm they are one array, as a TPU has a kernel for each operation on a scalar.
+  Of a scalar they are one array, as a TPU has a kernel for each operation on a scalar.
   """
   if norm.value.ndim:
     factor = coefficient.value * coefficient.unit
@@ -296,7 +296,7 @@ def _factor_and_norm(norm: Extended, coefficient: Extended) -> Any:
 
 
 def _product(norm: Extended, coefficient: Extended) -> Array:
-  """In this order nothing leaves the range on the way."""
+  """Multiplies two numbers; in this order nothing leaves the range on the way."""
   value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
   return _extended.as_float(Extended(value, unit))
 

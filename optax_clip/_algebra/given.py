@@ -1,4 +1,4 @@
-"""Norms: measured once, and handed on to whoever needs them."""
+"""Where norms come from: measured once, then handed on to whoever needs them."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class Norms(NamedTuple):
-  """What was measured of some updates.
+  """Holds the norms that were measured.
 
   Attributes:
     blocks: the norms, one `Extended` for each block of the layout.
@@ -32,21 +32,21 @@ class Norms(NamedTuple):
   layout: Layout
 
   def sizes(self) -> list[Array]:
-    """The norms as floats."""
+    """Returns the norms as floats."""
     return _scalars.each(_extended.as_float, [(x,) for x in self.blocks])
 
   def largest(self) -> Array:
-    """For each layer its norm; of several, the largest."""
+    """Returns each layer's norm, or the largest where it has several."""
     return self.layout.rows(largest, self.sizes())
 
 
 @jax.tree_util.register_pytree_node_class
 class Given:
-  """Norms that are known already, and of which arrays; made by `given`.
+  """Holds norms that are known already, and for which arrays; made by `given`.
 
-  It is for the arrays that it was made of, and these are told by identity. What
-  crosses the border of a transformation (`jax.jit`, a branch) is another array: on
-  its way through one it forgets all, and norms are measured again.
+  It recognises its arrays by identity. An array that enters `jax.jit`, or a branch,
+  becomes another one: on its way in a `Given` forgets all, and the clip inside
+  measures again.
   """
 
   def __init__(
@@ -55,14 +55,14 @@ class Given:
     params: Sequence[Any] = (),
     entries: Sequence[tuple[Callable[..., Any], list[Extended]]] = (),
   ):
-    """Of updates and parameters, the norms by some measures."""
+    """Takes the leaves of updates and parameters, and for each measure its norms."""
     self._leaves, self._params = tuple(leaves), tuple(params)
     self._entries = tuple(entries)
 
   def find(
     self, measure: Measure, updates: Updates, params: Params
   ) -> list[Extended] | None:
-    """The norms of a measure, if they are known of these very arrays."""
+    """Returns the norms by a measure, if they are known for these very arrays."""
     if not self._entries or not _identical(self._leaves, updates):
       return None
     for measuring, blocks in self._entries:
@@ -79,13 +79,13 @@ class Given:
     params: Params,
     change: Callable[[list[Extended]], list[Extended]] = lambda blocks: blocks,
   ) -> "Given":
-    """What is known of updates, said of others of the same values.
+    """Carries what is known over to updates with the same values.
 
     Args:
-      old: updates; of others nothing is known.
-      new: of the same structure: a copy, or the same in other units.
+      old: the updates that this is for; for others the result knows nothing.
+      new: a copy, or the same updates in other units; of the same structure.
       params: the parameters beside them.
-      change: from norms of the old ones to norms of the new ones.
+      change: from the old norms to the new ones.
     """
     if not self._entries or not _identical(self._leaves, old):
       return Given()
@@ -93,12 +93,12 @@ class Given:
     return Given(jax.tree.leaves(new), jax.tree.leaves(params), entries)
 
   def tree_flatten(self) -> tuple[tuple[()], None]:
-    """Nothing: see the class."""
+    """Returns nothing: see the class."""
     return (), None
 
   @classmethod
   def tree_unflatten(cls, aux: None, children: Any) -> "Given":
-    """Knows nothing: see the class."""
+    """Makes one that knows nothing: see the class."""
     del aux, children
     return cls()
 
@@ -111,9 +111,9 @@ def measured(
   known: Given | None,
   extra_args: dict[str, Any],
 ) -> tuple[Norms, Norms | None]:
-  """The norms of a measure; and those of each layer, from the same read, if asked for.
+  """Returns norms by a measure and, if asked, those of each layer from the same read.
 
-  What is known is not measured.
+  Measures only what is not known.
   """
   known = Given() if known is None else known
 
@@ -139,7 +139,7 @@ def measured(
 def known_of(
   measure: Measure, updates: Updates, params: Params, norms: Norms, layers: Norms | None
 ) -> Given:
-  """What `measured` found, to be handed on."""
+  """Wraps what `measured` found, to be handed on."""
   entries = [(measure.measure, norms.blocks)]
   if layers is not None and measure.parts is not None:
     entries.append((measure.parts.measure.measure, layers.blocks))
@@ -147,24 +147,24 @@ def known_of(
 
 
 def of_layers(measure: Measure, tree: Any) -> Measure:
-  """The measure of each layer that goes with a measure.
+  """Returns the measure by layer that goes with a measure.
 
   Raises:
-    ValueError: if norms are of several leaves and it has no `Parts`.
+    ValueError: if a norm covers several leaves and the measure has no `Parts`.
   """
   if measure.parts is not None:
     return measure.parts.measure
   if measure.layout(tree).is_shared():
     raise ValueError(
-      "record='layers' needs the norms of each layer, and this measure has norms of"
-      " several layers without Parts. All of optax_clip.measures have them. Give"
-      " yours a Parts, or pass record=True."
+      "record='layers' needs the norms of each layer, but this measure has norms of"
+      " several layers without Parts. All in optax_clip.measures have Parts. Give"
+      " yours one, or pass record=True."
     )
   return measure
 
 
 def as_blocks(norms: Any, layout: Layout) -> list[Extended]:
-  """What a measure returned, or a caller knows, as one `Extended` for each block.
+  """Splits what a measure returned, or a caller knows: an `Extended` for each block.
 
   Raises:
     ValueError: if the shapes do not fit.
@@ -191,23 +191,23 @@ def as_blocks(norms: Any, layout: Layout) -> list[Extended]:
 
 
 class LayerNorms(NamedTuple):
-  """What one read of the updates says of each layer; both f32 or f64 ``[layers]``.
+  """Holds what one read says about each layer; both f32 or f64 ``[layers]``.
 
   Attributes:
-    norm: of the layer; the largest of its norms where it has several.
-    size: for one element, to compare layers by.
+    norm: the layer's norm, or its largest where it has several.
+    size: the norm for one element, which compares layers.
   """
 
   norm: Array
   size: Array
 
   def divided(self, scale: Array) -> "LayerNorms":
-    """Those of the updates divided by a number."""
+    """Divides both, as if the updates were divided."""
     return LayerNorms(*(x / scale.astype(x.dtype) for x in self))
 
 
 def layer_norms(measure: Measure, layers: Norms) -> LayerNorms:
-  """What is recorded of each layer, from the norms of the measure of layers."""
+  """Makes what a record keeps for each layer from the layers' norms."""
   norm = layers.largest()
   ord = measure.parts.measure.ord if measure.parts else measure.ord
   if ord is None:
@@ -217,12 +217,12 @@ def layer_norms(measure: Measure, layers: Norms) -> LayerNorms:
   return LayerNorms(norm, norm / jnp.asarray(elements, norm.dtype))
 
 
-# A layer without elements has no norm: it counts as 0, and is never clipped.
+# A layer without elements has no norm: it counts as 0, which no limit clips.
 largest = functools.partial(jnp.max, initial=0)
 
 
 def _identical(leaves: Sequence[Any], tree: Any) -> bool:
-  """Whether the leaves of a tree are these very objects."""
+  """Returns whether the leaves of a tree are these very objects."""
   others = jax.tree.leaves(tree)
   return len(leaves) == len(others) and all(
     x is y for x, y in zip(leaves, others, strict=True)

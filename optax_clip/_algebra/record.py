@@ -1,4 +1,4 @@
-"""What clipping did: written at every step, with the arithmetic it did anyway."""
+"""What the state records about each step, with arithmetic that clipping does anyway."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ Array = jax.Array
 # How much of a rate is of the last step.
 _RATE_WEIGHT = 0.01
 
-# What follows the name of a record in the key of its record of layers.
+# Follows a record's name in the key of its record of layers.
 LAYERS = "/layers"
 
 
 class Record(NamedTuple):
-  """What clipping did. Where there are several norms, the worst of them.
+  """Records what clipping did; with several norms, the worst of them.
 
-  Vectors, and not a scalar for each entry: a TPU has a kernel for each operation on a
-  scalar, and every leaf of a state costs time at each call of a step. `metrics` takes
+  It has vectors, and no scalar for each entry: a TPU has a kernel for each operation on
+  a scalar, and every leaf of a state costs time at each call of a step. `metrics` takes
   them apart.
 
   Attributes:
@@ -45,25 +45,25 @@ class Record(NamedTuple):
 
 
 class LayerRecord(NamedTuple):
-  """What clipping did to each layer; `layer_metrics` names them.
+  """Records what clipping did to each layer; `layer_metrics` names them.
 
-  A layer is a leaf, or one layer of a stacked leaf; they stand in the order of the
-  leaves. Vectors, since a state of thousands of scalars is slow to pass around.
+  A layer is a leaf, or one layer of a stacked leaf; layers stand in the order of the
+  leaves. Fields are vectors, since a state of thousands of scalars is slow to pass
+  around.
 
   Attributes:
-    stacks: i32[leaves], how many layers are stacked in a leaf; 0 if it is no stack.
-      It never changes.
-    norm: f32[layers], of the last step, before clipping. Where the layer has several
-      norms (units), the largest.
-    limit: f32[layers], what the last step allowed the layer, or the group it is in.
+    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is no stack. Constant.
+    norm: f32[layers], in the last step, before clipping; with several norms (units),
+      the largest.
+    limit: f32[layers], what the last step allowed the layer, or its group.
     coefficient: f32[layers], the smallest factor that the last step applied to it.
-    size: f32[layers], the norm for one element, to compare layers by.
-    steps: i32[], how many updates were seen.
-    steps_clipped: i32[layers], in how many of them it was clipped.
-    nonfinite_layer: i32[], the first layer that was not finite in the last step in
-      which one was not; -1 before.
+    size: f32[layers], the norm for one element, which compares layers.
+    steps: i32[], how many updates came in.
+    steps_clipped: i32[layers], how many steps clipped it.
+    nonfinite_layer: i32[], the first layer that was not finite in the last such step;
+      -1 before.
     nonfinite_step: i32[], which step that was, counted from 1; 0 before.
-    usual: f32[layers], the norms of the last step that was finite and not skipped.
+    usual: f32[layers], the norms in the last step that was finite and taken.
     spike_layer: i32[], the layer that grew most, compared with `usual`, in the last
       step that a guard skipped as a spike; -1 before.
     spike_step: i32[], which step that was; 0 before.
@@ -86,9 +86,9 @@ class LayerRecord(NamedTuple):
 
 
 class SkipRecord(NamedTuple):
-  """What a guard did. One inside another counts the steps that the outer one let by.
+  """Records what a guard did; an inner guard counts the steps that the outer let by.
 
-  Vectors, as in `Record`.
+  It has vectors, as `Record`.
 
   Attributes:
     shown: f32[2], the (largest) ``norm`` of the last step, skipped or not, and the
@@ -130,7 +130,7 @@ _ENTRIES: dict[type, tuple[tuple[str, ...], ...]] = {
 
 
 def entries(record: Record | SkipRecord) -> dict[str, Array]:
-  """The entries of a record by name; of a stack of records, stacks."""
+  """Names the entries of a record; of a stack of records, the stacks."""
   return {
     name: vector[..., i]
     for names, vector in zip(_ENTRIES[type(record)], record, strict=True)
@@ -139,7 +139,7 @@ def entries(record: Record | SkipRecord) -> dict[str, Array]:
 
 
 def blank() -> Record:
-  """The record before the first step."""
+  """Makes the record before the first step."""
   return Record(
     jnp.zeros(5, jnp.float32).at[2].set(1),
     jnp.zeros(2, jnp.float32),
@@ -154,7 +154,7 @@ def noted(
   applied: Sequence[Any],
   finite: Array,
 ) -> Record:
-  """The record after one more step.
+  """Notes one more step in a record.
 
   Args:
     last: the record before it.
@@ -177,7 +177,7 @@ def noted(
   each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
   above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
   number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
-  # Of one norm it is known without another comparison.
+  # With one norm this needs no other comparison.
   clipped = above[0].reshape(()) if count == 1 else number_above > 0
   happened = jnp.stack([jnp.asarray(True), finite & clipped, ~finite])
   counts = counted(happened, last.counts[:3])
@@ -203,12 +203,12 @@ def noted(
 
 
 def rate(last: Array, happened: Array) -> Array:
-  """The running average of whether something happened, which forgets 1% in a step."""
+  """Returns the running average of whether something happened, which forgets 1% in a step."""
   return last + _RATE_WEIGHT * (happened.astype(jnp.float32) - last)
 
 
 def blank_layers(stacks: list[int]) -> LayerRecord:
-  """The record of layers before the first step."""
+  """Makes the record of layers before the first step."""
   count = sum(max(n, 1) for n in stacks)
   return LayerRecord(
     stacks=jnp.asarray(stacks, jnp.int32),
@@ -236,15 +236,15 @@ def noted_layers(
   clipped: Array,
   skipped: Array | None = None,
 ) -> LayerRecord:
-  """The record of layers after one more step.
+  """Notes one more step in a record of layers.
 
   Args:
     last: the record before it.
-    norm: f[layers], and so the next four.
+    norm: f[layers], as the next four are.
     size: the norm for one element.
-    limit: what was allowed.
-    coefficient: the factor that was applied.
-    clipped: whether it was above its limit.
+    limit: the largest norm allowed.
+    coefficient: the factor applied.
+    clipped: whether the norm was above its limit.
     skipped: bool[], whether a guard skipped the step; `None`: there is no guard.
   """
   steps = optax.safe_increment(last.steps)
@@ -287,9 +287,9 @@ def noted_layers(
 
 
 def of_last_step(state: Any) -> list[bool]:
-  """For each leaf of a state whether it shows the last step, taken or not.
+  """Marks the leaves of a state that show the last step, taken or skipped.
 
-  Those are the norms and what was done to them. Counters count steps taken.
+  These are the norms and what was done to them. Counters count steps taken.
   """
 
   def marks(node: Any) -> list[bool]:
@@ -308,7 +308,7 @@ _LAST = {
 
 
 def single(x: Array) -> Array:
-  """As float32; a finite number, however large, does not become inf."""
+  """Converts to float32; a finite number, however large, does not become inf."""
   if x.dtype == jnp.float32:
     return x
   largest = float(jnp.finfo(jnp.float32).max)
@@ -317,27 +317,27 @@ def single(x: Array) -> Array:
 
 
 def counted(happened: Array, counter: Array) -> Array:
-  """The counter, one higher if it happened."""
+  """Adds one to the counter if it happened."""
   grows = happened & (counter < jnp.iinfo(jnp.int32).max)
   return counter + grows.astype(counter.dtype)
 
 
 def all_finite(sizes: Sequence[Array]) -> Array:
-  """Whether all norms are finite; true if there are none."""
+  """Returns whether all norms are finite; true if there are none."""
   if not any(x.size for x in sizes):
     return jnp.asarray(True)
-  # The largest is recorded anyway, and NaN is larger than all.
+  # The record needs the largest anyway, and NaN is larger than all.
   return jnp.isfinite(_fold(jnp.max, _side_by_side(sizes, _mesh.on_one_device(sizes))))
 
 
 def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
-  """Arrays as one, where that moves no data between devices: it is few kernels."""
+  """Joins arrays where that moves no data between devices, to make few kernels."""
   arrays = [x for x in arrays if x.size]
   if len({x.dtype for x in arrays}) > 1:
     arrays = [x.astype(jnp.float64) for x in arrays]
   if len(arrays) == 1 or not together:
     return arrays
-  # Those of one shape after each other: if they are slices of a stack, XLA takes it.
+  # Sorted by shape: where arrays are slices of a stack, XLA takes the stack.
   arrays = sorted(arrays, key=lambda x: x.shape)
   # Without the barrier XLA reduces each on its own again.
   joined = jnp.concatenate([x.ravel() for x in arrays])
@@ -345,10 +345,7 @@ def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
 
 
 def _fold(reduce: Callable[[Array], Array], arrays: Sequence[Array]) -> Array:
-  """Reduces arrays to one scalar.
-
-  Each array first, so that no two that are sharded differently meet.
-  """
+  """Reduces arrays to a scalar: each first, as their shardings may differ."""
   if len(arrays) == 1:
     return reduce(arrays[0])
   return reduce(jnp.stack([reduce(x) for x in arrays]))

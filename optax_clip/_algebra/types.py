@@ -1,4 +1,4 @@
-"""The three parts of a clipping method."""
+"""Which three parts make a clipping method, and what each must provide."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ Array = jax.Array
 
 
 class Parts(NamedTuple):
-  """How norms of many layers are made of those of each, for ``record="layers"``.
+  """Makes norms over many layers from each layer's, for ``record="layers"``.
 
   Attributes:
-    measure: the measure of each layer.
-    combine: ``combine(norms, updates)``: the norms of the whole, of those of the
-      layers; `None` if only the updates can tell.
+    measure: measures each layer.
+    combine: ``combine(norms, updates)``: makes the norms of the whole from the layers'
+      norms; `None` if only the updates can tell.
   """
 
   measure: "Measure"
@@ -27,19 +27,18 @@ class Parts(NamedTuple):
 
 
 class Measure(NamedTuple):
-  """How large updates are.
+  """Measures how large updates are.
 
   Attributes:
-    layout: ``layout(updates)``: which norms there are and which leaf they concern,
-      from shapes alone. One of `optax_clip.measures` has it; take it from there for
-      a measure of your own, as in ``measures.layer_norm()._replace(measure=mine)``.
-    measure: ``measure(updates, params, **extra_args)``: the norms. A float array with
-      one entry for each norm, an `Extended`, or a list with one for each block of the
-      layout. Two measures are the same if these are equal.
-    parts: where norms are of several layers each, how to have those of the layers
-      from the same read; `None` if that cannot be said.
-    ord: the order of the norms of each layer, by which they grow with its size;
-      `None` if they do not.
+    layout: ``layout(updates)``: says which norms there are and which leaf they
+      concern, from shapes alone. For a measure of your own, take it from one in
+      `optax_clip.measures`, as in ``measures.layer_norm()._replace(measure=mine)``.
+    measure: ``measure(updates, params, **extra_args)``: returns the norms: a float
+      array with one entry for each norm, an `Extended`, or a list with one for each
+      block of the layout. Two measures are the same if these functions are equal.
+    parts: where a norm covers several layers, how to take each layer's norm from the
+      same read; `None` if that cannot be said.
+    ord: the order by which a layer's norm grows with its size; `None` if it does not.
   """
 
   layout: Callable[[Any], Layout]
@@ -49,13 +48,13 @@ class Measure(NamedTuple):
 
 
 class Threshold(NamedTuple):
-  """How large updates may be: a gradient transformation, but on norms.
+  """Says how large updates may be, as a gradient transformation on norms.
 
   Attributes:
-    init: ``init(norms)``: the state; `optax.EmptyState` when there is none. `norms`
-      are zeros: one array, of shape ``[]`` or ``[norms]``.
-    update: ``update(norms, state, **extra_args)``: limits that broadcast to `norms`,
-      of their dtype, and the new state.
+    init: ``init(norms)``: returns the state, or `optax.EmptyState` without one.
+      `norms` are zeros: one array, of shape ``[]`` or ``[norms]``.
+    update: ``update(norms, state, **extra_args)``: returns limits that broadcast to
+      `norms`, of their dtype, and the new state.
   """
 
   init: Callable[[Any], Any]
@@ -63,12 +62,12 @@ class Threshold(NamedTuple):
 
 
 class Action(NamedTuple):
-  """What happens to an update, given its norm and its limit.
+  """Changes an update, given its norm and its limit.
 
   Attributes:
-    weigh: ``weigh(norm, limit)``: the coefficient, an `Extended`; elementwise. A
-      value of 1, which has the unit 1, leaves the update as it is, bit for bit.
-    apply: ``apply(leaf, coefficient, limit)``: the new leaf, of equal dtype.
+    weigh: ``weigh(norm, limit)``: returns the coefficient, an `Extended`; elementwise.
+      A value of 1, which has the unit 1, leaves the update as it is, bit for bit.
+    apply: ``apply(leaf, coefficient, limit)``: returns the new leaf, of equal dtype.
   """
 
   weigh: Callable[[Extended, Array], Extended]

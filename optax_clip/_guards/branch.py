@@ -1,14 +1,14 @@
-"""How a step is not taken: one form for each kind of backend.
+"""What happens on a skipped step: one form for each kind of backend.
 
 * CPU: `lax.cond`. The step runs in one branch, and in the other nothing changes.
-  Parameters and state are written in place of the old ones; a selection instead
+  XLA writes parameters and state in place of the old ones; a selection instead
   takes 3.6 times as long there, and 1.9 copies.
-* GPU and TPU: the step is always computed, and a selection of old and new values is
-  fused into the kernels that read and write them anyway. A `cond` copies parameters
+* GPU and TPU: every step is computed, and XLA fuses a selection between old and new
+  values into the kernels that read and write them anyway. A `cond` copies parameters
   and both moments in every step on a GPU, and stops the host.
 
-Values are the same: nothing is ever multiplied with zero to be forgotten, which would
-keep NaN. So are derivatives: by whatever a skipped step was made of they are 0.
+Values are the same in both: neither multiplies by zero to forget a value, which would
+keep NaN. So are derivatives: by all that a skipped step was made from they are 0.
 """
 
 from collections.abc import Callable
@@ -36,15 +36,15 @@ def taken_or_kept(
   kept: Any,
   state: Any,
 ) -> tuple[Any, Any]:
-  """``step(updates)`` if the step is taken, else what there was before.
+  """Returns ``step(updates)`` if the step is taken, else what there was before.
 
   Args:
-    take: bool[], whether it is taken.
-    step: from updates to the result and the new state; traced once.
-    updates: for `step`.
-    kept: the result of a step that is not taken; `None`: zeros.
-    state: the state before the step. Of a step that is not taken, its records show
-      what was measured; everything else in it stays.
+    take: bool[], whether to take the step.
+    step: maps updates to the result and the new state; traced once.
+    updates: what `step` gets.
+    kept: the result of a skipped step; `None`: zeros.
+    state: the state before the step. On a skipped step its records show what was
+      measured; everything else in it stays.
 
   Raises:
     TypeError: if the step changes the structure, a shape or a dtype of the state.
@@ -56,7 +56,7 @@ def taken_or_kept(
   shown = [False] * len(jax.tree.leaves(shapes[0])) + _record.of_last_step(state)
 
   def new() -> list[Any]:
-    # In a branch, too: `vmap` makes a selection of it.
+    # Gated in a branch, too: `vmap` turns the branch into a selection.
     consts, inputs = (
       [_leaf.gate(x, take) for x in values] for values in (closed.consts, leaves)
     )
@@ -90,13 +90,13 @@ def taken_or_kept(
 
 
 def _weakly_typed(like: Any, new: Array) -> Array:
-  """A result, weakly typed if what came in is."""
+  """Makes a result weakly typed if what came in is."""
   old = jnp.asarray(like)
   return _leaf.keep_weak_type(old, new) if old.shape == new.shape else new
 
 
 def _only(closed: Any, used: list[bool], leaves: list[Any]) -> list[Any]:
-  """Some results of a program, computed without what they do not need."""
+  """Computes some results of a program, without what they do not need."""
   if not any(used):
     return []
   needed, _ = dce_jaxpr(closed.jaxpr, used, instantiate=True)
@@ -104,11 +104,11 @@ def _only(closed: Any, used: list[bool], leaves: list[Any]) -> list[Any]:
 
 
 def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:
-  """The updates of a step that is not taken."""
+  """Makes the updates of a skipped step."""
   found = jax.tree.leaves(shapes)
   if len(found) != len(leaves):
     return [jnp.zeros(x.shape, x.dtype) for x in found]
-  # Of the updates, since these are sharded, and vary over a mesh, as the result is.
+  # Made from the updates, which are sharded, and vary over a mesh, as the result is.
   return [
     jnp.where(take, y.astype(x.dtype), jnp.zeros((), x.dtype))
     if x.shape == jnp.shape(y)
@@ -118,7 +118,7 @@ def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:
 
 
 def _same_types(state: Any, later: Any) -> None:
-  """Raises unless a step leaves the types in a state as they are."""
+  """Raises an error if a step changes a type in the state."""
   fix = (
     "A guard has to choose between the two, and so has jax.lax.scan. Make its init"
     " return what its update returns: cast there, as jnp.zeros(..., dtype)."

@@ -1,23 +1,23 @@
-"""Guards: whether a step is taken at all, decided before it is.
+"""Who decides whether a step is taken, and when: judges, before the step.
 
 A guard is a transformation around another one. Its *judges* measure the updates and
-decide; if one of them says no, nothing changes: no update, no moment, no counter, no
-memory of a threshold::
+decide. If one of them says no, nothing changes: no update, no optimizer moment, no
+counter, no threshold's memory::
 
     updates, params, loss
           |  judges         see what the clip sees, and hand on what they measured
           v
-       verdicts             take the step or not, and why
-          |  _branch        by the means of the backend
+       verdicts             say whether to take the step, and why not
+          |  _branch        takes or skips it, in the backend's form
           v
     inner.update, and with `guarded_step` also the addition to the parameters
 
 Guards directly inside one another become one guard with several judges, the outermost
-first: a judge does not learn of steps that one before it refused, nor count them.
+first: a judge neither learns from steps that one before it refused, nor counts them.
 
-On CPU, updates that leave the branch are a buffer of their own, as large as the
-gradients. Parameters and state that leave it are written in place of the old ones.
-Hence the two ways to take a guarded step: as any optax transformation, or whole.
+On CPU, updates that leave the branch need a buffer of their own, as large as the
+gradients. Parameters and state that leave it replace the old ones in place. Hence the
+two ways to take a guarded step: as any optax transformation, or whole.
 """
 
 from collections.abc import Callable
@@ -51,14 +51,14 @@ Array = jax.Array
 
 
 class GuardState(NamedTuple):
-  """The state of a guard.
+  """Holds the state of a guard.
 
   Attributes:
-    inner: the state of the transformation inside; changes with steps taken, but for
-      the norms, limits and coefficients in its records, which are of the last step.
+    inner: the state of the transformation inside. Only steps taken change it, but for
+      the norms, limits and coefficients in its records, which show the last step.
     memory: what the judge remembers.
     record: ``{name: SkipRecord}``; with ``record="layers"`` also
-      ``{name/layers: LayerRecord}``, of all steps.
+      ``{name/layers: LayerRecord}``, which covers all steps.
   """
 
   inner: Any
@@ -71,10 +71,10 @@ class GuardState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-  """The `update` of a guarded transformation, which can also take a whole step.
+  """Serves as the `update` of a guarded transformation, and can take a whole step.
 
   Attributes:
-    inner: what all judges stand around.
+    inner: the transformation that all judges stand around.
     judges: the outermost first.
   """
 
@@ -109,17 +109,17 @@ class Guard:
     params: Params,
     extra_args: dict[str, Any],
   ) -> tuple[Any, GuardState]:
-    """One step.
+    """Takes or skips one step.
 
     Args:
-      finish: from updates to the result.
-      kept: the result of a step that is not taken; `None`: zeros.
-      updates: as for `__call__`, and so on.
-      state: of this guard.
-      params: or `None`.
+      finish: maps updates to the result.
+      kept: the result of a skipped step; `None`: zeros.
+      updates: what `__call__` gets.
+      state: the state of this guard.
+      params: the parameters, or `None`.
       extra_args: for the transformation inside, and ``loss`` for the judges.
     """
-    # Leaves of float0 have no values, and pass by the branch.
+    # Leaves of float0 have no values, and bypass the branch.
     given_updates, updates = updates, _leaves.with_values(updates)
     weights = _leaves.floats_only(params)
     states, inner_state = self._apart(state, updates)
@@ -138,7 +138,7 @@ class Guard:
     inner = optax.with_extra_args_support(self.inner)
 
     def step(updates: Updates) -> tuple[Any, Any]:
-      # Divided anew: XLA would hold what goes into a branch in a buffer.
+      # Divided again here: XLA would hold in a buffer what goes into a branch.
       for scale in scales:
         updates = _divided(updates, scale)
       norms = known.moved(seen, updates, weights)
@@ -157,7 +157,7 @@ class Guard:
     return result, later
 
   def _apart(self, state: Any, updates: Updates) -> tuple[list[GuardState], Any]:
-    """The state of each judge, and that of what they stand around."""
+    """Splits a state: one for each judge, and that of the transformation inside."""
     states = []
     for judge in self.judges:
       if not isinstance(state, GuardState) or not isinstance(state.record, dict):
@@ -174,11 +174,11 @@ class Guard:
 
 
 def guarded(inner: Any, judge: Judge) -> optax.GradientTransformationExtraArgs:
-  """The transformation that does what `inner` does when `judge` lets it.
+  """Makes a transformation that does what `inner` does when `judge` lets it.
 
   Args:
     inner: any transformation; a guard too.
-    judge: what decides.
+    judge: decides.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` that `guarded_step` accepts.
@@ -200,29 +200,28 @@ def guarded_step(
   params: Params,
   **extra_args: Any,
 ) -> tuple[Params, OptState]:
-  r"""A whole step of a guarded optimizer: new parameters and state, or the old.
+  r"""Takes a whole step of a guarded optimizer: returns new parameters, or the old.
 
   .. math::
       (p, s) \leftarrow \begin{cases} (p + u, s') & \text{if the step is taken,
       with } u, s' = \text{tx.update}(g, s, p) \\ (p, s) & \text{else} \end{cases}
 
-  The same as ``tx.update`` and `optax.apply_updates`, but in one branch: the updates
-  never leave it. In a jitted AdamW step with donated parameters and state it holds
-  and reads what clipping alone does, where ``tx.update`` of the same `tx` needs a
-  temporary of the size of the gradients. Use ``tx.update`` where something stands
-  between the two: a framework that calls it for you, `optax.MultiSteps` or another
-  wrapper around `tx`.
+  It does what ``tx.update`` and `optax.apply_updates` do, but in one branch, which the
+  updates never leave. In a jitted AdamW step with donated parameters and state it holds
+  and reads what clipping alone does; there ``tx.update`` needs a temporary as large as
+  the gradients. Use ``tx.update`` where something stands between the two: a framework
+  that calls it for you, `optax.MultiSteps` or another wrapper around `tx`.
 
   Args:
-    tx: what `skip_nonfinite`, `skip_spikes` or `dynamic_loss_scale` returned.
-      Guards directly inside one another are taken whole together.
-    grads: as for ``tx.update``.
-    state: as ``tx.init(params)`` returned it; the same as for ``tx.update``.
+    tx: what `skip_nonfinite`, `skip_spikes` or `dynamic_loss_scale` returned; guards
+      directly inside one another too, which then take the step together.
+    grads: what ``tx.update`` would get.
+    state: what ``tx.init(params)`` returned; ``tx.update`` takes the same one.
     params: the parameters.
-    **extra_args: as for ``tx.update``, for example ``loss=``.
+    **extra_args: what ``tx.update`` would get, for example ``loss=``.
 
   Returns:
-    The parameters, of the dtypes they had, and the state.
+    The parameters, in the dtypes they had, and the state.
 
   Raises:
     TypeError: if `tx` is not a guard.
@@ -262,9 +261,9 @@ def _own(state: GuardState) -> SkipRecord:
 
 
 def _unless_refused(before: Array, new: Any, old: Any) -> Any:
-  """What a judge has after a step, or had, if one further out had refused it.
+  """Chooses a judge's state: the old one if a judge further out refused the step.
 
-  Its record shows what was measured of the last step in either case.
+  In either case its record shows what was measured in the last step.
   """
   leaves, treedef = jax.tree.flatten(new)
   chosen = [
@@ -291,12 +290,12 @@ def _divided(updates: Updates, scale: Array | None) -> Any:
 def _unscaled(
   known: Given, updates: Updates, params: Params, scale: Array | None
 ) -> tuple[Given, Any]:
-  """The updates divided by a scale, and what is known of them then."""
+  """Divides updates by a scale; returns them with what is known of them then."""
   if scale is None:
     return known, updates
   new = _divided(updates, scale)
   if any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(updates)):
-    # Rounded to few digits after they were measured: measured again where needed.
+    # Division rounds them to few digits after they were measured: measure again.
     return Given(), new
 
   def change(blocks: list[Extended]) -> list[Extended]:

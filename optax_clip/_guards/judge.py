@@ -1,4 +1,4 @@
-"""What decides whether a step is taken, and what it says of a step."""
+"""What a judge of steps needs, and what it says about one."""
 
 from collections.abc import Callable
 import enum
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class SkipReason(enum.IntEnum):
-  """Why a step was not taken, as in ``metrics(...)["<name>/reason"]``."""
+  """Says why a step was skipped, as ``metrics(...)["<name>/reason"]`` does."""
 
   NONE = 0
   NONFINITE_NORM = 1
@@ -25,18 +25,17 @@ class SkipReason(enum.IntEnum):
 
 
 class Verdict(NamedTuple):
-  """What a judge says of a step.
+  """Says what a judge decided, and what it measured.
 
   Attributes:
-    take: bool[], whether it is taken.
-    reason: i32[], why not; NONE if it is.
+    take: bool[], whether to take the step.
+    reason: i32[], why not; NONE if it is taken.
     norm: f32[], for the record.
     limit: f32[], for the record.
-    memory: of the judge, after the step.
-    known: what was measured of the updates.
-    layers: what of each layer, if that is recorded.
-    scale: `None`, or f32[]: what comes after this judge is given the updates divided
-      by it.
+    memory: the judge's memory after the step.
+    known: the norms that it measured.
+    layers: each layer's norm, if that is recorded.
+    scale: `None`, or f32[]: later judges and `inner` get the updates divided by it.
   """
 
   take: Array
@@ -50,13 +49,14 @@ class Verdict(NamedTuple):
 
 
 class Judge(NamedTuple):
-  """What decides whether a step is taken.
+  """Decides whether a step is taken.
 
   Attributes:
     name: the prefix of its metrics' keys.
-    init: ``init(params)``: the memory before the first step.
-    judge: ``judge(updates, params, memory, record, known, extra_args)``: a `Verdict`.
-    stacks: from parameters to the layers that are recorded; `None`: none are.
+    init: ``init(params)``: returns the memory before the first step.
+    judge: ``judge(updates, params, memory, record, known, extra_args)``: returns a
+      `Verdict`.
+    stacks: maps parameters to the layers that are recorded; `None`: none are.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""Loss scaling: float16 gradients that neither underflow nor end a run."""
+"""How float16 gradients neither underflow nor end a run: loss scaling."""
 
 from typing import Any
 from typing import NamedTuple
@@ -23,15 +23,15 @@ from optax_clip._types import Scalar
 from optax_clip._types import Updates
 
 Array = jax.Array
-# Beyond it the inverse of a scale is no normal float, and unscaled updates are 0.
+# Beyond this, a scale's inverse is no normal float, and unscaled updates are 0.
 _LARGEST = 2.0**126
 
 
 class LossScale(NamedTuple):
-  """What `dynamic_loss_scale` remembers.
+  """Holds what `dynamic_loss_scale` remembers.
 
   Attributes:
-    scale: f32[], what the next loss is to be multiplied with.
+    scale: f32[], the factor for the next loss.
     finite_steps: i32[], steps taken since the scale last changed.
   """
 
@@ -62,44 +62,39 @@ def dynamic_loss_scale(
       \text{inner}(g / S),\ \min(2 S, S_{max}) & \text{... for the 2000th time in a
       row} \\ 0,\ \max(S / 2, S_{min}) & \text{else} \end{cases}
 
-  float16 holds nothing between 6e-8 and 0, so gradients are computed of a loss
-  that is a large number of times itself: of ``loss * loss_scale(state)``. In one
-  pass over the gradients this unscales them, measures, clips (in `inner`, by
-  limits in the units of the unscaled gradients), and skips. The norm is that of the
-  scaled gradients, divided by the scale: no float16 is rounded for it.
+  float16 holds nothing between 6e-8 and 0, so differentiate the loss times a large
+  number: ``loss * loss_scale(state)``. In one pass over the gradients this unscales
+  them, measures, clips (in `inner`, by limits in the units of the unscaled gradients),
+  and skips. The norm is the scaled gradients' norm divided by the scale, so that no
+  float16 is rounded for it.
 
-  Keep parameters in float32 and cast them to float16 in the forward pass, as usual
-  in mixed precision: gradients are then float32 here. Those in float16 are unscaled
-  in float32 and rounded back, which may lose what the scale has saved.
+  Keep parameters in float32 and cast them to float16 in the forward pass, as usual in
+  mixed precision: gradients are then float32 here. This unscales float16 gradients in
+  float32 and rounds them back, which may lose what the scale has saved.
 
   Args:
-    inner: the transformation, usually a chain of a clip and an optimizer. May be
-      `skip_spikes`, which then judges unscaled norms.
+    inner: as in `skip_nonfinite`; `skip_spikes` here judges unscaled norms.
     init_scale: the first scale. Powers of two, here and below, are exact.
-    growth_interval: after so many steps in a row that are finite the scale grows.
-    growth_factor: by this factor, at least 1.
-    backoff_factor: a step that is not finite multiplies the scale with it; in (0, 1].
+    growth_interval: after so many finite steps in a row the scale grows.
+    growth_factor: how many times it grows, at least 1.
+    backoff_factor: multiplies the scale on a step that is not finite; in (0, 1].
     min_scale: the scale never falls below this, or 2^-126 if that is more. Persistent
       NaNs drive it here.
     max_scale: the scale never grows beyond this, or 2^126 if that is less.
-    measure: see `skip_nonfinite`. Of the updates alone, and homogeneous: all of
-      `optax_clip.measures` are but `relative`.
-    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
-      for `layer_metrics`, which names the layer that was not finite; there
-      ``clipped`` are skipped steps.
-    name: the prefix of the metrics' keys: those of `SkipRecord` and `LossScale`.
+    measure: as in `skip_nonfinite`. It must be homogeneous and read the updates alone,
+      as all in `optax_clip.measures` but `relative` do.
+    record: as in `skip_nonfinite`.
+    name: as in `skip_nonfinite`; `LossScale` lists two more fields.
 
   All numbers may be traced.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
-    arguments are passed on to `inner`; a ``loss`` among them is to be unscaled.
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. It passes
+    extra arguments on to `inner`; a ``loss`` among them must be unscaled.
 
   Raises:
     TypeError: if `inner` is not a transformation.
-    ValueError: for a number out of its range.
-
-  Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740.
+    ValueError: if a number is outside its range.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_clip
@@ -118,6 +113,9 @@ def dynamic_loss_scale(
     >>> params, state = step(params, state, jnp.array([0.5, 0.5], jnp.float16))
     >>> print(params["w"], optax_clip.loss_scale(state))
     [0.95 0.95] 32768.0
+
+  References:
+    Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740.
   """
   _validate.positive(
     init_scale=init_scale,

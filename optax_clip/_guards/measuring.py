@@ -1,4 +1,4 @@
-"""What a guard measures, and hands on."""
+"""What a guard measures, once for itself and for the clip inside."""
 
 from typing import Any
 from typing import NamedTuple
@@ -19,12 +19,12 @@ Array = jax.Array
 
 
 class Seen(NamedTuple):
-  """What a guard measured.
+  """Holds what a guard measured.
 
   Attributes:
-    sizes: f[norms], all norms of its measure.
-    known: what need not be measured again.
-    layers: the norms of layers, if these are recorded.
+    sizes: f[norms], all norms by its measure.
+    known: norms that nobody needs to measure again.
+    layers: each layer's norm, if that is recorded.
   """
 
   sizes: Array
@@ -33,11 +33,11 @@ class Seen(NamedTuple):
 
 
 class Measuring(NamedTuple):
-  """What a guard measures; its own record it always needs.
+  """Measures for a guard, which always keeps a record.
 
   Attributes:
-    measure: of what its judge sees.
-    by_layer: whether it records layers.
+    measure: measures what the judge sees.
+    by_layer: whether to record layers.
   """
 
   measure: Measure
@@ -45,13 +45,13 @@ class Measuring(NamedTuple):
 
   @classmethod
   def of(cls, measure: Any, record: Any) -> "Measuring":
-    """From the arguments of a guard."""
+    """Makes one from a guard's arguments."""
     _validate.choice((True, "layers"), record=record)
     return cls(checked_measure(measure), record == "layers")
 
   @property
   def stacks(self) -> Any:
-    """From parameters to the layers that are recorded; `None` if none are."""
+    """Returns what maps parameters to the recorded layers; `None` if none are."""
     if not self.by_layer:
       return None
     return lambda params: _given.of_layers(self.measure, params).layout(params).stacks()
@@ -59,7 +59,7 @@ class Measuring(NamedTuple):
   def measured(
     self, updates: Updates, params: Params, known: Given, extra_args: dict[str, Any]
   ) -> Seen:
-    """Measures the updates, once for the guard and for what stands in it."""
+    """Measures the updates, once for the guard and for all inside it."""
     norms, layers = _given.measured(
       self.measure, self.by_layer, updates, params, known, extra_args
     )
@@ -72,7 +72,7 @@ class Measuring(NamedTuple):
 
 
 def checked_measure(measure: Any) -> Measure:
-  """A measure; the global norm if it is `None`."""
+  """Checks a measure; returns the global norm for `None`."""
   if measure is None:
     return measures.global_norm()
   _validate.instance(Measure, "optax_clip.measures", measure=measure)

@@ -1,4 +1,4 @@
-"""What a guard notes of a step."""
+"""What a guard notes about a step."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ Array = jax.Array
 
 
 def recorded_loss(extra_args: dict[str, Any]) -> Array:
-  """The ``loss=`` of a step, for the record: f32[], NaN where there is none.
+  """Returns the ``loss=`` for the record: f32[], NaN if none was passed.
 
-  None is one that differs over a mesh: the state would then differ over it, too.
+  A loss that differs over a mesh does not count: with it the state would differ, too.
   """
   loss = extra_args.get("loss")
   loss = jnp.asarray(jnp.nan if loss is None else loss)
@@ -31,7 +31,7 @@ def recorded_loss(extra_args: dict[str, Any]) -> Array:
 
 
 def blank() -> SkipRecord:
-  """The record before the first step."""
+  """Makes the record before the first step."""
   return SkipRecord(
     shown=jnp.asarray([0, jnp.inf], jnp.float32),
     kept=jnp.asarray([0, jnp.nan, 0, jnp.nan], jnp.float32),
@@ -40,11 +40,11 @@ def blank() -> SkipRecord:
 
 
 def noted(last: Any, verdict: Verdict, loss: Array) -> Any:
-  """One of the records after one more step."""
+  """Notes one more step in one of the records."""
   if isinstance(last, SkipRecord):
     return _skip_noted(last, verdict, loss)
   if verdict.layers is None:
-    return last  # The state is of a guard with record="layers", and this is not.
+    return last  # From a guard with record="layers", which this one is not.
   norm, size = verdict.layers
   return _record.noted_layers(
     last,

@@ -1,4 +1,4 @@
-"""Skipping: steps that are not finite, or are spikes, are not taken."""
+"""Which steps are skipped: those that are not finite, and spikes."""
 
 from typing import Any
 from typing import NamedTuple
@@ -32,12 +32,12 @@ Array = jax.Array
 
 
 class SpikeMemory(NamedTuple):
-  """What `skip_spikes` remembers.
+  """Holds what `skip_spikes` remembers.
 
   Attributes:
     threshold: the memory of the threshold, or a `LossMemory` if the loss is a signal;
       changes with steps taken.
-    learnt: i32[], steps taken since the start, or since it started afresh.
+    learnt: i32[], steps taken since the start, or since the last fresh start.
     spikes: i32[], how many spikes were skipped since the last step taken.
     calm: i32[], for how many more steps nothing counts as a spike.
   """
@@ -49,19 +49,19 @@ class SpikeMemory(NamedTuple):
 
 
 class LossMemory(NamedTuple):
-  """What `skip_spikes` remembers if the loss is a signal.
+  """Holds what `skip_spikes` remembers if the loss is a signal.
 
   Attributes:
     threshold: the memory of the threshold; for the loss it learns distances from the
       level.
-    level: f32[], the bias-corrected running mean of the losses of steps taken.
+    level: f32[], the bias-corrected running mean of the loss over steps taken.
   """
 
   threshold: Any
   level: Array
 
 
-# The level of the loss is its mean over about the last 100 steps taken.
+# The loss's level is its mean over about the last 100 steps taken.
 _LEVEL_DECAY = 0.99
 # The smallest normal float32.
 _LEAST_DISTANCE = 2.0**-126
@@ -76,41 +76,41 @@ def skip_nonfinite(
   record: GuardRecording = True,
   name: str = "skip_nonfinite",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Takes no step whose gradient has a NaN or an inf.
+  r"""Skips every step whose gradient has a NaN or an inf.
 
   .. math::
       (u, s) \leftarrow \begin{cases} \text{inner}(g, s) & \text{if } \|g\| \text{
       is finite} \\ (0, s) & \text{else} \end{cases}
 
-  On a step that is not taken updates are zero and nothing in the state of `inner`
-  changes: no moment, no step count, no memory of a threshold; only what `metrics`
-  calls ``norm``, ``limit``, ``coefficient`` and ``clipped_fraction`` is of the last
-  step, taken or not. The run goes on as if the step had not been. A norm of finite
-  gradients is never inf here, so that no finite step is lost, whatever its size.
+  On a skipped step updates are zero and the state of `inner` is untouched: optimizer
+  moments, step counts, thresholds' memories. Only ``norm``, ``limit``, ``coefficient``
+  and ``clipped_fraction`` in `metrics` show the last step, taken or skipped. The run
+  goes on as if the step had not been. Finite gradients never have a norm of inf here,
+  so that no finite step is lost, whatever its size.
 
-  The test costs no read of its own: a clip inside that measures what `measure`
-  measures, and stands first in its chain, takes over the norm. On CPU a jitted AdamW
-  step takes 2.0 times as long as with the clip alone, and a copy of the gradients,
-  with `optax.apply_if_finite` 2.4 times and a copy; with `guarded_step` as long as
-  with the clip alone, and no copy.
+  The test needs no read of its own: a clip inside that measures what `measure` does,
+  and stands first in its chain, takes over the norm. On CPU a jitted AdamW step takes
+  2.0 times as long as with the clip alone, and a copy of the gradients; with
+  `optax.apply_if_finite` 2.4 times and a copy; with `guarded_step` as long as with the
+  clip alone, and no copy.
 
   Args:
     inner: the transformation, usually a chain of a clip and an optimizer.
-    max_consecutive: `None`: a step that is not finite is never taken. A number:
-      after so many in a row the next one is, NaN and all, as with
-      `optax.apply_if_finite`, so that the run fails visibly. To stop by yourself
-      instead, read ``metrics(state)["skip_nonfinite/consecutive"]``.
-    measure: what is measured, the global norm by default. Pass the measure of the
-      clip inside, as `measures.layer_norm()` for `clip_by_layer_norm`, or one with
+    max_consecutive: `None`: never takes a step that is not finite. A number: after so
+      many in a row takes the next one, NaN and all, so that the run fails visibly, as
+      with `optax.apply_if_finite`. To stop by yourself instead, read
+      ``metrics(state)["skip_nonfinite/consecutive"]``.
+    measure: what to measure, the global norm by default. Pass the measure of the clip
+      inside, as `measures.layer_norm()` for `clip_by_layer_norm`, or one with
       ``axis_name`` for `jax.pmap`.
-    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
-      for `layer_metrics`, which names the layer that was not finite; there
-      ``clipped`` are skipped steps.
-    name: the prefix of the metrics' keys: those of `SkipRecord`.
+    record: `True`, or ``"layers"``: also keeps the norm of each layer, from the same
+      read, for `layer_metrics`, which names the layer that was not finite and counts
+      skipped steps as ``clipped``.
+    name: the prefix of the metrics' keys, whose fields `SkipRecord` lists.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
-    arguments are passed on to `inner`.
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. It passes
+    extra arguments on to `inner`.
 
   Raises:
     TypeError: if `inner` is not a transformation.
@@ -171,59 +171,54 @@ def skip_spikes(
   record: GuardRecording = True,
   name: str = "skip_spikes",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Takes no step whose gradient norm, or loss, is a spike or not finite.
+  r"""Skips every step whose gradient norm, or loss, is a spike or not finite.
 
   .. math::
       (u, s) \leftarrow \begin{cases} \text{inner}(g, s) & \text{if } x \le f L
       \text{ for each signal } x \\ (0, s) & \text{else} \end{cases}
 
-  with the limit :math:`L` that the threshold learned from the steps *taken*. By
-  default that is the mean and 6 standard deviations of the last 128 norms, as
-  soon as there are 64 of them (as OLMo, MaxText and Levanter have it, there with
-  the skipped steps among them). What is skipped is skipped whole, as in
-  `skip_nonfinite`, whose test is part of this one.
+  The threshold learns the limit :math:`L` from the steps *taken*: by default the mean
+  plus 6 standard deviations of the last 128 norms, as soon as there are 64 (as in OLMo,
+  MaxText and Levanter, which learn from skipped steps too). A step is skipped whole, as
+  by `skip_nonfinite`, whose test is part of this one.
 
-  A lasting rise of the level looks like spikes that do not end. After
-  `max_consecutive` of them the threshold therefore starts afresh, with no memory
-  but of the step at hand, which is taken. From a burst that is longer than that,
-  and finite, only the clip inside protects.
+  A lasting rise of the level looks like spikes that do not end. After `max_consecutive`
+  such spikes the threshold therefore starts afresh: it remembers only the step at hand,
+  which is taken. Against a longer finite burst only the clip inside protects.
 
   Args:
-    inner: the transformation, usually a chain of a clip and an optimizer.
-    threshold: what judges, from `optax_clip.thresholds`: one that learns, or a
-      constant. Its limit should be one that ordinary steps do not exceed: a high
-      percentile, or a low one with a `factor`.
-    signals: ``("norm",)``, ``("loss",)`` or both. The loss is passed to ``update``
-      or `guarded_step` as ``loss=``, unscaled and averaged over devices. It may be
-      of any sign: what is judged, and learned, is its distance from the mean of about
-      the last 100 losses of steps taken, and a loss below that is never a spike.
+    threshold: the judge, from `optax_clip.thresholds`: one that learns, or a constant.
+      Ordinary steps should stay below its limit: take a high percentile, or a low one
+      with a `factor`.
+    signals: ``("norm",)``, ``("loss",)`` or both. Pass the loss to ``update`` or
+      `guarded_step` as ``loss=``, unscaled and averaged over devices. It may have any
+      sign: the threshold learns and judges its distance from the mean loss over about
+      the last 100 steps taken, and a loss below that mean is never a spike.
     factor: f > 0, how many times its limit a signal may be.
-    warmup: so many steps at first, and after each fresh start, are no spikes
-      (and are learned from). Thresholds that need values to begin with have no limit
-      before that, whatever this is.
+    warmup: so many steps at first, and after each fresh start, are no spikes (but the
+      threshold learns from them). Thresholds that need values to begin with have no
+      limit before they have them, whatever this is.
     cooldown: so many steps after a spike are no spikes: at most every
       ``cooldown + 1``-th step is skipped.
     max_consecutive: after so many skipped spikes without a step taken the threshold
       starts afresh; steps that are not finite neither count nor interrupt. `None`:
       never, which skips a risen level for as long as it lasts.
-    measure: what is measured, the global norm by default; see `skip_nonfinite`. Of
-      several norms each is judged by its own limit, and one spike suffices.
-    record: `True`, or ``"layers"``: also the norm of each layer, from the same read,
-      for `layer_metrics`, which names the layer that was not finite; there
-      ``clipped`` are skipped steps.
-    name: the prefix of the metrics' keys: those of `SkipRecord`, where ``norm`` and
-      ``limit`` are of the loss if that is the only signal.
+    measure: as in `skip_nonfinite`. With several norms each has its own limit, and one
+      spike suffices.
+    inner, record: as in `skip_nonfinite`.
+    name: as in `skip_nonfinite`; if the loss is the only signal, ``norm`` and ``limit``
+      show the loss.
 
   All numbers may be traced.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. Extra
-    arguments are passed on to `inner`.
+    An `optax.GradientTransformationExtraArgs`; its state is a `GuardState`. It passes
+    extra arguments on to `inner`.
 
   Raises:
     TypeError: if `inner` is not a transformation; in ``update``, if ``loss`` is a
       signal and was not passed.
-    ValueError: for an unknown signal, or a number out of its range.
+    ValueError: if a signal is unknown, or a number is outside its range.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip
@@ -282,11 +277,11 @@ def skip_spikes(
       loss = _loss(extra_args)
       finite &= jnp.isfinite(loss)
       loss = _record.single(loss)
-      # Half of the range, so that a difference of two is a float.
+      # Half the range, so that a difference between two is a float.
       bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
-      # Any sign, any offset: what is judged is the distance from the level.
+      # The loss may have any sign and offset: judge its distance from the level.
       distance = jnp.where(memory.learnt > 0, bounded - level, 0)
-      # At least what rounding makes of it: a distance of 0 would not be learned.
+      # At least the rounding error: the threshold would not learn a distance of 0.
       least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
       size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learnt > 0, least, 0))
       weight = _memory.debiasing(_LEVEL_DECAY, memory.learnt)
@@ -294,8 +289,7 @@ def skip_spikes(
       values = jnp.concatenate([values, size[None].astype(values.dtype)])
       signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
 
-    # By what was learned before this step. Nothing is learned from a 0, so that it is
-    # the memory alone that answers.
+    # The limits from before this step: a 0 teaches nothing, so memory alone answers.
     limits, _ = threshold.update(jnp.zeros_like(values), old)
     limits = jnp.broadcast_to(limits, values.shape)
     limits = limits * jnp.asarray(factor, limits.dtype)
@@ -311,7 +305,7 @@ def skip_spikes(
     take = finite & ~skipped
 
     _, later = threshold.update(values, old)
-    # After a lasting shift: no memory but of this step.
+    # After a lasting shift the memory holds this step alone.
     blank = jnp.zeros_like(values)
     _, afresh = threshold.update(values, threshold.init(blank))
     learnt = jax.tree.map(
@@ -363,7 +357,7 @@ def _loss(extra_args: dict[str, Any]) -> Array:
   loss = extra_args.get("loss")
   if loss is None:
     raise TypeError(
-      "The loss is one of the signals: pass it, as in tx.update(grads, state,"
+      "loss is a signal, but was not passed. Pass it, as in tx.update(grads, state,"
       " params, loss=loss)."
     )
   loss = jnp.asarray(loss)

@@ -1,4 +1,4 @@
-"""Reading what clipping did to each layer out of any optimizer state, by name."""
+"""What clipping did to each layer, by name, from any optimizer state."""
 
 import collections
 import dataclasses
@@ -19,15 +19,15 @@ from optax_clip._types import Params
 
 
 class LayerMetrics(NamedTuple):
-  """What clipping did to one layer.
+  """Says what clipping did to one layer.
 
   Attributes:
-    norm: of the last step, before clipping; of units, the largest.
+    norm: its norm in the last step, before clipping; with units, the largest.
     limit: what the last step allowed the layer, or the group that it is clipped with.
-    coefficient: what the last step multiplied it with; of units, the smallest.
-    size: the norm for one element, its root mean square for norms of order 2. By it
-      layers are compared. Ratios and RMS are as they are.
-    clipped: the share of all steps in which it was clipped.
+    coefficient: its factor in the last step; with units, the smallest.
+    size: the norm for one element, which compares layers: the root mean square for
+      norms of order 2. Ratios and RMS stay as they are.
+    clipped: the share of all steps that clipped it.
   """
 
   norm: float
@@ -39,19 +39,19 @@ class LayerMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-  """What clipping did to each layer; printed, a table of it.
+  """Says what clipping did to each layer, and prints as a table.
 
   Attributes:
-    layers: by path, in the order of the parameters. Layers of a stacked leaf are
-      ``path[0]``, ``path[1]``, and so on.
-    steps: how many updates were seen.
+    layers: `LayerMetrics` by path, in the order of the parameters. A stacked leaf has
+      the layers ``path[0]``, ``path[1]``, and so on.
+    steps: how many updates came in.
     nonfinite: the first layer with a NaN or an inf, in the last step that had one;
       `None` if there was no such step.
     nonfinite_step: which step that was, counted from 1; 0 if there was none.
     spike: the layer that grew most in the last step that the guard skipped as a spike;
       `None` if there was none.
     spike_step: which step that was; 0 if there was none.
-    spike_growth: by what factor the layer's norm exceeded that of the step before.
+    spike_growth: that layer's norm, divided by its norm in the last step taken before.
     skips: the metrics of the guard that recorded these layers; empty of a clip.
     exploding: layers whose size was more than `factor` times the median size of the
       others in the last step, or not finite; the largest first.
@@ -71,7 +71,7 @@ class LayerReport:
   vanishing: list[str]
 
   def scalars(self) -> dict[str, float]:
-    """All numbers in one flat dictionary, as ``<path>/norm``, for a logger."""
+    """Returns all numbers in one flat dictionary, as ``<path>/norm``, for a logger."""
     return {
       f"{path}/{field}": value
       for path, layer in self.layers.items()
@@ -79,7 +79,7 @@ class LayerReport:
     }
 
   def __str__(self) -> str:
-    """A line for each layer, the largest norm first, of at most 80 columns."""
+    """Writes one line for each layer, the largest norm first, in 80 columns at most."""
     # A NaN is larger than all.
     order = sorted(
       self.layers, key=lambda path: (-_order(self.layers[path].norm), path)
@@ -89,7 +89,7 @@ class LayerReport:
     lines = [f"{'layer':{width}}{heading}"]
     for path in order:
       x = self.layers[path]
-      # The end of a path says more than its start.
+      # A path's end says more than its start.
       shown = path if len(path) <= width else "..." + path[3 - width :]
       mark = ""
       if path in self.exploding:
@@ -114,7 +114,7 @@ class LayerReport:
     return "\n".join(lines)
 
   def _outcome(self, step: int, counter: str, loss: str) -> str:
-    """Whether the guard skipped a step, and the loss of it."""
+    """Says whether the guard skipped a step, and with what loss."""
     if not self.skips:
       return ""
     if self.skips[counter] != step:
@@ -125,27 +125,26 @@ class LayerReport:
 def layer_metrics(
   opt_state: OptState, params: Params, *, name: str | None = None, factor: float = 1e3
 ) -> LayerReport:
-  r"""What a transformation with ``record="layers"`` did to each layer, by name.
+  r"""Reads what a transformation with ``record="layers"`` did to each layer, by name.
 
-  A layer explodes, or vanishes, if its size :math:`s_l`, the norm for one element,
-  leaves those of the others behind in the last step:
+  A layer explodes, or vanishes, if its size :math:`s_l`, the norm for one element, is
+  far from the others' sizes in the last step:
 
   .. math::
       s_l > F \cdot \text{median}_k(s_k), \quad s_l < \text{median}_k(s_k) / F
 
-  The norms are those that clipping needed anyway, or of the same read: none of the
-  gradients is read twice. Call it outside of `jax.jit`, as names are no arrays; it
-  fetches a few vectors from the device.
+  Clipping needed these norms anyway, or took them in the same read: no gradient is
+  read twice. Call this outside `jax.jit`, as names are no arrays; it fetches a few
+  vectors from the device.
 
   Args:
     opt_state: any optimizer state that holds such a record, however deep: what
       `metrics` takes.
-    params: the parameters that the transformation was initialised with, or anything
-      of their structure; in Flax NNX ``nnx.state(model, nnx.Param)``, without what
-      BatchNorm and Dropout have. Of a transformation in `optax.masked` or
-      `optax.multi_transform`: the part it sees, with `optax.MaskedNode` for the rest,
-      as ``jax.tree.map(lambda p, l: p if l == "clip" else optax.MaskedNode(), params,
-      labels)``.
+    params: the parameters that ``init`` got, or anything with their structure; in Flax
+      NNX ``nnx.state(model, nnx.Param)``, without what BatchNorm and Dropout have. For
+      a transformation in `optax.masked` or `optax.multi_transform`, the part that it
+      sees, with `optax.MaskedNode` for the rest, as ``jax.tree.map(lambda p, l: p if
+      l == "clip" else optax.MaskedNode(), params, labels)``.
     name: which one, if there are several: the prefix of its metrics' keys.
     factor: F > 1. Layers differ by some powers of ten without harm; the default of
       1000 is beyond that.
@@ -154,8 +153,8 @@ def layer_metrics(
     A `LayerReport`.
 
   Raises:
-    ValueError: if the state holds no such record, or several; if it is of another
-      number of leaves than `params`; if `factor` is not above 1.
+    ValueError: if the state holds no such record, or several; if its number of leaves
+      is not that of `params`; if `factor` is not above 1.
     TypeError: inside `jax.jit`.
 
   Example:
@@ -224,14 +223,14 @@ def _host(leaf: Any) -> np.ndarray:
   value = _metrics.array(leaf)
   if isinstance(value, jax.core.Tracer):
     raise TypeError(
-      "layer_metrics was called on a traced state, and returns names. Call it outside"
+      "layer_metrics was called on a traced state, but returns names. Call it outside"
       " of jax.jit, on the state that the step returned."
     )
   return np.asarray(value)
 
 
 def _names(params: Params) -> list[str]:
-  """The paths of leaves, without the field of the variables that Flax puts them in."""
+  """Returns the leaves' paths, without the field of Flax's variables."""
   paths = _paths.every_path(params)
   if all(path.endswith("/value") for path in paths):
     return [path.removesuffix("/value") for path in paths]
@@ -239,19 +238,19 @@ def _names(params: Params) -> list[str]:
 
 
 def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
-  """The names of all layers, and those of leaves without elements."""
+  """Names all layers; returns these names, and those of leaves without elements."""
   if stacks.ndim != 1:
     raise ValueError(
-      f"opt_state is of an ensemble of shape {list(stacks.shape[:-1])}. Pass the state"
-      " of one member, as jax.tree.map(lambda x: x[0], opt_state)."
+      f"opt_state holds an ensemble of shape {list(stacks.shape[:-1])}. Pass one"
+      " member's state, as jax.tree.map(lambda x: x[0], opt_state)."
     )
   paths, leaves = _names(params), jax.tree.leaves(params)
   if len(paths) != len(stacks):
     raise ValueError(
-      f"The record is of {len(stacks)} leaves, params has {len(paths)}. Pass the"
-      " parameters that the transformation was initialised with: in Flax NNX"
-      " nnx.state(model, nnx.Param); of one in optax.masked, or of one label of"
-      " optax.multi_transform, the part it sees, with optax.MaskedNode() for the rest."
+      f"opt_state has a record of {len(stacks)} leaves, params has {len(paths)}. Pass"
+      " the parameters that init got: in Flax NNX nnx.state(model, nnx.Param); inside"
+      " optax.masked or optax.multi_transform the part that the transformation sees,"
+      " with optax.MaskedNode() for the rest."
     )
   counts = stacks.tolist()
 
@@ -261,7 +260,7 @@ def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
   used = collections.Counter(
     name for row in zip(paths, counts, strict=True) for name in layers(*row)
   )
-  # Of leaves whose paths read alike, as of "a/b" and of "b" in "a", with all quotes.
+  # With all quotes, where paths read alike: of "a/b", and of "b" in "a".
   exact = [jax.tree_util.keystr(x) for x, _ in jax.tree.leaves_with_path(params)]
   names, empty = [], set()
   for path, quoted, leaf, count in zip(paths, exact, leaves, counts, strict=True):
@@ -277,7 +276,7 @@ def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
 def _apart(
   layers: dict[str, LayerMetrics], factor: float
 ) -> tuple[list[str], list[str]]:
-  """The layers that are far above, and far below the others."""
+  """Returns the layers that are far above the others, and those far below."""
   sizes = {path: layer.size for path, layer in layers.items()}
   moving = [size for size in sizes.values() if np.isfinite(size) and size > 0]
   if not moving:
@@ -290,5 +289,5 @@ def _apart(
 
 
 def _order(size: float) -> float:
-  """A NaN is above all numbers."""
+  """Puts a NaN above all numbers."""
   return float("inf") if np.isnan(size) else size

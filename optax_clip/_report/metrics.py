@@ -1,4 +1,4 @@
-"""Reading what clipping did out of any optimizer state."""
+"""Where the metrics' keys are made, from the records in any optimizer state."""
 
 from typing import Any
 
@@ -16,24 +16,27 @@ _REPORTED = (Record, SkipRecord, LossScale)
 
 
 def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Array]:
-  """What the clipping transformations of an optimizer did at the last step.
+  """Reads what the clipping transformations of an optimizer did in the last step.
+
+  It is a pure function of the state: call it inside `jit` and return its result, or
+  outside.
 
   Args:
-    opt_state: any optimizer state that holds states of this package, however
-      deep: in `optax.chain`, `masked`, `multi_transform`, `inject_hyperparams`,
-      `MultiSteps`, `apply_if_finite`; or a Flax NNX `Optimizer` or Linen
-      `TrainState`, whose ``opt_state`` is taken.
-    allow_empty: whether a state in which nothing is recorded has no metrics, instead
-      of being an error.
+    opt_state: any optimizer state that holds states of this package, however deep: in
+      `optax.chain`, `masked`, `multi_transform`, `inject_hyperparams`, `MultiSteps`,
+      `apply_if_finite`; or a Flax NNX `Optimizer` or Linen `TrainState`, which have it
+      as ``opt_state``.
+    allow_empty: whether to return an empty dictionary for a state without a record,
+      instead of raising an error.
 
   Returns:
     A flat dictionary of scalars. For each transformation, under its name
     (``clip_by_global_norm``, or what was passed as ``name=``):
 
-    * ``<name>/norm``: f32, before clipping. Of several norms, the largest.
-    * ``<name>/limit``: f32. Of several limits, the smallest.
-    * ``<name>/coefficient``: f32, what the updates were multiplied with. Of
-      several, the smallest.
+    * ``<name>/norm``: f32, before clipping; with several norms, the largest.
+    * ``<name>/limit``: f32; with several limits, the smallest.
+    * ``<name>/coefficient``: f32, the factor for the updates; with several, the
+      smallest.
     * ``<name>/clipped_fraction``: f32, the share of norms above their limit.
     * ``<name>/norm_after``: f32, the norm after clipping. Of several, the largest.
     * ``<name>/clip_rate``, ``<name>/nonfinite_rate``: f32, the share of such steps
@@ -44,22 +47,18 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
       counted from 1; 0 if there was none.
     * ``<name>/clipped``, ``<name>/nonfinite``: i32, 1 if the last step was one.
 
-    Of `skip_nonfinite`, `skip_spikes` and `dynamic_loss_scale`, under theirs, the
-    fields of `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``,
-    ``consecutive``, ``steps``, ``steps_skipped``, ``skip_rate``, and of the last
-    non-finite step and the last spike when it was and what its loss was;
-    `dynamic_loss_scale` adds ``scale`` and ``finite_steps``. What stands
-    inside a guard shows the norm, limit and coefficient of the last step, skipped or
-    not, and counts only steps taken.
+    For `skip_nonfinite`, `skip_spikes` and `dynamic_loss_scale`, the fields of
+    `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``, ``consecutive``,
+    ``steps``, ``steps_skipped``, ``skip_rate``, and when the last non-finite step and
+    the last spike were, and their losses; `dynamic_loss_scale` adds ``scale`` and
+    ``finite_steps``. A clip inside a guard shows the norm, limit and coefficient of
+    the last step, taken or skipped, but counts only steps taken.
 
-    A second transformation of the same name is ``<name>_1``, and so on, in the
-    order in which they stand in the state.
-
-    It is a pure function of the state: call it inside `jit` and return its
-    result, or outside.
+    A second transformation with the same name is ``<name>_1``, and so on, in the
+    state's order.
 
   Raises:
-    ValueError: if nothing is recorded in `opt_state`, unless `allow_empty`.
+    ValueError: if `opt_state` holds no record, unless `allow_empty`.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip
@@ -72,12 +71,12 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
   found = entries(opt_state, _REPORTED)
   if not found and not allow_empty:
     raise ValueError(
-      f"opt_state, a {type(opt_state).__name__}, holds no record of a clip, a guard or"
-      " observe. Pass the state that init or update of such a transformation returned"
-      " (a checkpoint restored as plain dictionaries is none), made without"
-      " record=False; clip records with record=True only. Or pass allow_empty=True."
+      f"opt_state, a {type(opt_state).__name__}, holds no record. Pass the state that"
+      " init or update of a clip, a guard or observe returned (a checkpoint restored as"
+      " plain dictionaries is none). With record=False they record nothing, and clip"
+      " records with record=True only. Or pass allow_empty=True."
     )
-  # A name that a user chose may look like a numbered one.
+  # A user's name may look like a numbered one.
   chosen = {name for name, _ in found}
   result: dict[str, Array] = {}
   for name, entry in found:
@@ -100,10 +99,10 @@ def _values(entry: Any) -> dict[str, Array]:
 
 
 def loss_scale(opt_state: OptState) -> Array:
-  """What to multiply the next loss with, see `dynamic_loss_scale`.
+  """Returns what to multiply the next loss by, see `dynamic_loss_scale`.
 
   Args:
-    opt_state: as for `metrics`.
+    opt_state: what `metrics` takes.
 
   Returns:
     f32[].
@@ -120,14 +119,14 @@ def loss_scale(opt_state: OptState) -> Array:
   found = entries(opt_state, (LossScale,))
   if len(found) != 1:
     raise ValueError(
-      f"The optimizer state holds {len(found)} loss scales. Wrap the optimizer in"
-      " one dynamic_loss_scale, and pass the state that its init returned."
+      f"opt_state holds {len(found)} loss scales, and must hold one. Wrap the optimizer"
+      " in one dynamic_loss_scale, and pass the state that its init returned."
     )
   return array(found[0][1].scale)
 
 
 def entries(opt_state: OptState, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-  """The entries of some kinds in a state, with the keys they stand under."""
+  """Finds the entries of some kinds in a state; returns each with its key."""
   state = getattr(opt_state, "opt_state", opt_state)
   nodes = jax.tree_util.tree_leaves_with_path(
     state, is_leaf=lambda node: isinstance(node, kinds)
@@ -144,13 +143,15 @@ def the_entry(
   ask: str,
   suffix: str = "",
 ) -> tuple[str, Any]:
-  """The only entry of a kind in a state, or the only one of a name, and its name.
+  """Finds the only entry of a kind in a state, or the only one with a name.
+
+  Returns its name, too.
 
   Args:
-    opt_state: as for `metrics`.
+    opt_state: what `metrics` takes.
     kind: the type of the entry.
-    name: the name that was given to its transformation, or `None`.
-    words: for errors, what one entry is called, and several.
+    name: the name of its transformation, or `None`.
+    words: for errors, what to call one entry, and several.
     ask: for errors, how to have one.
     suffix: what follows the name in its key.
   """
@@ -164,13 +165,13 @@ def the_entry(
   if len(fitting) != 1:
     names = ", ".join(repr(key) for key, _ in found)
     raise ValueError(
-      f"opt_state holds {len(fitting)} {words[1]} for name={name!r}, of those named"
-      f" {names}. Pass the name of one, and give each transformation a name of its own."
+      f"opt_state holds {len(fitting)} {words[1]} for name={name!r}, among those named"
+      f" {names}. Pass the name of one, and give each transformation its own name."
     )
   return fitting[0]
 
 
 def array(leaf: Any) -> Array:
-  """A leaf of a state as an array."""
+  """Converts a leaf of a state to an array."""
   # Flax NNX wraps each leaf of the state in a variable.
   return jnp.asarray(leaf.get_value() if hasattr(leaf, "get_value") else leaf)

@@ -1,4 +1,4 @@
-"""Watching norms without clipping them: a record, kept where the norms are."""
+"""How to watch norms without clipping: a history, kept where the norms are."""
 
 from typing import Any
 from typing import NamedTuple
@@ -35,13 +35,13 @@ Array = jax.Array
 
 
 class NormHistory(NamedTuple):
-  """What `observe` remembers; `norm_history` brings it into order.
+  """Holds what `observe` remembers; `norm_history` brings it into order.
 
   Attributes:
-    norms: f32[window], or f32[window, norms] with a measure that has several: a
-      ring, in which the norm of step t, counted from 0, stands at t modulo
-      `window`. Entries that no step has reached are 0.
-    steps: i32[], how many steps were seen; grows by one at every update.
+    norms: f32[window], or f32[window, norms] for a measure with several: a ring, in
+      which the norm of step t, counted from 0, stands at t modulo `window`. Entries
+      that no step has reached are 0.
+    steps: i32[], how many steps there were; grows by one at every update.
   """
 
   norms: Array
@@ -49,12 +49,12 @@ class NormHistory(NamedTuple):
 
 
 class ObserveState(NamedTuple):
-  """The state of `observe`.
+  """Holds the state of `observe`.
 
   Attributes:
     seen: a `ClipState`: ``{name: NormHistory}`` in `threshold`, and the record that
       `metrics` reads.
-    inner: the state of the transformation that is observed.
+    inner: the state of the transformation inside.
   """
 
   seen: ClipState
@@ -73,31 +73,26 @@ def observe(
   record: GuardRecording = True,
   name: str = "observe",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Keeps the last norms of what an optimizer is given, and clips nothing.
+  r"""Keeps the last norms of the updates that an optimizer gets, and clips nothing.
 
   .. math::
       h_{t \bmod W} \leftarrow n_t, \quad (u, s) \leftarrow \text{inner}(g, s)
 
-  For a first run, before a threshold is chosen: `norm_history` reads the norms out
-  of the optimizer's state, `suggest_max_norm` makes a threshold of them. The norms
-  stay on the device until they are asked for, so that no step waits for Python.
+  Use it for a first run, before you choose a threshold: `norm_history` reads the norms
+  from the optimizer's state, `suggest_max_norm` makes a threshold from them. The norms
+  stay on the device until you ask for them, so that no step waits for Python.
 
-  It costs one read of the gradients, or none around a clip that measures the same
-  and stands first in `inner`: the clip takes the norm over, so that observing may
-  go on for the whole run. That is why it stands around the optimizer, as guards do,
-  and not before it in a chain.
+  It costs one read of the gradients, or none around a clip that measures the same and
+  stands first in `inner`: the clip takes the norm over, so that you may observe for the
+  whole run. That is why it stands around the optimizer, as guards do, and not before it
+  in a chain.
 
   Args:
-    inner: the optimizer, or a chain of a clip and it.
-    window: W, how many norms are kept, 4 bytes each. Static: with
+    inner, measure: as in `skip_nonfinite`.
+    window: W, how many norms to keep, 4 bytes each. Static: with
       `optax.inject_hyperparams` pass ``static_args=("window",)``.
-    measure: what is measured, the global 2-norm by default. One of
-      `optax_clip.measures`, as `measures.layer_norm()`, or
-      ``measures.global_norm(axis_name=...)`` for `jax.pmap`.
-    record: `True`, or ``"layers"``: also the norm of each layer, for
-      `layer_metrics`, from the same read. Around a guard it says which layer was not
-      finite.
-    name: the prefix of the metrics' keys, and of this history for `norm_history`.
+    record: as in `skip_nonfinite`; around a guard it says which layer was not finite.
+    name: as in `clip_with`; also names this history for `norm_history`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`; its state is an `ObserveState`. `inner`
@@ -107,18 +102,18 @@ def observe(
   Raises:
     TypeError: if `inner` is no transformation, `measure` no measure or `window` no
       Python integer; in `update`, if a leaf is an integer or a boolean.
-    ValueError: if `window` is below 1; in `update`, if the state was made with
-      another window or for another number of norms.
+    ValueError: if `window` is below 1; in `update`, if the state has another window or
+      another number of norms.
 
   =========================  ==============================================
   input                      result
   =========================  ==============================================
-  a NaN or inf element       passed on; a norm of NaN or inf is kept
-  all zero, or no leaves     passed on; a norm of 0 is kept
+  a NaN or inf element       passed on; keeps a norm of NaN or inf
+  all zero, or no leaves     passed on; keeps a norm of 0
   a finite float64 norm      kept as the largest float32 if above that
-  around `skip_nonfinite`    the norms of all steps
-  inside `skip_nonfinite`    the norms of the steps that were taken; the place
-                             for it with `guarded_step`
+  around `skip_nonfinite`    keeps the norms of all steps
+  inside `skip_nonfinite`    keeps the norms of steps taken; stand there with
+                             `guarded_step`
   inside `optax.MultiSteps`  one norm for each mean of gradients
   =========================  ==============================================
 
@@ -167,7 +162,7 @@ def observe(
     known = measuring.measured(updates, weights, norms or Given(), extra_args).known
     passed, seen = watch.update(updates, state.seen, params, norms=known, **extra_args)
     if isinstance(inner.update, _guard.Guard):
-      # Into the branch of a guard goes a buffer: what came in is one already.
+      # A guard's branch takes buffers: what came in is one already.
       passed = updates
     handed = known.moved(updates, passed, weights)
     passed = _leaves.restored(passed, given_updates)
@@ -180,20 +175,19 @@ def observe(
 
 
 def norm_history(opt_state: OptState, name: str | None = None) -> np.ndarray:
-  """The norms that `observe` kept, the oldest first.
+  """Reads the norms that `observe` kept, the oldest first.
 
-  Call it outside of `jax.jit`: how many norms there are depends on the steps taken.
+  Call it outside `jax.jit`: the number of norms depends on the steps taken.
 
   Args:
     opt_state: any optimizer state that holds one of `observe`, however deep: what
-      `metrics` takes. States that `jax.vmap` or `jax.pmap` stacked may be passed
-      whole.
-    name: which one, if there are several: the name that was given to `observe`.
+      `metrics` takes, also one that `jax.vmap` or `jax.pmap` stacked.
+    name: which one, if there are several: the name that `observe` got.
 
   Returns:
-    f32[steps], or f32[steps, norms] with a measure that has several, in the order
-    of its norms; with the axes of `jax.vmap` in front. There are as many steps as
-    were taken, at most `window`. NaN and inf are among them.
+    f32[steps], or f32[steps, norms] for a measure with several, in its order; with the
+    axes of `jax.vmap` in front. There are as many steps as were taken, at most
+    `window`. NaN and inf are among them.
 
   Raises:
     ValueError: if the state holds no such history, or several; if members of an
@@ -229,7 +223,7 @@ def _ring(window: int, name: str) -> Threshold:
   """Remembers norms as they are, and allows all."""
 
   def init(norms: Array) -> dict[str, NormHistory]:
-    # The name is a key, as in the record: `metrics` says why.
+    # The name is a key, as in the record: `ClipState` says why.
     ring = jnp.zeros((window, *norms.shape), jnp.float32)
     return {name: NormHistory(ring, jnp.zeros((), jnp.int32))}
 
@@ -239,10 +233,10 @@ def _ring(window: int, name: str) -> Threshold:
     del extra_args
     ((key, (ring, steps)),) = state.items()
     _same_shape(ring, (window, *norms.shape))
-    # inf says that an element was not finite: a large norm must not become it.
+    # inf says that an element was not finite: a large norm must not become inf.
     row = _record.single(norms)
     ring = _mesh.on_mesh_of(ring, row)
-    # A ring of one row at a time: in place where the state is donated.
+    # One row at a time: in place where the state is donated.
     ring = lax.dynamic_update_index_in_dim(ring, row, steps % window, 0)
     later = {key: NormHistory(ring, optax.safe_increment(steps))}
     return jnp.full_like(norms, jnp.inf), later
@@ -261,23 +255,23 @@ def _same_shape(ring: Array, wanted: tuple[int, ...]) -> None:
 
 
 def _weigh(norm: Extended, limit: Array) -> Extended:
-  """Always 1, which XLA must not know: see `_untouched`."""
+  """Returns 1 always, which XLA must not know: see `_untouched`."""
   del limit
   return _extended.where(norm.value != -1, _extended.of(jnp.ones_like(norm.value)), 0)
 
 
 def _untouched(leaf: Array, coefficient: Extended, limit: Array) -> Array:
-  """The leaf, behind a choice that waits for the norm.
+  """Returns the leaf, behind a choice that waits for the norm.
 
-  Were it the leaf itself, XLA would merge the squares of the norm with those of
-  Adam, and write them down for both: a copy of all gradients.
+  If it returned the leaf itself, XLA would merge the norm's squares with Adam's, and
+  write them down for both: a copy of all gradients.
   """
   del limit
   return jnp.where(coefficient.value == 1, leaf, jnp.zeros_like(leaf))
 
 
 def _in_order(ring: np.ndarray, steps: np.ndarray) -> np.ndarray:
-  """The rows of a ring that were reached, oldest first; `vmap` adds axes to both."""
+  """Orders the rows that steps reached, oldest first; `vmap` adds axes to both."""
   taken = set(steps.ravel().tolist())
   if len(taken) != 1:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""From the norms of a first run to a threshold. Plain NumPy, on the host."""
+"""Which threshold fits the norms of a first run. Plain NumPy, on the host."""
 
 import math
 from typing import Any
@@ -32,25 +32,25 @@ _PERCENTS = (5, 25, 50, 75, 95, 99)
 
 
 class Suggestion(NamedTuple):
-  """What `suggest_max_norm` found. Printed, it is a summary of at most 80 columns.
+  """Says what `suggest_max_norm` found; prints as a summary of at most 80 columns.
 
   Norms and limits are in the units of the updates, shares are from 0 to 1.
 
   Attributes:
     max_norm: the suggested threshold.
     clipped: the share of all finite norms that are above it.
-    clipped_later: the share of the norms after the start that are above it.
+    clipped_later: the share of norms after the start that are above it.
     steps: how many steps the history has.
-    start: how many steps at the beginning were left out; 0 unless their norms were
-      on another level than those after them.
-    start_level: the median of the norms left out; NaN if none were.
+    start: how many first steps were left out; 0 unless their norms were on another
+      level than those after them.
+    start_level: the median of the norms left out; NaN if there are none.
     spikes: how many norms after the start are spikes. All are above `max_norm`.
     nonfinite: how many norms are NaN or inf.
     zeros: how many norms are 0.
-    quantiles: of the norms after the start, from percent to norm: 5, 25, 50, 75, 95,
+    quantiles: for the norms after the start, from percent to norm: 5, 25, 50, 75, 95,
       99, 100.
-    drift: the median of the last quarter of the norms after the start, divided by
-      that of their first quarter.
+    drift: for the norms after the start, the median of their last quarter divided by
+      that of their first.
     autoclip: the limit of `autoclip`, with its defaults, at the last step.
     zclip: that of `zclip`, with its defaults.
   """
@@ -70,7 +70,7 @@ class Suggestion(NamedTuple):
   zclip: float
 
   def __str__(self) -> str:
-    """A summary for people; the fields hold all digits."""
+    """Writes a summary for people; the fields hold all digits."""
     levels = "  ".join(f"{q}% {_digits(self.quantiles[q])}" for q in (5, 50, 95))
     later = f", {100 * self.clipped_later:.1f}% after the start" if self.start else ""
     spikes = f"{self.spikes} spike{'' if self.spikes == 1 else 's'}"
@@ -98,51 +98,50 @@ class Suggestion(NamedTuple):
 
 
 def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
-  r"""A `max_norm` that clips all spikes, and few of the other norms.
+  r"""Suggests a `max_norm` that clips all spikes, and few other norms.
 
   .. math::
       c = \text{quantile}_{1 - s} \{ n_t : t \geq t_0, \; \log n_t \leq Q_3 + 3
       (Q_3 - Q_1) \}
 
   with s the `clipped_share` and Q the quartiles of :math:`\log n_t, t \geq t_0`.
-  The usual advice is a threshold that acts rarely in steady state and lies well
-  below the spikes. Here is how each half of it is met:
+  The usual advice is a threshold that acts rarely in steady state and lies well below
+  the spikes. Here is how this meets each half:
 
-  * *Spikes* are what Tukey's outer fence says on logarithms (norms are spread by
-    factors): for log-normal norms one in a million is beyond it. They are left out
-    before the quantile is taken, which would otherwise lie among them wherever
-    there are more than s of them. Up to a quarter of the norms may be spikes.
+  * *Spikes* lie beyond Tukey's outer fence, on logarithms as norms spread by factors:
+    for log-normal norms one in a million does. They are left out before the quantile
+    is taken, which would lie among them wherever their share is above s. Up to a
+    quarter of the norms may be spikes.
   * *The start* is left out only if it is on another level, as before a warm-up has
     ended: :math:`t_0` is the middle of the first 11 norms in a row whose median lies
-    within the 5% to 95% quantiles of the second half's, or within 10% of these. It is
-    0 if that is so at once, and never beyond the half.
+    within the second half's 5% to 95% quantiles, or within 10% of these. It is 0 if
+    that is so at once, and never beyond the half.
 
   Norms that are not finite, and norms of 0, which say nothing, do not count.
 
   Args:
-    norms: f[steps], the oldest first, of a run that was not clipped: what
-      `norm_history` returns, or any sequence of numbers. Take one column of norms
-      of layers.
+    norms: f[steps], the oldest first, from a run without clipping: what `norm_history`
+      returns, or any sequence of numbers. With norms by layer take one column.
     clipped_share: s, from 0 to below 1. With 0, `max_norm` is the largest norm that
-      is no spike. Small ones mean little for the direction of training and only
+      is no spike. Small shares mean little for the direction of training and only
       protect; large ones make clipping a part of the learning rate.
 
   Returns:
-    A `Suggestion`: the threshold, what it would have done, and what is worth
-    knowing about the history. It is as good as the history is typical: a run that
-    is clipped may take another course.
+    A `Suggestion`: the threshold, what it would have done, and what is worth knowing
+    about the history. It is as good as the history is typical: a clipped run may take
+    another course.
 
   Raises:
-    ValueError: if `norms` is not one-dimensional, has a negative number, is all
-      zero, is not finite for the most part, or has fewer than 100 norms that are
-      finite and above 0, or fewer than 1 / s; or if `clipped_share` is not in [0, 1).
+    ValueError: if `norms` is not one-dimensional, has a negative number, is all zero,
+      is mostly not finite, or has fewer than 100 norms that are finite and above 0, or
+      fewer than 1 / s; or if `clipped_share` is not in [0, 1).
     TypeError: if `norms` are not real numbers, or are traced.
 
   ======================  =================================================
   history                 result
   ======================  =================================================
   equal norms             that norm, which clips none of them
-  one spike or many       clipped, and without influence on `max_norm`
+  one spike or many       clipped, without influence on `max_norm`
   a level that moves      a quantile over all levels after the start, and a
                           note: one number does not fit them
   ======================  =================================================
@@ -193,22 +192,20 @@ def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
 
 
 def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
-  r"""The limits that a clip of the global norm would have had on a history.
+  r"""Computes the limits that a clip of the global norm would have had on a history.
 
   .. math::
       L_t = \text{threshold}(n_0, \dots, n_t)
 
-  To try thresholds that learn on a run that was only observed.
+  Use it to try learned thresholds on a run that you only observed.
 
   Args:
-    tx: `autoclip`, `zclip`, `clip_by_history`, or any other transformation made by
-      `clip_with` from a measure that takes one number for its own norm; not a chain
-      of several.
-    norms: as for `suggest_max_norm`; any number of them.
+    tx: `autoclip`, `zclip`, `clip_by_history`, or another single transformation that
+      `clip_with` made from a measure that takes one number for its own norm.
+    norms: as in `suggest_max_norm`; any number of them.
 
   Returns:
-    f32[steps]; inf where there was no limit yet. Norms of a float64 history count
-    as float32.
+    f32[steps]; inf where there was no limit yet. A float64 history counts as float32.
 
   Raises:
     ValueError: if `norms` is not one-dimensional or has a negative number, or `tx`
@@ -237,8 +234,8 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
     jax.eval_shape(tx.update, one, start)
   except (TypeError, ValueError) as error:
     raise ValueError(
-      "tx must be one clip of the global norm, as optax_clip.autoclip(), since it is"
-      " given one number for each step, without params. This one raised:"
+      "tx must be one clip of the global norm, as optax_clip.autoclip(), since it gets"
+      " one number for each step, without params. This one raised:"
       f" {error}"
     ) from error
   recorded = metrics(start, allow_empty=True)
@@ -258,7 +255,7 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
 
 
 def _checked_history(norms: Any) -> np.ndarray:
-  """The norms in float64."""
+  """Checks norms, and returns them in float64."""
   if isinstance(norms, jax.core.Tracer):
     raise TypeError("norms are traced: call this outside of jax.jit, on their values.")
   try:
@@ -268,7 +265,7 @@ def _checked_history(norms: Any) -> np.ndarray:
       f"norms must be real numbers, got a {type(norms).__name__}. Pass what"
       " optax_clip.norm_history(opt_state) returns."
     ) from error
-  # bfloat16 is of numpy kind "V".
+  # bfloat16 has the NumPy kind "V".
   if history.dtype.kind not in "iufV":
     raise TypeError(
       f"norms must be real numbers, got {norms!r} of dtype {history.dtype}. Pass what"
@@ -278,13 +275,13 @@ def _checked_history(norms: Any) -> np.ndarray:
   if history.ndim != 1:
     raise ValueError(
       f"norms must have one dimension, the steps, got shape {list(history.shape)}."
-      " Of norms of layers pass one column, as norms[:, 0]."
+      " For norms by layer pass one column, as norms[:, 0]."
     )
   if np.any(history < 0):
     worst = int(np.argmin(np.where(history < 0, history, 0)))
     raise ValueError(
-      f"norms must not be negative, got norms[{worst}] = {history[worst]:g}: these"
-      " are no norms. Pass what optax_clip.norm_history(opt_state) returns."
+      f"norms must not be negative, got norms[{worst}] = {history[worst]:g}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
     )
   return history
 
@@ -312,13 +309,13 @@ def _require_enough(history: np.ndarray, places: np.ndarray, share: float) -> No
 
 
 def _fence(logs: np.ndarray) -> float:
-  """What is above it is a spike; equal norms differ by their rounding errors."""
+  """Returns the level above which norms are spikes, beyond rounding errors."""
   first, third = np.percentile(logs, (25, 75))
   return float(third + _FENCE * (third - first) + _memory.NOISE)
 
 
 def _start(logs: np.ndarray) -> int:
-  """How many of the first norms are on another level than the second half."""
+  """Counts the first norms that are on another level than the second half."""
   half = len(logs) // 2
   later = logs[half:]
   later = later[later <= _fence(later)]
