@@ -91,7 +91,7 @@ def init(seed: int) -> dict[str, Any]:
 
 
 def loss(params: dict[str, Any], windows: Array) -> tuple[Array, list[Array]]:
-  """The mean cross-entropy in nats a byte; f32[heads] of each layer's largest logits."""
+  """The mean loss in nats a byte, and each layer's largest logits, f32[heads]."""
   text, truth = windows[:, :-1], windows[:, 1:].astype(jnp.int32)
   x = params["bytes"][text] + params["places"]
   largest = []
@@ -149,7 +149,8 @@ def train(
       params = optax.apply_updates(params, updates)
       params = clipped(params, most, member["tau"])
       largest = jnp.max(jnp.stack(most))
-      return (params, state), (largest, largest > member["tau"])
+      scaled = jnp.any(jnp.stack([_exceed(x, member["tau"]) for x in most]))
+      return (params, state), (largest, scaled)
 
     (params, _), (largest, scaled) = jax.lax.scan(
       step, (params, tx.init(params)), jnp.arange(steps)
@@ -206,6 +207,10 @@ def run(
           "after": [_number(x, 4) for x in after],
           "scaled": mine["scaled"].sum(axis=1).tolist(),
         }
+
+
+def _exceed(largest: Array, tau: Array) -> Array:
+  return jnp.any((largest > tau) & (largest < jnp.inf))
 
 
 def _number(x: Any, digits: int) -> float | None:
