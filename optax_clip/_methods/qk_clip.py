@@ -221,7 +221,7 @@ def _factors(
   limit = jnp.asarray(tau, most.dtype)
   limit = jnp.broadcast_to(limit, most.shape)
   exceeds = (most > limit) & (most < jnp.inf) & (limit > 0)  # False for NaN.
-  limit = limit * (1 - _EPSILONS * jnp.finfo(limit.dtype).eps)
+  limit = jnp.where(exceeds, limit, 1) * (1 - _EPSILONS * jnp.finfo(limit.dtype).eps)
   gamma = actions.rescale().weigh(_extended.of(jnp.where(exceeds, most, 0)), limit)
 
   stack = most.shape[:-1]
@@ -231,16 +231,19 @@ def _factors(
   # The powers of both stay in the range of floats, their quotient may not. However
   # inexact they are: queries get what is left of gamma.
   share = 1 - jnp.asarray(alpha, most.dtype)
-  above = jnp.where(touched, limit[..., :1], 1) ** share
+  allowed = jnp.max(jnp.where(exceeds, limit, 0).reshape(grouped.shape), axis=-1)
+  above = jnp.where(touched, allowed, 1) ** share
   shared = _extended.quotient(above, jnp.where(touched, worst, 1) ** share)
   shared = _extended.where(touched, _at_most_one(shared), 1)
-
-  def each(x: Array) -> Array:
-    x = jnp.broadcast_to(x[..., None], grouped.shape)
-    return x.reshape(most.shape)
-
-  left = _extended.quotient(gamma, Extended(*map(each, shared)))
+  each = Extended(*(_repeated(x, most.shape[-1] // key_heads) for x in shared))
+  left = _extended.quotient(gamma, each)
   return _at_most_one(left), shared
+
+
+def _repeated(x: Array, count: int) -> Array:
+  """Each entry of the last axis so many times; with any sharding."""
+  repeated = jnp.broadcast_to(x[..., None], (*x.shape, count))
+  return repeated.reshape(*x.shape[:-1], x.shape[-1] * count)
 
 
 def _at_most_one(x: Extended) -> Extended:
@@ -257,7 +260,7 @@ def _scaled(leaf: Array, factor: Extended, axes: tuple[int, ...], width: int) ->
 
 def _along(x: Array, axes: tuple[int, ...], width: int, rank: int) -> Array:
   """Numbers of heads as a broadcastable of a leaf in which they have these axes."""
-  x = jnp.repeat(x, width, axis=-1) if width > 1 else x
+  x = _repeated(x, width)
   x = jnp.transpose(x, sorted(range(x.ndim), key=axes.__getitem__))
   return jnp.expand_dims(x, [i for i in range(rank) if i not in axes])
 
