@@ -9,10 +9,9 @@ After each step `qk_clip` gets the largest logits of that step's forward pass.
 
 Cells: Muon on the matrices of the layers (Adam at 0.003 on all else) at rates of 0.01,
 0.03, 0.1 and 0.3, and Adam on everything at 0.003, 0.01, 0.03 and 0.1; each without a
-bound, with tau = 100, the paper's, and with tau = 30, the least that the paper tried;
-seeds 0, 1 and 2, which have the same weights and batches in all cells. Measured are the
-largest logit of each step over all layers, heads, examples and positions, and the
-held-out loss at the end.
+bound, with tau = 100, the paper's, and with tau = 30; seeds 0, 1 and 2, which have the
+same weights and batches in all cells. Measured are the largest logit of each step over
+all layers, heads, examples and positions, and the held-out loss at the end.
 
 What would count as a failure:
 

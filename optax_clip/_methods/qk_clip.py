@@ -78,11 +78,11 @@ def qk_clip(
       ``[embed, heads * dim]``, of which it is then -1.
 
   Returns:
-    The new query and key, of equal structure, shapes and dtypes. In exact arithmetic
-    and with the same inputs, each head that was scaled now has logits of at most tau,
-    and less by 2e-6 of it. Products are taken in float32 (float64 for float64) and
-    rounded toward zero in the dtype of the leaf: what a dtype with machine epsilon e
-    can add is 2 e times the sum of the negative terms of a logit.
+    The new query and key, of equal structure, shapes and dtypes. With the inputs that
+    were measured no head has a logit above tau any more; factors aim at 2e-6 below it,
+    products are taken in float32 (float64 for float64) and rounded toward zero. Where
+    the terms of a logit have both signs, that rounding may leave it above tau by 2
+    machine epsilons of the weights' dtype times the sum of its negative terms.
 
   Raises:
     ValueError: if `tau` is not positive, `alpha` is not in [0, 1], or an axis is out of
