@@ -33,6 +33,8 @@ from optax_clip._methods.layers import clip_by_group_norm
 from optax_clip._methods.layers import clip_by_layer_norm
 from optax_clip._methods.per_example import per_example_global_norm_clip
 from optax_clip._methods.per_example import per_example_layer_norm_clip
+from optax_clip._methods.qk_clip import max_attention_logits
+from optax_clip._methods.qk_clip import qk_clip
 from optax_clip._methods.stable_spam import adaclip
 from optax_clip._methods.stable_spam import adagn
 from optax_clip._methods.stable_spam import stable_spam
@@ -81,12 +83,14 @@ __all__ = [
   "labels_by_path",
   "layer_metrics",
   "loss_scale",
+  "max_attention_logits",
   "measures",
   "metrics",
   "norm_history",
   "observe",
   "per_example_global_norm_clip",
   "per_example_layer_norm_clip",
+  "qk_clip",
   "replay_limits",
   "skip_nonfinite",
   "skip_spikes",

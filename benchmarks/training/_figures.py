@@ -23,6 +23,7 @@ STYLE = {
   "figure.facecolor": "white",
 }
 WORST = 3.0  # Larger losses stand as text: drawn, they would leave no room for others.
+TAUS = {None: "#444444", 100.0: "#1f6fb4", 30.0: "#e67e22"}
 LIBRARIES = {"none": "#444444", "optax": "#c0392b", "optax_clip": "#1f6fb4"}
 
 
@@ -201,6 +202,57 @@ def _low_precision(rows: list[Row]) -> Any:
   axes[3].set_xticks([], minor=True)
   axes[3].set_title("bfloat16, 2,000 leaves")
   axes[3].legend(frameon=False, fontsize=9)
+  return figure
+
+
+def _qk_clip(rows: list[Row]) -> Any:
+  """The largest logits over steps, for each rate and seed; the losses at the end."""
+  optimizers, taus = values(rows, "optimizer"), values(rows, "tau")
+  columns = max(len(values(select(rows, optimizer=o), "rate")) for o in optimizers)
+  figure, axes = plt.subplots(
+    len(optimizers),
+    columns + 1,
+    figsize=(13.5, 2.9 * len(optimizers)),
+    layout="constrained",
+    width_ratios=(*[1] * columns, 1.5),
+    squeeze=False,
+  )
+  most = max(x or 0 for row in rows for x in _summary.peaks(row))
+  for row_of_axes, optimizer in zip(axes, optimizers, strict=True):
+    mine = select(rows, optimizer=optimizer)
+    rates = values(mine, "rate")
+    for axis, rate in zip(row_of_axes, rates, strict=False):
+      for tau in taus:
+        (row,) = select(mine, rate=rate, tau=tau)
+        for sizes in row["largest"]:
+          # From the last step of each portion.
+          steps = row["steps"] / len(sizes) * (1 + np.arange(len(sizes)))
+          logits = [np.nan if x is None else max(x, 0.1) for x in sizes]
+          axis.plot(steps, logits, color=TAUS[tau], linewidth=1.1, alpha=0.85)
+        if tau is not None:
+          axis.axhline(tau, color=TAUS[tau], linewidth=0.8, linestyle=":", zorder=0)
+      axis.set(yscale="log", ylim=(0.5, 2 * most), title=f"{optimizer}, rate {rate:g}")
+      axis.set_xlabel("step")
+    row_of_axes[0].set_ylabel("largest attention logit")
+    for number, tau in enumerate(taus):
+      means = [
+        _summary.mean(_summary.losses(select(mine, rate=r, tau=tau)[0])) for r in rates
+      ]
+      row_of_axes[-1].errorbar(
+        np.array(rates) * 1.06 ** (number - 1),
+        [m.value for m in means],
+        [m.error for m in means],
+        color=TAUS[tau],
+        marker="o",
+        markersize=4,
+        capsize=3,
+        label="no bound" if tau is None else f"tau = {tau:g}",
+      )
+    row_of_axes[-1].set(xscale="log", xlabel="learning rate", title=optimizer)
+    row_of_axes[-1].set_ylabel("held-out loss (nats/byte)")
+    row_of_axes[-1].set_xticks(rates, [f"{rate:g}" for rate in rates])
+    row_of_axes[-1].set_xticks([], minor=True)
+  axes[0, -1].legend(frameon=False, fontsize=9)
   return figure
 
 

@@ -69,6 +69,12 @@ def solved(row: Row) -> int:
   return sum(end is not None for end in row["solved_at"])
 
 
+def peaks(row: Row) -> list[float | None]:
+  """The largest finite logit of each seed of a row of `qk_clip`."""
+  finite = [[x for x in sizes if x is not None] for sizes in row["largest"]]
+  return [max(sizes, default=None) for sizes in finite]
+
+
 def most_solved(rows: list[Row]) -> Row:
   """Finds the row with most seeds solved, the smallest rate among equals."""
   return max(rows, key=lambda row: (solved(row), -row["rate"]))

@@ -129,6 +129,31 @@ def low_precision(rows: list[Row]) -> str:
   return "\n\n".join([*parts, markdown(head, body)])
 
 
+def qk_clip(rows: list[Row]) -> str:
+  """Losses and largest logits for each rate and tau."""
+  parts = []
+  for optimizer in values(rows, "optimizer"):
+    body = []
+    for row in select(rows, optimizer=optimizer):
+      none = select(rows, optimizer=optimizer, rate=row["rate"], tau=None)[0]
+      steps = sum(row["scaled"]) / len(row["scaled"]) / row["steps"]
+      bounded = row["tau"] is not None
+      body.append(
+        [
+          f"{row['rate']:g}",
+          f"{row['tau']:g}" if bounded else "none",
+          _loss(row),
+          _plus_minus(_summary.gain(row, none)) if bounded else "",
+          _range(_summary.peaks(row)),
+          _range(row["after"]) if any(row["scaled"]) else "",
+          f"{100 * steps:.0f}%" if bounded else "",
+        ]
+      )
+    head = ["tau", "held-out loss", "minus none", "largest logit", "after", "scaled"]
+    parts.append(markdown([f"{optimizer}, rate", *head], body))
+  return "\n\n".join(parts)
+
+
 def markdown(head: list[str], body: list[list[str]]) -> str:
   """Writes a table; aligns all columns but the first to the right."""
   lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
@@ -138,6 +163,16 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 def _percent(row: Row) -> str:
   value, error = _summary.mean(row["accuracy"])
   return f"{value:.1f} ± {error:.1f}"
+
+
+def _range(sizes: list[float | None]) -> str:
+  """From the least to the largest, of what is known."""
+  known = [x for x in sizes if x is not None]
+  if not known:
+    return ""
+  least, most = min(known), max(known)
+  text = f"{least:.3g} to {most:.3g}"
+  return text if len(known) == len(sizes) else f"{text}, {len(known)} of {len(sizes)}"
 
 
 def _plus_minus(difference: _summary.Mean) -> str:

@@ -291,9 +291,9 @@ def test_every_public_name_is_in_the_reference_once():
 # What the docstrings' formulas are made of; MathJax renders all of it.
 COMMANDS = {
   *("alpha", "bar", "begin", "beta", "Big", "bmod", "cdot", "delta", "dots", "end"),
-  *("epsilon", "frac", "gamma", "ge", "geq", "hat", "in", "lambda", "le", "left"),
-  *("leftarrow", "leq", "log", "max", "min", "mu", "quad", "right", "sigma", "sqrt"),
-  *("sum", "tanh", "text", "theta"),
+  *("epsilon", "frac", "gamma", "ge", "geq", "hat", "in", "kappa", "lambda", "le"),
+  *("left", "leftarrow", "leq", "log", "max", "min", "mu", "quad", "right", "sigma"),
+  *("sqrt", "sum", "tanh", "tau", "text", "theta"),
 }
 
 

@@ -2,7 +2,12 @@
 
 import csv
 import math
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +20,11 @@ pytest.importorskip("rich")
 import _methods
 import _report
 import _text
+import qk_clip
 from rich.console import Console
 import train_lm
+
+import optax_clip
 
 # Flax promotes ranks implicitly.
 pytestmark = [pytest.mark.foreign, pytest.mark.programs]
@@ -201,3 +209,51 @@ def test_text_is_split_within_each_file(tmp_path):
 def test_no_text_is_an_error_that_names_the_place(tmp_path):
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
     load_text(tmp_path)
+
+
+def test_qk_clip_bounds_the_logits_that_it_prints(capsys):
+  seen = qk_clip.main(["--steps", "40", "--lr", "0.1", "--tau", "8"])
+  free, bound = seen["free"], seen["bound"]
+  assert len(free) == len(bound) == 40
+  assert free[0] == bound[0]
+  # Measured: 138 and 13.
+  assert max(free) > 40
+  assert max(bound) < 16
+  assert all(2 < loss < 5 for loss in seen["losses"])
+  printed = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in printed[2:-1]] == [
+    *("1", "7", "14", "20", "27", "33", "40")
+  ]
+  assert f"came to {max(free):.0f} without a bound" in printed[-1]
+  assert f"to {max(bound):.0f} with tau = 8," in printed[-1]
+
+
+def test_qk_clip_runs_where_it_was_copied_to(tmp_path):
+  shutil.copy(qk_clip.__file__, tmp_path)
+  package = pathlib.Path(optax_clip.__file__).parents[1]
+  done = subprocess.run(
+    [sys.executable, "qk_clip.py", "--steps", "2"],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": str(package)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "In 2 steps of Adam" in done.stdout
+  assert [path.name for path in tmp_path.iterdir()] == ["qk_clip.py"]
+
+
+@pytest.mark.parametrize(
+  ("flag", "value", "part"),
+  [
+    ("--tau", "0", "0.0 is not positive"),
+    ("--lr", "nan", "nan is not positive"),
+    ("--steps", "-1", "-1 is not positive"),
+    ("--seed", "-1", "-1 is negative"),
+  ],
+)
+def test_a_bad_flag_of_qk_clip_is_named(flag, value, part, capsys):
+  with pytest.raises(SystemExit):
+    qk_clip.main([f"{flag}={value}"])
+  assert f"argument {flag}: {part}" in capsys.readouterr().err

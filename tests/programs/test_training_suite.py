@@ -19,6 +19,7 @@ from benchmarks.training import _sweep
 from benchmarks.training import batch_range
 from benchmarks.training import language
 from benchmarks.training import low_precision
+from benchmarks.training import qk_clip
 from benchmarks.training import shifting_scale
 from benchmarks.training import temporal_order
 
@@ -98,6 +99,26 @@ def test_low_precision_runs():
   # In few leaves it is right.
   assert (many["part"], many["leaves"]) == ("bfloat16", 4)
   assert many["norms"][0] == pytest.approx(1, abs=0.02)
+
+
+def test_qk_clip_runs(monkeypatch):
+  monkeypatch.setattr(qk_clip, "LAYERS", 1)
+  monkeypatch.setitem(qk_clip.OPTIMIZERS, "muon", (qk_clip._muon, (0.3,)))
+  taus = (float("inf"), 4.0)
+  free, bound = qk_clip.run(optimizers=("muon",), taus=taus, seeds=2, steps=20)
+  assert (free["tau"], bound["tau"]) == (None, 4.0)
+  assert all(3 < loss < 4 for row in (free, bound) for loss in row["loss"])
+  assert free["scaled"] == [0, 0]
+  assert free["after"] == [None, None]
+  # Two portions of ten steps; the first logits are of the same weights.
+  assert [len(sizes) for sizes in bound["largest"]] == [2, 2]
+  assert all(n > 5 for n in bound["scaled"])
+  assert max(bound["after"]) < min(sizes[-1] for sizes in free["largest"])
+
+
+def test_the_largest_logits_of_a_row():
+  row = {"largest": [[1.0, None, 3.0], [None]]}
+  assert _summary.peaks(row) == [3.0, None]
 
 
 def test_settled_members_are_left_out():

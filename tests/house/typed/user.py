@@ -73,6 +73,9 @@ def train(params: Tree, grads: Tree, loss: jax.Array) -> tuple[Tree, float]:
   optax_clip.unitwise_clip(unit, unit, clipped["w"])
   total, _ = optax_clip.per_example_global_norm_clip(grads, 1.0)
   optax_clip.per_example_layer_norm_clip(total, 1.0)
+  largest = optax_clip.max_attention_logits(params["q"], params["k"], is_causal=True)
+  query, key = optax_clip.qk_clip(params["q"], params["k"], largest, tau=30.0)
+  params = {**params, "q": query, "k": key}
   if int(row["skip_nonfinite/reason"]) == SkipReason.NONFINITE_NORM:
     print(report.nonfinite)
   return params, float(limits[-1])
