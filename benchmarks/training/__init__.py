@@ -19,6 +19,7 @@ STUDIES = (
   "shifting_scale",
   "batch_range",
   "low_precision",
+  "update_clipping",
 )
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
