@@ -218,7 +218,7 @@ def _update_clipping(rows: list[Row]) -> Any:
       cell = cells[row["method"]]
       steps = update_clipping.EVERY * np.arange(len(row["course"]))
       axis.plot(steps, row["course"], color=cell.color, linestyle=cell.line)
-    axis.set(title=f"padded, rate {rate:g}", ylim=(0, 102))
+    axis.set(title=f"padded, rate {rate:g}", ylim=(78, 100))
     axis.set_xlabel("steps after the padding")
   axes[0].set_ylabel("test accuracy (%), mean of 5 seeds")
   sparse = select(rows, task="sparse")
