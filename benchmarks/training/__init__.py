@@ -20,6 +20,7 @@ STUDIES = (
   "batch_range",
   "low_precision",
   "qk_clip",
+  "update_clipping",
 )
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.training import _summary
+from benchmarks.training import update_clipping
 from benchmarks.training._methods import METHODS
 from benchmarks.training._summary import Row
 from benchmarks.training._summary import select
@@ -253,6 +254,42 @@ def _qk_clip(rows: list[Row]) -> Any:
     row_of_axes[-1].set_xticks(rates, [f"{rate:g}" for rate in rates])
     row_of_axes[-1].set_xticks([], minor=True)
   axes[0, -1].legend(frameon=False, fontsize=9)
+  return figure
+
+
+def _update_clipping(rows: list[Row]) -> Any:
+  """Accuracy after the padding at each rate; errors of rare tokens over rates."""
+  cells = update_clipping.CELLS | update_clipping.ROWS_TOO
+  padded = select(rows, task="padded", quiet=update_clipping.QUIET)
+  rates = values(padded, "rate")
+  figure, axes = plt.subplots(
+    1, len(rates) + 1, figsize=(12.5, 4.2), layout="constrained"
+  )
+  for axis, rate in zip(axes, rates, strict=False):
+    for row in select(padded, rate=rate):
+      cell = cells[row["method"]]
+      steps = update_clipping.EVERY * np.arange(len(row["course"]))
+      axis.plot(steps, row["course"], color=cell.color, linestyle=cell.line)
+    axis.set(title=f"padded, rate {rate:g}", ylim=(78, 100))
+    axis.set_xlabel("steps after the padding")
+  axes[0].set_ylabel("test accuracy (%), mean of 5 seeds")
+  sparse = select(rows, task="sparse")
+  for method in values(sparse, "method"):
+    mine = select(sparse, method=method)
+    means = [_summary.mean(_summary.errors(row, "rare")) for row in mine]
+    axes[-1].errorbar(
+      values(mine, "rate"),
+      [m.value for m in means],
+      [m.error for m in means],
+      color=cells[method].color,
+      linestyle=cells[method].line,
+      marker="o",
+      markersize=3.5,
+      label=method,
+    )
+  axes[-1].set(xscale="log", title="sparse", xlabel="learning rate")
+  axes[-1].set_ylabel("squared error of rare tokens")
+  figure.legend(loc="outside lower center", ncols=4, frameon=False)
   return figure
 
 

@@ -64,6 +64,17 @@ def values(rows: list[Row], field: str) -> list[Any]:
   return list(dict.fromkeys(row[field] for row in rows))
 
 
+def failed(row: Row, points: float = 5.0) -> int:
+  """How many seeds of `update_clipping` fell by more than so many points."""
+  pairs = zip(row["before"], row["worst"], strict=True)
+  return sum(before - worst > points for before, worst in pairs)
+
+
+def errors(row: Row, field: str) -> list[float]:
+  """Squared errors for each seed, none above 1: that of whoever knows nothing."""
+  return [1.0 if x is None else min(x, 1.0) for x in row[field]]
+
+
 def solved(row: Row) -> int:
   """Counts the seeds that solved the problem, in a row of `temporal_order`."""
   return sum(end is not None for end in row["solved_at"])

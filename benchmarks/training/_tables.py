@@ -154,6 +154,43 @@ def qk_clip(rows: list[Row]) -> str:
   return "\n\n".join(parts)
 
 
+def update_clipping(rows: list[Row]) -> str:
+  """Accuracies around the padding, then without it, then errors of the tokens."""
+  padded, sparse = select(rows, task="padded"), select(rows, task="sparse")
+  rates = [f"{rate:g}" for rate in values(padded, "rate")]
+  around, plain, tokens = [], [], []
+  for method in values(padded, "method"):
+    cells, ends = [method], [method]
+    for row in select(padded, method=method):
+      means = {k: _summary.mean(row[k]) for k in ("before", "worst", "end")}
+      if row["quiet"]:
+        cells.append(f"{means['before'].value:.1f}, {means['worst'].value:.1f}")
+        cells.append(f"{_summary.failed(row)} of {len(row['before'])}")
+        cells.append(f"{means['end'].value:.1f} ± {means['end'].error:.1f}")
+      else:
+        ends.append(f"{means['end'].value:.1f} ± {means['end'].error:.1f}")
+    around.append(cells)
+    plain.append(ends)
+  for method in values(sparse, "method"):
+    cells = [method]
+    for row in select(sparse, method=method):
+      rare, common = (
+        _summary.mean(_summary.errors(row, kind)) for kind in ("rare", "common")
+      )
+      cells.append(f"{rare.value:.3f} ± {rare.error:.3f} ({common.value:.4f})")
+    tokens.append(cells)
+  head = [x for rate in rates for x in (f"{rate}: before, worst", "fail", "end")]
+  return "\n\n".join(
+    [
+      markdown(["padded", *head], around),
+      markdown(["without padding, end", *rates], plain),
+      markdown(
+        ["sparse: rare (common)", *(f"{r:g}" for r in values(sparse, "rate"))], tokens
+      ),
+    ]
+  )
+
+
 def markdown(head: list[str], body: list[list[str]]) -> str:
   """Writes a table; aligns all columns but the first to the right."""
   lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]

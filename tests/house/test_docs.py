@@ -147,6 +147,7 @@ def close(shown, number):
 def as_users_run_it(monkeypatch, tmp_path):
   """Users' JAX promotes implicitly; and they copy what examples offer for that."""
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("COLUMNS", "80")
   monkeypatch.syspath_prepend(str(ROOT / "examples"))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield

@@ -28,6 +28,7 @@ FLOORS = (
   ("_report",),
   ("states",),
   ("__init__",),
+  ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -22,6 +22,7 @@ from benchmarks.training import low_precision
 from benchmarks.training import qk_clip
 from benchmarks.training import shifting_scale
 from benchmarks.training import temporal_order
+from benchmarks.training import update_clipping
 
 # The studies are measured as users would run them, not under the rules of the tests.
 pytestmark = [pytest.mark.foreign, pytest.mark.programs]
@@ -119,6 +120,53 @@ def test_qk_clip_runs(monkeypatch):
 def test_the_largest_logits_of_a_row():
   row = {"largest": [[1.0, None, 3.0], [None]]}
   assert _summary.peaks(row) == [3.0, None]
+
+
+def test_update_clipping_runs():
+  rates = {"padded": (0.01,), "sparse": (0.1,)}
+  rows = list(
+    update_clipping.run(
+      names=("none",), rates=rates, seeds=1, phase=20, quiet=20, steps=4
+    )
+  )
+  assert [row["task"] for row in rows] == ["padded", "padded", "sparse"]
+  assert [row.get("quiet") for row in rows] == [20, 0, None]
+  assert [len(row["course"]) for row in rows[:2]] == [2, 2]
+  assert all(0 < row["worst"][0] < 100 for row in rows[:2])
+  assert 0 < rows[2]["rare"][0] < 2
+
+
+def test_padding_has_no_gradient():
+  import jax
+
+  task = update_clipping.padded(phase=2, quiet=3)
+  params = task.init(0)
+  key = jax.random.key(0)
+  still = [
+    not any(np.any(g) for g in jax.tree.leaves(task.gradient(params, {}, key, step)))
+    for step in range(7)
+  ]
+  assert still == [False, False, True, True, True, False, False]
+
+
+def test_stable_adam_is_that_of_its_authors():
+  """Their update, in float64: debiased averages, and the RMS of g / sqrt(u)."""
+  import jax.numpy as jnp
+
+  b1, b2, eps = 0.9, 0.99, 1e-8
+  tx = update_clipping.scale_by_stable_adam(b1, b2, eps)
+  random = np.random.default_rng(0)
+  state = tx.init(jnp.zeros((3, 4)))
+  v = u = np.zeros((3, 4))
+  for step in range(1, 30):
+    g = random.normal(size=(3, 4)) * (0 if 5 < step < 25 else 10)
+    updates, state = tx.update(jnp.float32(g), state)
+    hat1 = b1 * (1 - b1 ** (step - 1)) / (1 - b1**step)
+    hat2 = b2 * (1 - b2 ** (step - 1)) / (1 - b2**step)
+    v, u = hat1 * v + (1 - hat1) * g, hat2 * u + (1 - hat2) * g * g
+    rms = np.sqrt(np.mean(g * g / np.maximum(u, eps**2)))
+    wanted = v / (np.sqrt(u) + eps) / max(1.0, rms)
+    np.testing.assert_allclose(updates, wanted, rtol=2e-5)
 
 
 def test_settled_members_are_left_out():
