@@ -20,7 +20,7 @@ from optax_clip._types import Specs
 
 @named
 def clip(
-  max_delta: ScalarOrSchedule,
+  max_delta: ScalarOrSchedule | None,
   *,
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
@@ -36,7 +36,7 @@ def clip(
 
   Args:
     max_delta: c >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar.
+      step, or a traced scalar. `None`: no limit.
     nonfinite: ``"zero"`` turns the whole step into zeros if an element is NaN
       or inf. With ``"propagate"`` NaN stays NaN, and inf becomes c, which hides
       it.
@@ -56,8 +56,9 @@ def clip(
   ==================  =====================================================
   input               result
   ==================  =====================================================
-  ``max_delta=0``     zeros
+  ``max_delta=0``     zeros, and a `UserWarning`
   ``max_delta=inf``   unchanged
+  ``max_delta=None``  unchanged
   an inf element      c, with its sign
   a NaN element       NaN
   ==================  =====================================================
@@ -83,7 +84,7 @@ def clip(
 
 @named
 def clip_by_global_norm(
-  max_norm: ScalarOrSchedule,
+  max_norm: ScalarOrSchedule | None,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -106,7 +107,8 @@ def clip_by_global_norm(
   Args:
     max_norm: c >= 0, in the units of the updates: a float, a schedule of the
       step, or a traced scalar (0 if negative). It never changes the dtype of a
-      leaf and, if traced, never recompiles.
+      leaf and, if traced, never recompiles. `None`: no limit, the norm is measured
+      and recorded.
     ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
     eps: added to the norm in the denominator. 1e-6 is what PyTorch does.
     nonfinite: ``"zero"`` turns the whole step into zeros if the norm is NaN or
@@ -137,8 +139,9 @@ def clip_by_global_norm(
   input                       result
   ==========================  =============================================
   all zero, or an empty tree  unchanged, norm 0
-  ``max_norm=0``              zeros
+  ``max_norm=0``              zeros, and a `UserWarning` where it is constructed
   ``max_norm=inf``            unchanged
+  ``max_norm=None``           unchanged
   within `max_norm`           unchanged, bit for bit
   a NaN element               all NaN; with ``"zero"`` all zero
   an inf element              NaN there, 0 elsewhere; with ``"zero"`` all zero

@@ -69,7 +69,7 @@ def global_norm(
 
 def clip_tree(
   tree: Any,
-  max_norm: Scalar,
+  max_norm: Scalar | None,
   *,
   norm: Any = None,
   ord: float | None = None,
@@ -112,8 +112,9 @@ def clip_tree(
     [0.6 0.8] 5.0
   """
   given_tree, tree = tree, _leaves.with_values(tree)
-  _validate.nonnegative(max_norm=max_norm)
-  _validate.scalar(max_norm=max_norm)
+  if callable(max_norm):
+    _validate.nonnegative(max_norm=max_norm)
+  _validate.limit(max_norm=max_norm)
   measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
   if norm is None:
     (known,) = measure.measure(tree)
@@ -123,7 +124,7 @@ def clip_tree(
     known = _extended.of(jnp.asarray(norm, measure.layout(tree).blocks[0].dtype))
   tx = clip_with(
     measure,
-    _limits.constant(max_norm),
+    _limits.of(max_norm),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
     record=False,

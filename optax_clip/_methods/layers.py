@@ -24,7 +24,7 @@ from optax_clip._types import Specs
 
 @named
 def clip_by_layer_norm(
-  max_norm: ScalarOrSchedule,
+  max_norm: ScalarOrSchedule | None,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -46,7 +46,7 @@ def clip_by_layer_norm(
 
   Args:
     max_norm: c >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar.
+      step, or a traced scalar. `None`: no limit.
     ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
     eps: added to the norm in the denominator.
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
@@ -114,7 +114,7 @@ def clip_by_group_norm(
       the updates to either, as in `optax.multi_transform`; `labels_by_path` makes
       one of regular expressions.
     max_norms: for each label its limit: a non-negative float, a schedule of
-      the step, or a traced scalar. `float('inf')`: measured, never clipped.
+      the step, or a traced scalar. `None` or `float('inf')`: measured, never clipped.
     ord: p, 2 by default; 1, `float('inf')` or any p in (0, 64].
     eps: added to the norm in the denominator.
     nonfinite: ``"zero"`` turns the whole step into zeros if a norm is NaN or
@@ -165,7 +165,7 @@ def clip_by_group_norm(
 
 @named
 def clip_by_block_rms(
-  threshold: ScalarOrSchedule,
+  threshold: ScalarOrSchedule | None,
   *,
   eps: Scalar = 0.0,
   nonfinite: Nonfinite = "propagate",
@@ -187,7 +187,7 @@ def clip_by_block_rms(
 
   Args:
     threshold: d >= 0, in the units of the updates: a float, a schedule of the
-      step, or a traced scalar.
+      step, or a traced scalar. `None`: no limit.
     eps: added to the root mean square in the denominator.
     nonfinite: ``"zero"`` turns the whole step into zeros if a root mean square
       is NaN or inf.

@@ -104,8 +104,9 @@ def per_group(limits: Sequence[Any]) -> Threshold:
   """One limit, a number or a schedule, for each group of a measure.
 
   Args:
-    limits: as many as the measure has norms, in their order.
+    limits: as many as the measure has norms, in their order. `None` is no limit.
   """
+  limits = [math.inf if limit is None else limit for limit in limits]
   if not any(callable(limit) for limit in limits):
     _validate.nonnegative(**{f"limits[{i}]": x for i, x in enumerate(limits)})
     return constant(_stacked(limits))
@@ -178,12 +179,15 @@ def warmup(
   return Threshold(init, update)
 
 
-def of(limit: ScalarOrSchedule) -> Threshold:
+def of(limit: ScalarOrSchedule | None) -> Threshold:
   """The threshold for what users pass: a number, an array or a schedule.
 
   Args:
-    limit: any of these, or a `Threshold`, which is returned as it is.
+    limit: any of these, or a `Threshold`, which is returned as it is. `None` is no
+      limit: norms are measured, and nothing is clipped.
   """
+  if limit is None:
+    return constant(math.inf)
   if isinstance(limit, Threshold):
     return limit
   return scheduled(limit) if callable(limit) else constant(limit)

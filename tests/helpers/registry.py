@@ -12,9 +12,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from helpers import oracles
 import optax_clip
+
+# For tests that mean a limit of 0, of which the package warns.
+ZERO_IS_MEANT = pytest.mark.filterwarnings(
+  "ignore:.*=.* turns every update into zeros:UserWarning"
+)
 
 
 class Row(NamedTuple):
