@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_clip import _validate
@@ -50,6 +51,7 @@ from optax_clip._algebra.types import Threshold
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
+from optax_clip._norms.layout import Place
 from optax_clip._repr import named
 from optax_clip._repr import short
 from optax_clip._trees import leaf as _leaf
@@ -226,11 +228,14 @@ def _applied(
   """The updates, each leaf by its coefficient."""
   leaves, treedef = jax.tree.flatten(updates)
   own = layout.spread(list(zip(coefficients, limits, strict=True)))
-  clipped = [
-    _leaf.keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
-    for leaf, (coefficient, limit) in zip(map(jnp.asarray, leaves), own, strict=True)
-  ]
-  return jax.tree.unflatten(treedef, clipped)
+
+  def new(leaf: Array, place: Place, coefficient: Extended, limit: Array) -> Array:
+    if not place.scaled:
+      return leaf
+    return _leaf.keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
+
+  rows = zip(map(jnp.asarray, leaves), layout.places, own, strict=True)
+  return jax.tree.unflatten(treedef, [new(x, place, *pair) for x, place, pair in rows])
 
 
 def _where_finite(finite: Array, x: Array) -> Array:
@@ -261,11 +266,19 @@ def _noted(
     entries[key] = _record.noted_layers(
       last,
       *layers,
-      limit=layout.rows(_smallest, whole),
-      coefficient=layout.rows(_smallest, factors),
-      clipped=layout.rows(largest, above) > 0,
+      limit=_where_scaled(layout, layout.rows(_smallest, whole), jnp.inf),
+      coefficient=_where_scaled(layout, layout.rows(_smallest, factors), 1),
+      clipped=_where_scaled(layout, layout.rows(largest, above), 0) > 0,
     )
   return entries
+
+
+def _where_scaled(layout: Layout, rows: Array, otherwise: float) -> Array:
+  """Rows of layers, with another value for those that are only counted."""
+  scaled = layout.scaled_layers()
+  if all(scaled):
+    return rows
+  return jnp.where(np.asarray(scaled), rows, jnp.asarray(otherwise, rows.dtype))
 
 
 _smallest = functools.partial(jnp.min, initial=jnp.inf)

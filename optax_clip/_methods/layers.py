@@ -99,6 +99,7 @@ def clip_by_group_norm(
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
   counted: Any = None,
+  scaled: Any = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
   record: Recording = True,
@@ -122,6 +123,9 @@ def clip_by_group_norm(
     strict: whether no norm may exceed its limit in exact arithmetic.
     counted: for each leaf whether it counts in the norm of its group, given like
       `labels`; all do if `None`. One that does not is scaled with its group.
+    scaled: for each leaf whether it is scaled with its group, given like `labels`; all
+      are if `None`. One that is not counts in the norm and passes bit for bit, so that
+      the norm of its group may stay above the limit, also with `strict`.
     axis_name: mesh axes to collect norms over, see `optax_clip.measures`.
     specs: which dimension of which leaf is sharded, see `optax_clip.measures`.
     record: whether the state keeps what `metrics` reads; ``"layers"``: and what
@@ -133,8 +137,8 @@ def clip_by_group_norm(
 
   Raises:
     ValueError: if `labels` or `max_norms` is empty, a label has no limit, a
-      limit is negative or NaN; in `init`, if `labels` or `counted` do not fit the
-      tree.
+      limit is negative or NaN; in `init`, if `labels`, `counted` or `scaled` do not
+      fit the tree.
     TypeError: in `update`, if a leaf is an integer or a boolean.
 
   The edge cases are those of `clip_by_global_norm`, group by group.
@@ -153,7 +157,13 @@ def clip_by_group_norm(
     _validate.limit(**{f"max_norms[{label!r}]": max_norms[label]})
   return clip_with(
     measures.group_norm(
-      labels, names, ord=ord, counted=counted, axis_name=axis_name, specs=specs
+      labels,
+      names,
+      ord=ord,
+      counted=counted,
+      scaled=scaled,
+      axis_name=axis_name,
+      specs=specs,
     ),
     _limits.per_group([max_norms[label] for label in names]),
     actions.rescale(eps=eps, strict=strict),

@@ -37,6 +37,7 @@ class Place(NamedTuple):
     size: of how many elements one norm is, on all devices.
     stack: how many layers are stacked in the leaf, on all devices; 0: it is no stack.
     layer: the dimension they are stacked along.
+    scaled: whether the leaf is clipped by its norms, and not only counted in them.
   """
 
   block: int
@@ -46,6 +47,7 @@ class Place(NamedTuple):
   size: int
   stack: int = 0
   layer: int | None = None
+  scaled: bool = True
 
 
 class Block(NamedTuple):
@@ -162,6 +164,10 @@ class Layout(NamedTuple):
     """For each leaf how many layers are stacked in it; 0 if it is no stack."""
     return [p.stack for p in self.places]
 
+  def scaled_layers(self) -> list[bool]:
+    """For each layer whether it is clipped by its norms."""
+    return [p.scaled for p in self.places for _ in range(max(p.stack, 1))]
+
   def sizes(self) -> list[Any]:
     """For each block of how many elements its entries are: a number, or a vector."""
     found: list[Any] = [[] for _ in self.blocks]
@@ -204,7 +210,11 @@ class Layout(NamedTuple):
 
 
 def whole(
-  count: int, dtype: Any, indices: Sequence[int | None], cuts: Sequence[_mesh.Cut]
+  count: int,
+  dtype: Any,
+  indices: Sequence[int | None],
+  cuts: Sequence[_mesh.Cut],
+  scaled: Sequence[bool] | None = None,
 ) -> Layout:
   """The layout of norms of whole leaves, or of several.
 
@@ -213,9 +223,12 @@ def whole(
     dtype: of the norms.
     indices: which of them each leaf belongs to; `None` where there is one.
     cuts: how each leaf lies on a mesh.
+    scaled: for each leaf whether it is clipped; all are if `None`.
   """
+  scaled = [True] * len(indices) if scaled is None else scaled
   places = [
-    Place(0, index, None, cut, 0) for index, cut in zip(indices, cuts, strict=True)
+    Place(0, index, None, cut, 0, scaled=clipped)
+    for index, cut, clipped in zip(indices, cuts, scaled, strict=True)
   ]
   shape = (count,) if count else ()
   return Layout(tuple(places), (Block(shape, jnp.dtype(dtype)),))

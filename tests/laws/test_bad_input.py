@@ -91,6 +91,20 @@ def test_limit_that_is_no_number(name, limit):
     call(limit)
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "thresholds.constant",
+  ],
+)
+def test_none_where_a_limit_must_be(name):
+  argument, call = LIMITS[name]
+  with pytest.raises(TypeError, match=rf"{argument} must be a number, got None"):
+    call(None)
+
+
 GOOD = [0, 0.0, 1, float("inf"), np.float16(2), jnp.array(1)]
 
 

@@ -81,7 +81,7 @@ class TestTable:
     assert str(float(bad)) in str(caught.value)
 
   def test_a_limit_that_is_no_number_is_an_error(self):
-    for bad in ("1.0", True, None, [None]):
+    for bad in ("1.0", True, [None]):
       with pytest.raises(TypeError, match="max_norm"):
         optax_clip.clip_by_global_norm(bad)
 
