@@ -43,10 +43,9 @@ def limit(**values: Any) -> None:
   nothing is clipped.
   """
   for name, value in values.items():
-    if value is None or callable(value):
+    if callable(value):
       continue
-    nonnegative(**{name: value})
-    scalar(**{name: value})
+    bound(**{name: value})
     if isinstance(value, (int, float, np.generic, np.ndarray)) and value == 0:
       warnings.warn(
         f"{name}={value!r} turns every update into zeros, and nothing is learned. In"
@@ -55,6 +54,14 @@ def limit(**values: Any) -> None:
         UserWarning,
         stacklevel=_callers(),
       )
+
+
+def bound(**values: Any) -> None:
+  """Raises unless each named value is `None`, or one number >= 0."""
+  for name, value in values.items():
+    if value is not None:
+      nonnegative(**{name: value})
+      scalar(**{name: value})
 
 
 def _callers() -> int:

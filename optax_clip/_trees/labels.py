@@ -84,7 +84,7 @@ def muon_labels(weight_dimension_numbers: Any = None) -> Callable[[Any], Any]:
     taken = jax.tree.map(
       lambda x: "adam" if x is None else "muon", resolved, is_leaf=_is_for_muon
     )
-    found = _each_leaf(taken, tree, "weight_dimension_numbers")
+    found = each_leaf(taken, tree, "weight_dimension_numbers")
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
   return labels
@@ -97,7 +97,7 @@ def _is_for_muon(node: Any) -> bool:
 
 def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
   """For each leaf of `tree`, the index of its label in `names`."""
-  found = _each_leaf(labels, tree, "labels")
+  found = each_leaf(labels, tree, "labels")
   _hashable(found, "labels")
   _all_known(set(found), names)
   index = {name: i for i, name in enumerate(names)}
@@ -109,14 +109,14 @@ def flags(tree: Any, **values: Any) -> list[bool]:
   ((what, given),) = values.items()
   if given is None:
     return [True] * len(jax.tree.leaves(tree))
-  found = _each_leaf(given, tree, what)
+  found = each_leaf(given, tree, what)
   for value in found:
     if not isinstance(value, bool):
       raise TypeError(f"{what} must hold True and False, got {value!r}.")
   return found
 
 
-def _each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
+def each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
   """What a tree, a prefix of one, or a function to either says of each leaf."""
   resolved = given(tree) if callable(given) else given
   try:
