@@ -5,8 +5,10 @@ yet, and passes.
 """
 
 from collections.abc import Callable
+import inspect
 import math
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
@@ -35,11 +37,43 @@ def _numeric(name: str, value: Any) -> np.ndarray | None:
 
 
 def limit(**values: Any) -> None:
-  """Raises unless each named value is a schedule, or one number >= 0."""
+  """Raises unless each named value is `None`, a schedule, or one number >= 0.
+
+  Warns of a 0 that stands in the program: in configurations of others it means that
+  nothing is clipped.
+  """
   for name, value in values.items():
-    if not callable(value):
+    if callable(value):
+      continue
+    bound(**{name: value})
+    if isinstance(value, (int, float, np.generic, np.ndarray)) and value == 0:
+      warnings.warn(
+        f"{name}={value!r} turns every update into zeros, and nothing is learned. In"
+        " MaxText and Levanter 0 means that nothing is clipped: for that pass None or"
+        " float('inf').",
+        UserWarning,
+        stacklevel=_callers(),
+      )
+
+
+def bound(**values: Any) -> None:
+  """Raises unless each named value is `None`, or one number >= 0."""
+  for name, value in values.items():
+    if value is not None:
       nonnegative(**{name: value})
       scalar(**{name: value})
+
+
+def _callers() -> int:
+  """The `stacklevel` by which a function that calls this warns whoever called us."""
+  frame, level = inspect.currentframe(), 0
+  while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    frame, level = frame.f_back, level + 1
+  return level
+
+
+def _is_ours(module: str) -> bool:
+  return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def scalar(**values: Any) -> None:

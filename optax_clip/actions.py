@@ -31,6 +31,7 @@ __all__ = [
   "rational",
   "rescale",
   "rescale_elements",
+  "rescale_to_unit",
   "square_root",
   "tanh",
 ]
@@ -57,13 +58,42 @@ def rescale(*, eps: Scalar = 0.0, strict: bool = False) -> Action:
 
   def weigh(norm: Extended, limit: Array) -> Extended:
     if strict:
-      limit = limit * (1 - _STRICT_EPSILONS * jnp.finfo(limit.dtype).eps)
+      limit = limit * _below_limit(limit.dtype)
     size = _extended.plus(norm, eps)
     exceeds = _extended.exceeds(size, limit)
     # Safe where they are not selected: 0 / 0 would poison the derivative.
     size = _extended.where(exceeds, size, 1)
     ratio = _extended.quotient(jnp.where(exceeds, limit, 1), size)
     return _extended.where(exceeds, ratio, 1)
+
+  return Action(weigh, _multiply_toward_zero if strict else _multiply)
+
+
+def rescale_to_unit(*, eps: Scalar = 0.0, strict: bool = False) -> Action:
+  r"""Scales as `rescale` does, and divides by the limit: the norm is then at most 1.
+
+  .. math::
+      u \leftarrow u / \max(n + \epsilon, L)
+
+  What is added next, as the noise of differential privacy, need not know the limit. A
+  limit of inf makes all zero, one of 0 makes the norm 1; zeros stay zeros.
+
+  Args:
+    eps: added to the norm, in its units.
+    strict: whether the norm of what is returned must not exceed 1 in exact
+      arithmetic; as in `rescale`.
+  """
+  _validate.nonnegative(eps=eps)
+
+  def weigh(norm: Extended, limit: Array) -> Extended:
+    share = _below_limit(limit.dtype) if strict else 1.0
+    one = jnp.full_like(limit, share)
+    limit = limit * one
+    size = _extended.plus(norm, eps)
+    size = _extended.where(_extended.exceeds(size, limit), size, limit)
+    # Safe where both are 0: then so is the update.
+    size = _extended.where(size.value != 0, size, 1)
+    return _extended.quotient(jnp.broadcast_to(one, size.value.shape), size)
 
   return Action(weigh, _multiply_toward_zero if strict else _multiply)
 
@@ -213,6 +243,11 @@ def rescale_elements() -> Action:
     return jnp.where(large, _multiply(leaf, coefficient, limit), leaf)
 
   return Action(rescale().weigh, apply)
+
+
+def _below_limit(dtype: Any) -> float:
+  """The share of a limit that `strict` allows."""
+  return float(1 - _STRICT_EPSILONS * jnp.finfo(dtype).eps)
 
 
 def _soft(shape: Callable[[Array], Array]) -> Action:

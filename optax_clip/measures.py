@@ -144,6 +144,7 @@ def group_norm(
   *,
   ord: float | None = None,
   counted: Any = None,
+  scaled: Any = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
 ) -> Measure:
@@ -156,6 +157,8 @@ def group_norm(
     ord: the order of the norm, 2 by default.
     counted: for each leaf whether it counts in its group's norm, given like `labels`;
       all do if `None`.
+    scaled: for each leaf whether the action applies to it, given like `labels`; to all
+      if `None`. A leaf that is not scaled passes bit for bit.
     axis_name: see the module's docstring.
     specs: see there.
   """
@@ -166,12 +169,13 @@ def group_norm(
     leaves = _leaves.floating_leaves(updates)
     dtype = _moments.accumulator(*(x.dtype for x in leaves))
     ids = _labels.label_ids(labels, names, updates)
-    _labels.counted_leaves(counted, updates)  # So that `init` raises.
+    counts(updates)  # So that `init` raises.
     cuts = _whole_cuts(updates, axis_name, specs)
-    return _layout.whole(len(names), dtype, ids, cuts)
+    clipped = _labels.flags(updates, scaled=scaled)
+    return _layout.whole(len(names), dtype, ids, cuts, clipped)
 
   def counts(updates: Updates) -> list[bool]:
-    return _labels.counted_leaves(counted, updates)
+    return _labels.flags(updates, counted=counted)
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
 
@@ -185,6 +189,7 @@ def group_norm(
       groups.append(_norm.merged(jax.tree.map(lambda x, m=members: x[m], table), p))
     return [Extended(*map(jnp.stack, zip(*groups, strict=True)))]
 
+  # Not `scaled`: the norms are the same.
   key = (labels, tuple(names), counted, axis_name, specs)
   parts = Parts(finer, combine if p >= 1 else None)
   return Measure(layout, _Norm("group", p, key, layout, counts), parts)

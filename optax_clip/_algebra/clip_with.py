@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_clip import _validate
@@ -52,6 +53,7 @@ from optax_clip._norms import extended as _extended
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
+from optax_clip._norms.layout import Place
 from optax_clip._repr import named
 from optax_clip._repr import short
 from optax_clip._trees import leaf as _leaf
@@ -230,11 +232,14 @@ def _applied(
   """Applies to each leaf its coefficient."""
   leaves, treedef = jax.tree.flatten(updates)
   own = layout.spread(list(zip(coefficients, limits, strict=True)))
-  clipped = [
-    _leaf.keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
-    for leaf, (coefficient, limit) in zip(map(jnp.asarray, leaves), own, strict=True)
-  ]
-  return jax.tree.unflatten(treedef, clipped)
+
+  def new(leaf: Array, place: Place, coefficient: Extended, limit: Array) -> Array:
+    if not place.scaled:
+      return leaf
+    return _leaf.keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
+
+  rows = zip(map(jnp.asarray, leaves), layout.places, own, strict=True)
+  return jax.tree.unflatten(treedef, [new(x, place, *pair) for x, place, pair in rows])
 
 
 def _where_finite(finite: Array, x: Array) -> Array:
@@ -276,9 +281,11 @@ def _noted(
     entries[key] = _record.noted_layers(
       last,
       *layers,
-      limit=layout.rows(_smallest, whole),
-      coefficient=layout.rows(_smallest, [x[0] for x in applied]),
-      clipped=layout.rows(largest, above) > 0,
+      limit=_where_scaled(layout, layout.rows(_smallest, whole), jnp.inf),
+      coefficient=_where_scaled(
+        layout, layout.rows(_smallest, [x[0] for x in applied]), 1
+      ),
+      clipped=_where_scaled(layout, layout.rows(largest, above), 0) > 0,
     )
   return entries
 
@@ -299,6 +306,14 @@ def _product(norm: Extended, coefficient: Extended) -> Array:
   """Multiplies two numbers; in this order nothing leaves the range on the way."""
   value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
   return _extended.as_float(Extended(value, unit))
+
+
+def _where_scaled(layout: Layout, rows: Array, otherwise: float) -> Array:
+  """Gives rows of layers another value where a layer is counted and not scaled."""
+  scaled = layout.scaled_layers()
+  if all(scaled):
+    return rows
+  return jnp.where(np.asarray(scaled), rows, jnp.asarray(otherwise, rows.dtype))
 
 
 _smallest = functools.partial(jnp.min, initial=jnp.inf)

@@ -203,7 +203,7 @@ def noted(
 
 
 def rate(last: Array, happened: Array) -> Array:
-  """Returns the running average of whether something happened, which forgets 1% in a step."""
+  """Averages whether something happened, and forgets 1% in each step."""
   return last + _RATE_WEIGHT * (happened.astype(jnp.float32) - last)
 
 

@@ -29,7 +29,7 @@ Array = jax.Array
 
 @named
 def adaptive_grad_clip(
-  clipping: ScalarOrSchedule,
+  clipping: ScalarOrSchedule | None,
   eps: Scalar = 1e-3,
   axis: Any = None,
   *,
@@ -57,7 +57,7 @@ def adaptive_grad_clip(
 
   Args:
     clipping: lambda >= 0, dimensionless: a float, a schedule of the step, or a traced
-      scalar. NFNets use 0.01 at batch size 4096.
+      scalar; `None` is off. NFNets use 0.01 at batch size 4096.
     eps: the least norm that a unit's weights count with, so that units that start
       at zero can move. With 0 they stay there.
     axis: the axes that form one unit, for every leaf; by rank if `None`. Or by path:
@@ -82,7 +82,8 @@ def adaptive_grad_clip(
   ==================  =====================================================
   a unit of zeros     unchanged
   weights of zeros    clipped to ``clipping * eps``
-  ``clipping=0``      zeros
+  ``clipping=0``      zeros, and a `UserWarning`
+  ``clipping=None``   unchanged
   a NaN element       its unit is NaN; with ``"zero"`` all are zero
   ==================  =====================================================
 

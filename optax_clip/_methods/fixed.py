@@ -20,7 +20,7 @@ from optax_clip._types import Specs
 
 @named
 def clip(
-  max_delta: ScalarOrSchedule,
+  max_delta: ScalarOrSchedule | None,
   *,
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
@@ -52,8 +52,9 @@ def clip(
   ==================  =====================================================
   input               result
   ==================  =====================================================
-  ``max_delta=0``     zeros
+  ``max_delta=0``     zeros, and a `UserWarning`
   ``max_delta=inf``   unchanged
+  ``max_delta=None``  unchanged
   an inf element      c, with its sign
   a NaN element       NaN
   ==================  =====================================================
@@ -79,7 +80,7 @@ def clip(
 
 @named
 def clip_by_global_norm(
-  max_norm: ScalarOrSchedule,
+  max_norm: ScalarOrSchedule | None,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -101,7 +102,8 @@ def clip_by_global_norm(
 
   Args:
     max_norm: c >= 0, in the units of the updates: a float, a schedule of the step,
-      or a traced scalar (0 if negative). It never changes the dtype of a leaf and,
+      or a traced scalar (0 if negative). `None` is off: the norm is measured and
+      recorded. It never changes the dtype of a leaf and,
       if traced, never recompiles.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, name: as in `clip_with`.
@@ -119,8 +121,9 @@ def clip_by_global_norm(
   input                       result
   ==========================  =============================================
   all zero, or an empty tree  unchanged, norm 0
-  ``max_norm=0``              zeros
+  ``max_norm=0``              zeros, and a `UserWarning` where it is constructed
   ``max_norm=inf``            unchanged
+  ``max_norm=None``           unchanged
   within `max_norm`           unchanged, bit for bit
   a NaN element               all NaN; with ``"zero"`` all zero
   an inf element              NaN there, 0 elsewhere; with ``"zero"`` all zero

@@ -15,6 +15,7 @@ from optax_clip._algebra.given import as_blocks
 from optax_clip._algebra.types import Measure
 from optax_clip._norms import extended as _extended
 from optax_clip._thresholds import limits as _limits
+from optax_clip._trees import labels as _labels
 from optax_clip._trees import leaves as _leaves
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
@@ -67,17 +68,18 @@ def global_norm(
 
 def clip_tree(
   tree: Any,
-  max_norm: Scalar,
+  max_norm: Any,
   *,
   norm: Any = None,
   ord: float | None = None,
   eps: Scalar = 0.0,
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
+  rescale_to_unit_norm: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-) -> tuple[Any, Array]:
-  r"""Clips a tree by its global norm, and returns both.
+) -> tuple[Any, Any]:
+  r"""Clips a tree by its global norm, or its subtrees by theirs, and returns both.
 
   .. math::
       x \leftarrow x \cdot \min\left(1, \frac{c}{n + \epsilon}\right)
@@ -86,46 +88,116 @@ def clip_tree(
 
   Args:
     tree: any tree of floating or complex arrays.
-    max_norm: c, a non-negative float or a traced scalar.
+    max_norm: c, a non-negative float or a traced scalar; `None` is off. Or a tree
+      prefix of these: each subtree is then clipped by its own norm.
     norm: the norm, if it is known: that of a whole model, say, which this tree is one
-      pipeline stage of. `None` measures it.
+      pipeline stage of. With several limits, a tree like theirs. `None` measures it.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
-    nonfinite: as in `clip_with`.
+    nonfinite: as in `clip_with`, if the norm, or one of several, is not finite.
+    rescale_to_unit_norm: whether to divide the clipped tree by c, so that its norm is
+      at most 1.
     axis_name, specs: as in `optax_clip.measures`.
 
   Returns:
-    The clipped tree and its norm before clipping, f32[] (or f64[]).
+    The clipped tree and its norm before clipping, f32[] (or f64[]); with several
+    limits, a tree like theirs.
 
   Raises:
-    ValueError: if `max_norm` or `eps` is negative or NaN.
+    ValueError: if `max_norm` or `eps` is negative or NaN, `max_norm` is no tree prefix
+      of the tree, or `norm` no tree like it; if `rescale_to_unit_norm` has no limit to
+      divide by.
     TypeError: if a leaf is an integer or a boolean; names its path.
+
+  ==================  ===================  ============================
+  input               result               with `rescale_to_unit_norm`
+  ==================  ===================  ============================
+  ``max_norm=0``      zeros, a warning     norm 1, direction kept
+  ``max_norm=inf``    unchanged            zeros
+  ``max_norm=None``   unchanged            `ValueError`
+  all zero            unchanged            unchanged
+  a NaN element       all NaN              all NaN
+  ==================  ===================  ============================
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
     >>> grads, norm = optax_clip.clip_tree({"w": jnp.array([3.0, 4.0])}, 1.0)
     >>> print(grads["w"], norm)
     [0.6 0.8] 5.0
+
+    Each part by its own norm:
+
+    >>> grads = {"body": {"w": jnp.array([3.0, 4.0])}, "head": jnp.array([8.0])}
+    >>> grads, norms = optax_clip.clip_tree(grads, {"body": 1.0, "head": 2.0})
+    >>> print(grads["body"]["w"], grads["head"], norms["body"], norms["head"])
+    [0.6 0.8] [2.] 5.0 8.0
   """
   given_tree, tree = tree, _leaves.with_values(tree)
-  _validate.nonnegative(max_norm=max_norm)
-  _validate.scalar(max_norm=max_norm)
-  measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
+  limits, prefix = _checked_limits(max_norm, rescale_to_unit_norm)
+  is_one = prefix == jax.tree.structure(0)
+  if is_one:
+    measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
+    threshold = _limits.of(limits[0])
+  else:
+    ids = _labels.each_leaf(prefix.unflatten(range(len(limits))), tree, "max_norm")
+    labels = jax.tree.unflatten(jax.tree.structure(tree), ids)
+    if not ids:
+      # Nothing to measure.
+      return given_tree, prefix.unflatten([jnp.zeros(())] * len(limits))
+    measure = measures.group_norm(
+      labels, range(len(limits)), ord=ord, axis_name=axis_name, specs=specs
+    )
+    threshold = _limits.per_group(limits)
   if norm is None:
     (known,) = measure.measure(tree)
   else:
     _leaves.floating_leaves(tree)
-    _validate.known_norm(norm)
-    known = _extended.of(jnp.asarray(norm, measure.layout(tree).blocks[0].dtype))
+    dtype = measure.layout(tree).blocks[0].dtype
+    norms = [jnp.asarray(n, dtype) for n in _checked_norms(norm, prefix)]
+    known = _extended.of(norms[0] if is_one else jnp.stack(norms))
+  action = actions.rescale_to_unit if rescale_to_unit_norm else actions.rescale
   tx = clip_with(
     measure,
-    _limits.constant(max_norm),
-    actions.rescale(eps=eps, strict=strict),
+    threshold,
+    action(eps=eps, strict=strict),
     nonfinite=nonfinite,
     record=False,
   )
   handed = given(tree, known, measure)
   clipped, _ = tx.update(tree, optax.EmptyState(), norms=handed)
-  return _leaves.restored(clipped, given_tree), _extended.as_float(known)
+  sizes = _extended.as_float(known)
+  found = sizes if is_one else prefix.unflatten([sizes[i] for i in range(len(limits))])
+  return _leaves.restored(clipped, given_tree), found
+
+
+def _checked_limits(max_norm: Any, divides: bool) -> tuple[list[Any], Any]:
+  """The limits of a tree of them, each a number or `None`, and its structure."""
+  rows, prefix = jax.tree_util.tree_flatten_with_path(max_norm, is_leaf=_is_none)
+  for path, limit in rows:
+    name = f"max_norm{jax.tree_util.keystr(path)}"
+    _validate.bound(**{name: limit})
+    if not divides:
+      _validate.limit(**{name: limit})
+    elif limit is None:
+      raise ValueError(
+        f"rescale_to_unit_norm divides by the limit, and {name} is None: pass a number."
+      )
+  return [limit for _, limit in rows], prefix
+
+
+def _checked_norms(norm: Any, prefix: Any) -> list[Any]:
+  """The norms of a tree of them, of the structure that the limits have."""
+  norms, structure = jax.tree.flatten(norm, is_leaf=_is_none)
+  if structure != prefix:
+    raise ValueError(
+      f"norm must be a tree like max_norm, {prefix}, got one of structure {structure}."
+    )
+  for known in norms:
+    _validate.known_norm(known)
+  return norms
+
+
+def _is_none(node: Any) -> bool:
+  return node is None
 
 
 def given(

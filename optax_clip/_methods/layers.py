@@ -24,7 +24,7 @@ from optax_clip._types import Specs
 
 @named
 def clip_by_layer_norm(
-  max_norm: ScalarOrSchedule,
+  max_norm: ScalarOrSchedule | None,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -83,6 +83,7 @@ def clip_by_group_norm(
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
   counted: Any = None,
+  scaled: Any = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
   record: Recording = True,
@@ -98,9 +99,12 @@ def clip_by_group_norm(
       updates to either, as in `optax.multi_transform`, which `labels_by_path` makes
       from regular expressions.
     max_norms: the limit of each label: a non-negative float, a schedule of the step,
-      or a traced scalar. With `float('inf')` a group is measured, never clipped.
+      or a traced scalar. `None` or `float('inf')`: measured, never clipped.
     counted: which leaves count in the norm of their group, given like `labels`; all
       do if `None`. A leaf that does not is still scaled with its group.
+    scaled: which leaves are scaled with their group, given like `labels`; all are if
+      `None`. One that is not counts in the norm and passes bit for bit, so that the
+      norm of its group may stay above the limit, also with `strict`.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, record, name: as in `clip_with`.
     axis_name, specs: as in `optax_clip.measures`.
@@ -110,7 +114,8 @@ def clip_by_group_norm(
 
   Raises:
     ValueError: if `labels` or `max_norms` is empty, a label has no limit, or a limit
-      is negative or NaN; in `init`, if `labels` or `counted` do not fit the tree.
+      is negative or NaN; in `init`, if `labels`, `counted` or `scaled` do not fit the
+      tree.
 
   The edge cases are those of `clip_by_global_norm`, group by group.
 
@@ -128,7 +133,13 @@ def clip_by_group_norm(
     _validate.limit(**{f"max_norms[{label!r}]": max_norms[label]})
   return clip_with(
     measures.group_norm(
-      labels, names, ord=ord, counted=counted, axis_name=axis_name, specs=specs
+      labels,
+      names,
+      ord=ord,
+      counted=counted,
+      scaled=scaled,
+      axis_name=axis_name,
+      specs=specs,
     ),
     _limits.per_group([max_norms[label] for label in names]),
     actions.rescale(eps=eps, strict=strict),
@@ -140,7 +151,7 @@ def clip_by_group_norm(
 
 @named
 def clip_by_block_rms(
-  threshold: ScalarOrSchedule,
+  threshold: ScalarOrSchedule | None,
   *,
   eps: Scalar = 0.0,
   nonfinite: Nonfinite = "propagate",

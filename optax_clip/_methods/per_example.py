@@ -12,7 +12,9 @@ from optax_clip._norms import extended as _extended
 from optax_clip._norms import moments as _moments
 from optax_clip._norms import norm as _norm
 from optax_clip._norms.extended import Extended
+from optax_clip._trees import leaf as _leaf
 from optax_clip._trees import leaves as _leaves
+from optax_clip._types import Nonfinite
 from optax_clip._types import Scalar
 from optax_clip._types import Updates
 
@@ -20,7 +22,7 @@ Array = jax.Array
 
 
 def per_example_global_norm_clip(
-  grads: Updates, l2_norm_clip: Scalar
+  grads: Updates, l2_norm_clip: Scalar, *, nonfinite: Nonfinite = "propagate"
 ) -> tuple[Any, Array]:
   r"""Clips each example's gradient by its norm over all leaves, and sums.
 
@@ -30,15 +32,29 @@ def per_example_global_norm_clip(
   Args:
     grads: a tree of arrays whose axis 0 is the batch.
     l2_norm_clip: C, non-negative.
+    nonfinite: ``"zero"`` leaves out an example whose norm is NaN or inf: the sum and
+      the count are those of the others. With ``"propagate"`` one NaN makes the whole
+      sum NaN.
 
   Returns:
     The sum over the batch, in the dtypes of `grads` (accumulated in float32), and
-    i32[], how many examples were clipped.
+    i32[], how many examples were clipped; one that was left out does
+    not count.
 
   Raises:
     ValueError: if the leaves do not share a leading batch axis, or `l2_norm_clip` is
-      negative or NaN.
+      negative or NaN, or `nonfinite` is unknown.
     TypeError: if a leaf is an integer or a boolean; names its path.
+
+  ==========================  =================================================
+  input                       result
+  ==========================  =================================================
+  an example of zeros         adds zero, is not clipped
+  ``l2_norm_clip=0``          zeros
+  ``l2_norm_clip=inf``        the plain sum
+  an example with a NaN       the sum is NaN; with ``"zero"`` that of the others
+  only such examples          NaN; with ``"zero"`` zeros
+  ==========================  =================================================
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -51,14 +67,21 @@ def per_example_global_norm_clip(
     Abadi et al., Deep Learning with Differential Privacy, 2016, arXiv:1607.00133.
   """
   _validate.nonnegative(l2_norm_clip=l2_norm_clip)
+  _validate.choice(("propagate", "zero"), nonfinite=nonfinite)
   leaves = _batched_leaves(grads)
   treedef = jax.tree.structure(grads)
-  sums, count = _clipped_sum(leaves, l2_norm_clip)
+  norm = _example_norms(leaves)
+  take = _all_finite([norm]) if nonfinite == "zero" else None
+  sums, count = _clipped_sum(leaves, norm, l2_norm_clip, take)
   return jax.tree.unflatten(treedef, sums), count
 
 
 def per_example_layer_norm_clip(
-  grads: Updates, global_l2_norm_clip: Scalar, uniform: bool = True
+  grads: Updates,
+  global_l2_norm_clip: Scalar,
+  uniform: bool = True,
+  *,
+  nonfinite: Nonfinite = "propagate",
 ) -> tuple[Any, Any]:
   r"""Clips each example's gradient by its norm in each leaf, and sums.
 
@@ -72,10 +95,12 @@ def per_example_layer_norm_clip(
       at most C over all leaves.
     uniform: whether all leaves get the same bound, or each by its share D_k / D of
       the parameters.
+    nonfinite: ``"zero"`` leaves out an example with a norm, in any leaf, that is NaN
+      or inf. With ``"propagate"`` one NaN makes the sum of its leaf NaN.
 
   Returns:
     The sum over the batch, and a tree of i32[]: how many examples were clipped in
-    each leaf.
+    each leaf; one that was left out does not count.
 
   Errors are those of `per_example_global_norm_clip`.
 
@@ -86,19 +111,24 @@ def per_example_layer_norm_clip(
     >>> print(total[0], total[1], counts[0], counts[1])
     [0.6 0.8] [0.1 0. ] 1 0
 
+  The edge cases are those of `per_example_global_norm_clip`.
+
   References:
     McMahan et al., Learning Differentially Private Recurrent Language Models,
     2017, arXiv:1710.06963.
   """
   _validate.nonnegative(global_l2_norm_clip=global_l2_norm_clip)
+  _validate.choice(("propagate", "zero"), nonfinite=nonfinite)
   leaves = _batched_leaves(grads)
   treedef = jax.tree.structure(grads)
+  norms = [_example_norms([x]) for x in leaves]
+  take = _all_finite(norms) if nonfinite == "zero" else None
   sizes = [math.prod(x.shape[1:]) for x in leaves]
   total = sum(sizes)
   shares = [1 / len(leaves) if uniform else size / total for size in sizes]
   clipped = [
-    _clipped_sum([x], global_l2_norm_clip * share**0.5)
-    for x, share in zip(leaves, shares, strict=True)
+    _clipped_sum([x], norm, global_l2_norm_clip * share**0.5, take)
+    for x, norm, share in zip(leaves, norms, shares, strict=True)
   ]
   sums = [leaf for (leaf,), _ in clipped]
   counts = [count for _, count in clipped]
@@ -117,23 +147,47 @@ def _batched_leaves(grads: Updates) -> list[Array]:
   return leaves
 
 
-def _clipped_sum(leaves: list[Array], limit: Scalar) -> tuple[list[Array], Array]:
-  norm = _example_norms(leaves)
+def _clipped_sum(
+  leaves: list[Array], norm: Extended, limit: Scalar, take: Array | None
+) -> tuple[list[Array], Array]:
+  """The sums of the leaves and how many examples were clipped.
+
+  Args:
+    leaves: with the batch as axis 0.
+    norm: of each example over these leaves.
+    limit: C.
+    take: which examples are summed; all if `None`.
+  """
+  if take is not None:
+    # What is left out depends on nothing.
+    norm = jax.tree.map(lambda n: _leaf.gate(n, take), norm)
   action = actions.rescale()
   bound = jnp.asarray(limit, norm.value.dtype)
   coefficient = action.weigh(norm, jnp.broadcast_to(bound, norm.value.shape))
 
   def total(x: Array) -> Array:
-    per_example = jax.tree.map(
-      lambda c: c.reshape(c.shape + (1,) * (x.ndim - 1)), coefficient
-    )
+    def like_x(c: Array) -> Array:
+      return c.reshape(c.shape + (1,) * (x.ndim - 1))
+
+    per_example = jax.tree.map(like_x, coefficient)
+    if take is not None:
+      x = _leaf.gate(x, like_x(take))
     # The parts of complex64 are float32 already.
     wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
     clipped = action.apply(x.astype(wide), per_example, bound)
+    if take is not None:
+      # Selected: a product of 0 and NaN is NaN.
+      clipped = jnp.where(like_x(take), clipped, jnp.zeros_like(clipped))
     return jnp.sum(clipped, axis=0).astype(x.dtype)
 
-  count = jnp.sum(_extended.as_float(norm) > bound, dtype=jnp.int32)
+  exceeds = _extended.as_float(norm) > bound
+  count = jnp.sum(exceeds if take is None else exceeds & take, dtype=jnp.int32)
   return [total(x) for x in leaves], count
+
+
+def _all_finite(norms: list[Extended]) -> Array:
+  """For each example whether all its norms are finite."""
+  return jnp.all(jnp.stack([jnp.isfinite(norm.value) for norm in norms]), axis=0)
 
 
 def _example_norms(leaves: list[Array]) -> Extended:

@@ -37,6 +37,7 @@ class Place(NamedTuple):
     size: how many elements one norm measures, on all devices.
     stack: how many layers the leaf stacks, on all devices; 0 if it is no stack.
     layer: the dimension that counts the layers.
+    scaled: whether the clip scales the leaf by its norms, or only counts it in them.
   """
 
   block: int
@@ -46,6 +47,7 @@ class Place(NamedTuple):
   size: int
   stack: int = 0
   layer: int | None = None
+  scaled: bool = True
 
 
 class Block(NamedTuple):
@@ -162,6 +164,10 @@ class Layout(NamedTuple):
     """Returns how many layers each leaf stacks; 0 if it is no stack."""
     return [p.stack for p in self.places]
 
+  def scaled_layers(self) -> list[bool]:
+    """For each layer whether it is clipped by its norms."""
+    return [p.scaled for p in self.places for _ in range(max(p.stack, 1))]
+
   def sizes(self) -> list[Any]:
     """Counts the elements behind each entry: for each block a number, or a vector."""
     found: list[Any] = [[] for _ in self.blocks]
@@ -204,7 +210,11 @@ class Layout(NamedTuple):
 
 
 def whole(
-  count: int, dtype: Any, indices: Sequence[int | None], cuts: Sequence[_mesh.Cut]
+  count: int,
+  dtype: Any,
+  indices: Sequence[int | None],
+  cuts: Sequence[_mesh.Cut],
+  scaled: Sequence[bool] | None = None,
 ) -> Layout:
   """Lays out norms that each measure one or more whole leaves.
 
@@ -213,9 +223,12 @@ def whole(
     dtype: the dtype of the norms.
     indices: for each leaf the index of its norm; `None` for the single one.
     cuts: how a mesh divides each leaf.
+    scaled: for each leaf whether it is scaled; all are if `None`.
   """
+  scaled = [True] * len(indices) if scaled is None else scaled
   places = [
-    Place(0, index, None, cut, 0) for index, cut in zip(indices, cuts, strict=True)
+    Place(0, index, None, cut, 0, scaled=clipped)
+    for index, cut, clipped in zip(indices, cuts, scaled, strict=True)
   ]
   shape = (count,) if count else ()
   return Layout(tuple(places), (Block(shape, jnp.dtype(dtype)),))

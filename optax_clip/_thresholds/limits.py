@@ -101,8 +101,9 @@ def per_group(limits: Sequence[Any]) -> Threshold:
   """Sets one limit, a number or a schedule, for each group of a measure.
 
   Args:
-    limits: as many as the measure has norms, in their order.
+    limits: as many as the measure has norms, in their order. `None` is no limit.
   """
+  limits = [math.inf if limit is None else limit for limit in limits]
   if not any(callable(limit) for limit in limits):
     _validate.nonnegative(**{f"limits[{i}]": x for i, x in enumerate(limits)})
     return constant(_stacked(limits))
@@ -175,12 +176,15 @@ def warmup(
   return Threshold(init, update)
 
 
-def of(limit: ScalarOrSchedule) -> Threshold:
+def of(limit: ScalarOrSchedule | None) -> Threshold:
   """Makes a threshold of what users pass: a number, an array or a schedule.
 
   Args:
-    limit: any of these, or a `Threshold`, which stays as it is.
+    limit: any of these, or a `Threshold`, which stays as it is. `None` is no
+      limit: norms are measured, and nothing is clipped.
   """
+  if limit is None:
+    return constant(math.inf)
   if isinstance(limit, Threshold):
     return limit
   return scheduled(limit) if callable(limit) else constant(limit)

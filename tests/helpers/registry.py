@@ -12,9 +12,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from helpers import oracles
 import optax_clip
+
+# For tests that mean a limit of 0, of which the package warns.
+ZERO_IS_MEANT = pytest.mark.filterwarnings(
+  "ignore:.*=.* turns every update into zeros:UserWarning"
+)
 
 
 class Row(NamedTuple):
@@ -89,6 +95,12 @@ def _alternating(tree):
   return jax.tree.unflatten(treedef, labels)
 
 
+def _but_each_third(tree):
+  """Flags for the leaves of a tree: True, True, False, True, True, False, ..."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return jax.tree.unflatten(treedef, [i % 3 != 2 for i in range(len(leaves))])
+
+
 def _elements(updates, params, limit, ord):
   del params, ord
   return [(np.abs(x), limit) for x in updates]
@@ -108,6 +120,12 @@ def _groups(updates, params, limit, ord):
   del params
   norms = [oracles.tree_norm(updates[i::2], ord) for i in range(2)]
   return [(norms[i % 2], (limit, 2 * limit)[i % 2]) for i in range(len(updates))]
+
+
+def _groups_in_part(updates, params, limit, ord):
+  pairs = _groups(updates, params, limit, ord)
+  # What is left alone is as if it had no norm.
+  return [(n if i % 3 != 2 else 0.0, c) for i, (n, c) in enumerate(pairs)]
 
 
 def _rms(updates, params, limit, ord):
@@ -291,6 +309,19 @@ ROWS = (
     extremes=(0.0, 0.999),
     scheduled=False,
     parts=("_adaclip", "_adagn"),
+  ),
+)
+
+# A transformation that leaves some leaves alone: its own norm may stay above the limit,
+# so that it keeps the laws of single leaves only.
+IN_PART = (
+  next(row for row in ROWS if row.name == "clip_by_group_norm")._replace(
+    arguments=lambda c: {
+      "labels": _alternating,
+      "max_norms": {"even": c, "odd": 2 * c},
+      "scaled": _but_each_third,
+    },
+    bounds=_groups_in_part,
   ),
 )
 

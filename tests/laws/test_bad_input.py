@@ -1,5 +1,6 @@
 """Bad input: the error's type, and that it names argument, value and fix."""
 
+from helpers.registry import ZERO_IS_MEANT
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from optax_clip import measures
 from optax_clip import thresholds
 
 G = {"a": jnp.array([3.0, 4.0])}
+THREE = np.ones(3)
 BATCH = [jnp.ones((2, 3))]
 
 # For each function with a limit: the name of the argument, and a call with it.
@@ -80,19 +82,67 @@ def test_limit_error_says_what_to_do_instead(name):
 
 @pytest.mark.parametrize(
   "limit",
-  [True, False, np.bool_(True), jnp.array(True), "1.0", None, 1j, [1.0, "a"], {}],
+  [True, False, np.bool_(True), jnp.array(True), "1.0", 1j, [1.0, "a"], {}],
   ids=repr,
 )
 @pytest.mark.parametrize("name", LIMITS)
 def test_limit_that_is_no_number(name, limit):
   argument, call = LIMITS[name]
+  if name == "clip_tree" and isinstance(limit, (list, dict)):
+    pytest.skip("takes a tree of limits")
   with pytest.raises(TypeError, match=rf"{argument} must be a number.*got"):
     call(limit)
+
+
+@pytest.mark.parametrize(
+  ("limits", "error", "words"),
+  [
+    ({"a": "1"}, TypeError, r"max_norm\['a'\] must be a number.*got '1'"),
+    ({"a": -1.0}, ValueError, r"max_norm\['a'\] must be non-negative, got -1"),
+    ({"a": THREE}, ValueError, r"max_norm\['a'\] must be a scalar"),
+    ({"a": optax.constant_schedule(1)}, TypeError, r"max_norm\['a'\].*no schedule"),
+    ({"b": 1.0}, ValueError, "max_norm must be a tree prefix of the updates"),
+    ({}, ValueError, "max_norm must be a tree prefix of the updates"),
+    ([1.0], ValueError, "max_norm must be a tree prefix of the updates"),
+  ],
+)
+def test_limits_of_subtrees(limits, error, words):
+  with pytest.raises(error, match=words):
+    optax_clip.clip_tree(G, limits)
+
+
+def test_known_norms_of_subtrees():
+  words = "norm must be a tree like max_norm"
+  with pytest.raises(ValueError, match=words):
+    optax_clip.clip_tree(G, {"a": 1.0}, norm=1.0)
+  with pytest.raises(ValueError, match=words):
+    optax_clip.clip_tree(G, 1.0, norm={"a": 1.0})
+
+
+def test_a_unit_of_no_limit():
+  for limit in (None, {"a": None}):
+    with pytest.raises(ValueError, match="rescale_to_unit_norm divides by the limit"):
+      optax_clip.clip_tree(G, limit, rescale_to_unit_norm=True)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "thresholds.constant",
+  ],
+)
+def test_none_where_a_limit_must_be(name):
+  argument, call = LIMITS[name]
+  with pytest.raises(TypeError, match=rf"{argument} must be a number, got None"):
+    call(None)
 
 
 GOOD = [0, 0.0, 1, float("inf"), np.float16(2), jnp.array(1)]
 
 
+@ZERO_IS_MEANT
 @pytest.mark.parametrize("limit", GOOD, ids=repr)
 @pytest.mark.parametrize("name", LIMITS)
 def test_good_limits_pass(name, limit):

@@ -6,6 +6,7 @@ import math
 from helpers import oracles
 from helpers.registry import COLLECTED
 from helpers.registry import FIXED
+from helpers.registry import IN_PART
 from helpers.registry import ORDERED
 from helpers.registry import RESCALING
 from helpers.registry import ROWS
@@ -24,6 +25,8 @@ import optax_clip
 over = functools.partial(pytest.mark.parametrize, "row")
 every_row = over(ROWS, ids=names(ROWS))
 fixed_rows = over(FIXED, ids=names(FIXED))
+# And those that leave some leaves as they are.
+leaf_rows = over((*FIXED, *IN_PART), ids=[*names(FIXED), "clip_by_group_norm in part"])
 rescaling_rows = over(RESCALING, ids=names(RESCALING))
 # What does not depend on the method is tested with one of each kind by default.
 KINDS = ("clip_by_global_norm", "adaptive_grad_clip", "zclip", "stable_spam")
@@ -91,7 +94,7 @@ TINY = float(np.finfo(np.float32).tiny)
 class TestResult:
   """What comes out is what the oracle says."""
 
-  @fixed_rows
+  @leaf_rows
   @every_dtype
   def test_updates_are_those_of_the_oracle(self, row, dtype):
     updates, params = tree(0, dtype), tree(1, dtype)
@@ -232,7 +235,7 @@ class TestStructure:
 class TestPassThrough:
   """Law 2: what is within its limit comes out bit for bit."""
 
-  @fixed_rows
+  @leaf_rows
   @every_dtype
   def test_within_the_limit_nothing_changes(self, row, dtype):
     info = oracles.finfo(dtype)
@@ -305,7 +308,7 @@ def extremes(dtype):
 class TestFinite:
   """Law 3: finite in, finite out; and clipped to the limit, not to zero."""
 
-  @fixed_rows
+  @leaf_rows
   @every_dtype
   def test_finite_updates_are_clipped_to_the_limit(self, row, dtype):
     for case, vector in extremes(dtype).items():

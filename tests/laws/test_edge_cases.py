@@ -4,6 +4,7 @@ import math
 
 from helpers import oracles
 from helpers.registry import ROWS
+from helpers.registry import ZERO_IS_MEANT
 from helpers.registry import names
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class TestTable:
     assert new == empty
     assert found["norm"] == 0
 
+  @ZERO_IS_MEANT
   @both_policies
   @every_dtype
   def test_max_norm_0_gives_zeros(self, dtype, nonfinite):
@@ -79,7 +81,7 @@ class TestTable:
     assert str(float(bad)) in str(caught.value)
 
   def test_a_limit_that_is_no_number_is_an_error(self):
-    for bad in ("1.0", True, None, [None]):
+    for bad in ("1.0", True, [None]):
       with pytest.raises(TypeError, match="max_norm"):
         optax_clip.clip_by_global_norm(bad)
 
@@ -113,6 +115,7 @@ class TestTable:
     assert found["norm"] == math.inf
     assert found["steps_nonfinite"] == 1
 
+  @ZERO_IS_MEANT
   @every_dtype
   @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
   def test_a_nonfinite_element_gives_zeros_with_zero(self, dtype, bad):
@@ -314,6 +317,7 @@ class TestGroups:
     new, _ = tx.update(tree, state)
     np.testing.assert_allclose(new["head"], [1.8, 2.4], rtol=1e-6)
 
+  @ZERO_IS_MEANT
   def test_a_group_without_leaves_is_not_in_the_way(self):
     tx = optax_clip.clip_by_group_norm("a", {"a": 1.0, "unused": 0.0})
     x = {"w": jnp.asarray([3.0, 4.0])}

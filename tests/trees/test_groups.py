@@ -1,6 +1,7 @@
 """Groups, and the axes of units, by path."""
 
 import flax.linen as nn
+from helpers import oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 import optax_clip
+from optax_clip import measures
 from optax_clip._trees.paths import every_path
 
 
@@ -100,6 +102,104 @@ class TestCounted:
       optax_clip.clip_by_group_norm("all", {"all": 1.0}, counted=1).init(tree())
     with pytest.raises(ValueError, match="counted must be a tree prefix"):
       optax_clip.clip_by_group_norm("all", {"all": 1.0}, counted={"head": True}).init(
+        tree()
+      )
+
+
+class TestScaled:
+  """Counted in the norm, not scaled."""
+
+  rest = staticmethod(optax_clip.labels_by_path({"embedding": False, "": True}))
+
+  def test_what_is_not_scaled_counts_and_passes(self):
+    tx = optax_clip.clip_by_group_norm(
+      "all", {"all": 1.0}, scaled=self.rest, record="layers"
+    )
+    updates, state = jax.jit(tx.update)(tree(), tx.init(tree()))
+    n = norm(*jax.tree.leaves(tree()))
+    found = optax_clip.metrics(state)
+    assert found["clip_by_group_norm/norm"] == pytest.approx(n, rel=1e-6)
+    np.testing.assert_array_equal(updates["embedding"], tree()["embedding"])
+    np.testing.assert_allclose(updates["head"]["kernel"], 5 / n, rtol=1e-6)
+    np.testing.assert_allclose(updates["blocks"][1]["bias"], 1 / n, rtol=1e-6)
+
+  def test_each_layer_has_its_record(self):
+    tx = optax_clip.clip_by_group_norm(
+      "all", {"all": 1.0}, scaled=self.rest, record="layers"
+    )
+    _, state = jax.jit(tx.update)(tree(), tx.init(tree()))
+    layers = optax_clip.layer_metrics(state, tree()).layers
+    kept, cut = layers["embedding"], layers["head/kernel"]
+    assert kept.norm == pytest.approx(norm(tree()["embedding"]), rel=1e-6)
+    assert (kept.limit, kept.coefficient, kept.clipped) == (float("inf"), 1, 0)
+    assert (cut.limit, cut.clipped) == (1, 1)
+    n = norm(*jax.tree.leaves(tree()))
+    assert cut.coefficient == pytest.approx(1 / n, rel=1e-6)
+
+  @pytest.mark.parametrize("strict", [False, True])
+  @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+  @pytest.mark.parametrize("bad", [1.0, np.nan, np.inf])
+  def test_it_passes_bit_for_bit_whatever_the_norm_is(self, bad, dtype, strict):
+    """Also subnormal numbers, which a product on a CPU makes zero."""
+    least = np.finfo(np.float32).smallest_subnormal
+    kept = np.asarray([-0.0, 6e4, least, -3 * least, bad], np.float32)
+    updates = {"a": jnp.asarray(kept, dtype), "b": jnp.full(3, 7.0, dtype)}
+    tx = optax_clip.clip_by_group_norm(
+      "all", {"all": 1e-3}, scaled={"a": False, "b": True}, strict=strict
+    )
+    new, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    oracles.assert_identical(new["a"], updates["a"])
+    assert not np.any(np.abs(oracles.wide(new["b"])) > 1e-3)
+
+  def test_with_zero_a_norm_that_is_not_finite_makes_all_zero(self):
+    tx = optax_clip.clip_by_group_norm(
+      "all", {"all": 1.0}, scaled=self.rest, nonfinite="zero"
+    )
+    updates = tree() | {"head": {"kernel": jnp.full((2, 3), jnp.nan)}}
+    new, _ = tx.update(updates, tx.init(updates))
+    assert not any(np.any(x) for x in jax.tree.leaves(new))
+
+  def test_what_neither_counts_nor_is_scaled_is_not_there(self):
+    tx = optax_clip.clip_by_group_norm(
+      "all", {"all": 1.0}, counted=self.rest, scaled=self.rest
+    )
+    updates, _ = tx.update(tree(), tx.init(tree()))
+    without = {name: leaf for name, leaf in tree().items() if name != "embedding"}
+    expected, _ = optax_clip.clip_tree(without, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, updates, tree() | expected)
+
+  def test_a_known_norm_is_taken(self):
+    """The norms do not depend on it."""
+    measure = measures.group_norm("all", ["all"])
+    tx = optax_clip.clip_by_group_norm("all", {"all": 1.0}, scaled=self.rest)
+    g = tree()
+    known = optax_clip.given(g, jnp.array([10.0]), measure)
+    updates, state = tx.update(g, tx.init(g), norms=known)
+    assert optax_clip.metrics(state)["clip_by_group_norm/norm"] == 10
+    np.testing.assert_allclose(updates["head"]["kernel"], 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["embedding"], g["embedding"])
+
+  def test_derivatives(self):
+    """Those of what is not scaled go through it unchanged."""
+    tx = optax_clip.clip_by_group_norm(
+      "all", {"all": 1.0}, scaled={"a": False, "b": True}
+    )
+    g = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+
+    def total(g):
+      new, _ = tx.update(g, tx.init(g))
+      return jnp.sum(new["a"]) + jnp.sum(new["b"])
+
+    # a + b / n with n = 5: by a, 1 - a b / n^3; by b, 1 / n - b^2 / n^3.
+    found = jax.grad(total)(g)
+    np.testing.assert_allclose(found["a"], 1 - 12 / 125, rtol=1e-6)
+    np.testing.assert_allclose(found["b"], 1 / 5 - 16 / 125, rtol=1e-6)
+
+  def test_bad_input(self):
+    with pytest.raises(TypeError, match="scaled must hold True and False, got 1"):
+      optax_clip.clip_by_group_norm("all", {"all": 1.0}, scaled=1).init(tree())
+    with pytest.raises(ValueError, match="scaled must be a tree prefix"):
+      optax_clip.clip_by_group_norm("all", {"all": 1.0}, scaled={"head": True}).init(
         tree()
       )
 
