@@ -10,7 +10,17 @@ LIBRARY = pathlib.Path(__file__).parent.parent / "optax_clip"
 # Runs on the host only: no compiled step has anything from there.
 _ON_THE_HOST = (
   *("__init__", "__main__", "_repr", "states"),
-  *("command", "drawing", "events", "layers", "logs", "metrics", "resume", "suggest"),
+  *(
+    "command",
+    "convert",
+    "drawing",
+    "events",
+    "layers",
+    "logs",
+    "metrics",
+    "parts",
+    "suggest",
+  ),
 )
 
 

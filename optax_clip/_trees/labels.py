@@ -118,6 +118,8 @@ def flags(tree: Any, **values: Any) -> list[bool]:
 
 def each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
   """Broadcasts a tree, a prefix of one, or what a function returns, to the leaves."""
+  if not jax.tree.leaves(tree):
+    return []  # optax.tree_map_params initialises with a stand-in for all parameters.
   resolved = given(tree) if callable(given) else given
   try:
     return jax.tree.leaves(jax.tree.broadcast(resolved, tree))
