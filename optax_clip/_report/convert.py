@@ -198,17 +198,21 @@ def _refuse_loss(
 ) -> None:
   """Raises if something would be lost that may not be."""
   drop = (drop,) if isinstance(drop, str) else tuple(drop)
-  for path in drop:
-    if not any(_is_below(part.path, path) for part in old.parts):
-      paths = ", ".join(repr(part.path) for part in old.parts[:_LISTED])
-      raise ValueError(f"drop has {path!r}, which old_state has not: it has {paths}.")
+  places = {part.path: old.places(part) for part in old.parts}
+  every = [path for paths in places.values() for path in paths]
+  for above in drop:
+    if not any(_is_below(path, above) for path in every):
+      raise ValueError(
+        f"drop has {above!r}, which is no part of old_state. Its parts are"
+        f" {', '.join(map(repr, every[:_LISTED]))}."
+      )
   begun = {part.key() for part in new.parts}
   lost = [
     part
     for part in _left(old, [before for before, _ in pairs])
     if part.kind != "record"
     and not (old.only_counts(part) and part.key() not in begun)
-    and not any(_is_below(part.path, path) for path in drop)
+    and not all(any(_is_below(x, above) for above in drop) for x in places[part.path])
   ]
   if not lost:
     return
@@ -219,9 +223,10 @@ def _refuse_loss(
   ]
   if len(lost) > _LISTED:
     lines.append(f"  and {len(lost) - _LISTED} more")
+  named = tuple(x for part in lost[:_LISTED] for x in places[part.path])
   fix = (
     "Give tx the transformation that it is of, or say that it may be lost:"
-    f" drop={tuple(part.path for part in lost[:_LISTED])!r}."
+    f" drop={named!r}."
   )
   if isinstance(old.state, dict) and "opt_state" in old.state:
     fix = "old_state is a whole checkpoint: pass its 'opt_state'."

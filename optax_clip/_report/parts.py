@@ -106,6 +106,18 @@ class State:
       for x in leaves
     )
 
+  def places(self, part: Part) -> list[str]:
+    """The paths that stand for a part, and for nothing else, as they are printed."""
+    if not any(
+      part.where == other.where[: len(part.where)]
+      for other in self.parts
+      if other is not part
+    ):
+      return [part.path]
+    depth = len(part.where) + 1
+    paths = (self.paths[i][:depth] for i in part.values.values())
+    return list(dict.fromkeys(map(jax.tree_util.keystr, paths)))
+
   def text(self, i: int) -> str:
     """A leaf by its path and type."""
     return f"{jax.tree_util.keystr(self.paths[i])} is {type_of(self.leaves[i])}"
@@ -146,11 +158,14 @@ def chained_names(shapes: Any) -> frozenset[str]:
   for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
     above = iter(path[:-1])
     for key in above:
-      if isinstance(key, jax.tree_util.DictKey):
-        found.add(_name(key))
-      elif _name(key) == "inner_states":
+      name = _name(key)
+      if name == "inner_states":
         next(above)
-      elif _name(key) not in _AROUND and not _name(key).isdigit():
+      elif name in _AROUND or name.isdigit():
+        continue
+      elif isinstance(key, jax.tree_util.DictKey):
+        found.add(name)
+      else:
         break
   return frozenset(found)
 

@@ -47,6 +47,8 @@ def counted_leaves(counted: Any, tree: Any) -> list[bool]:
 
 def _each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
   """What a tree, a prefix of one, or a function to either says of each leaf."""
+  if not jax.tree.leaves(tree):
+    return []  # optax.tree_map_params initialises with a stand-in for all parameters.
   resolved = given(tree) if callable(given) else given
   try:
     return jax.tree.leaves(jax.tree.broadcast(resolved, tree))

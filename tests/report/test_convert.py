@@ -359,6 +359,16 @@ class TestLosses:
     twice = optax.chain(once, once)
     assert "which is which?" in refused(twice, used(once))
 
+  def test_what_a_wrapper_keeps_is_named_without_what_is_in_it(self):
+    old = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()
+    state = used(old)
+    message = refused(optax.adam(0.1), state)
+    assert message.endswith("drop=('.mini_step', '.gradient_step', '.acc_grads').")
+    drop = (".mini_step", ".gradient_step", ".acc_grads")
+    converted = optax_clip.convert_state(optax.adam(0.1), PARAMS, state, drop=drop)
+    assert same(converted, state.inner_opt_state)
+    assert "(count, mu, nu)" in refused(optax.sgd(0.1), state, drop=drop)
+
   def test_a_path_that_is_none(self):
     for path in ("[7]", "[1][1", ".mu"):
       message = refused(new_chain(), used(old_chain()), drop=(path,))
@@ -432,6 +442,26 @@ def test_wrappers_of_optax(wrapper):
       converted = optax_clip.convert_state(tx, PARAMS, form)
       drop = (".seen",) if tx is guarded else ()
       assert same(optax_clip.convert_state(old, PARAMS, converted, drop=drop), state)
+
+
+def test_a_wrapper_whose_state_is_a_dictionary():
+  """As that of MaxText which skips spikes."""
+
+  def wrap(tx):
+    def init(params):
+      return {"inner_state": tx.init(params), "losses": jnp.zeros(3), "count": 0}
+
+    return optax.GradientTransformation(init, tx.update)
+
+  old, state = wrap(old_chain()), used(old_chain())
+  own = {"losses": np.ones(3, np.float32), "count": np.int32(3)}
+  drop = ("['count']", "['losses']")
+  for inner in (state, plain(state)):
+    whole = {"inner_state": inner, **own}
+    assert same(optax_clip.convert_state(old, PARAMS, whole)["inner_state"], state)
+    assert refused(new_chain(), whole).endswith(f"drop={drop!r}.")
+    converted = optax_clip.convert_state(new_chain(), PARAMS, whole, drop=drop)
+    assert same(converted[1], state[1])
 
 
 def test_labels_are_not_confused():
