@@ -243,14 +243,14 @@ def replicated(x: Array) -> Array:
   """An array whose type says that it is sharded, on every device whole."""
   if not is_explicitly_sharded(x):
     return x
-  return _reshard(x, jax.sharding.PartitionSpec())
+  return _resharded(x, like=x, spec=jax.sharding.PartitionSpec())
 
 
 def sharded_like(x: Array, like: Array) -> Array:
   """An array with the sharding that the type of another one of its shape says."""
   if not is_explicitly_sharded(like):
     return x
-  return _reshard(x, jax.typeof(like).sharding.spec)
+  return _resharded(x, like, jax.typeof(like).sharding.spec)
 
 
 def on_mesh_of(x: Array, like: Array) -> Array:
@@ -265,7 +265,14 @@ def on_mesh_of(x: Array, like: Array) -> Array:
     return x
   if not jax.typeof(x).sharding.mesh.empty:
     return x
-  return _reshard(x, jax.sharding.PartitionSpec())
+  return _resharded(x, like, jax.sharding.PartitionSpec())
+
+
+def _resharded(x: Array, like: Array, spec: jax.sharding.PartitionSpec) -> Array:
+  """An array, sharded as a spec says over the mesh of another one."""
+  # A spec alone would need `jax.set_mesh`, which frameworks do not all call.
+  mesh = jax.typeof(like).sharding.mesh
+  return _reshard(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 # `jax.reshard` since JAX 0.9.

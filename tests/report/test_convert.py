@@ -2,16 +2,19 @@
 
 import pickle
 
-from flax import nnx
-from flax import serialization
-from flax.training.train_state import TrainState
-import helpers.registry as registry
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("orbax.checkpoint")
+from flax import nnx
+from flax import serialization
+from flax.training.train_state import TrainState
+import helpers.registry as registry
+import orbax.checkpoint as ocp
 
 import optax_clip
 from optax_clip import thresholds
@@ -198,7 +201,7 @@ def test_a_train_state():
     assert same(steps(new, 20, 5).params, steps(old, 20, 5).params)
 
 
-# --- Whatever the transformation ---------------------------------------------------
+# --- Whatever the transformation ------------------------------------------------
 
 
 def used(tx, params=PARAMS):
@@ -288,7 +291,7 @@ def test_a_cap_and_a_warmup_do_not_cost_what_was_learned():
     optax_clip.convert_state(tx(average), PARAMS, used(capped))
 
 
-# --- What is never lost -----------------------------------------------------------
+# --- What is never lost ---------------------------------------------------------
 
 
 def refused(tx, old, params=PARAMS, **keywords):
@@ -408,7 +411,7 @@ def test_the_report_has_everything():
   ]
 
 
-# --- Wrappers of optax ------------------------------------------------------------
+# --- Wrappers of optax ----------------------------------------------------------
 
 WRAPPERS = {
   "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
@@ -478,7 +481,7 @@ def test_labels_are_not_confused():
   assert same(converted.inner, state)
 
 
-# --- Without values, and on many devices ------------------------------------------
+# --- Without values, and on many devices ----------------------------------------
 
 
 def test_shapes_alone():
