@@ -40,6 +40,7 @@ from optax_clip._methods.stable_spam import adagn
 from optax_clip._methods.stable_spam import stable_spam
 from optax_clip._methods.zclip import zclip
 from optax_clip._norms.extended import Extended
+from optax_clip._report.convert import convert_state
 from optax_clip._report.layers import layer_metrics
 from optax_clip._report.metrics import loss_scale
 from optax_clip._report.metrics import metrics
@@ -77,6 +78,7 @@ __all__ = [
   "clip_tree",
   "clip_with",
   "clippy",
+  "convert_state",
   "dynamic_loss_scale",
   "given",
   "global_norm",

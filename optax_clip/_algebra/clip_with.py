@@ -175,7 +175,8 @@ def clip_with(
         raise TypeError(
           f"The state of {name!r} must be the ClipState that its init returned, got a"
           f" {type(state).__name__}: {name!r} remembers norms. Pass the state of this"
-          " same transformation; a checkpoint of another chain does not fit it."
+          " same transformation; of a checkpoint of another chain,"
+          " optax_clip.convert_state(tx, params, old_state) makes one."
         )
 
     found, layers = measured(measure, by_layer, updates, params, norms, extra_args)

@@ -164,7 +164,8 @@ class Guard:
         raise TypeError(
           f"The state of the guard {judge.name!r} must be the GuardState that its init"
           f" returned, got a {type(state).__name__}. Pass tx.init(params) of this same"
-          " tx; a checkpoint of another chain does not fit it."
+          " tx; of a checkpoint of another chain, optax_clip.convert_state(tx, params,"
+          " old_state) makes one."
         )
       kind = _validate.Kind(f"the guard {judge.name!r}")
       kind.check(state.memory, functools.partial(judge.init, updates))

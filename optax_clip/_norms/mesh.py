@@ -130,6 +130,8 @@ def _leaf_specs(tree: Any, specs: Specs) -> list[Any]:
       f"specs must hold PartitionSpecs, got {wrong[0]!r} of type"
       f" {type(wrong[0]).__name__}."
     )
+  if not jax.tree.leaves(tree):
+    return []  # optax.tree_map_params initialises with a stand-in for all parameters.
   # Broadcasts indices, as `None` is no leaf and a spec may be a tuple.
   numbers = jax.tree.unflatten(treedef, range(len(given)))
   try:

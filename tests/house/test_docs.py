@@ -30,7 +30,9 @@ PAGES = {
 }
 
 # Of which the code to migrate from is. None of it is needed to develop the package.
-OTHERS = {"keras", "maxtext", "torch"}
+OTHERS = {
+  *("axlearn", "easydel", "keras", "levanter", "maxtext", "praxis", "t5x", "torch"),
+}
 # "python" is run; a "text" directly below it is what it prints; of a "diff" the state
 # afterwards is run. Others are shown.
 LANGUAGES = {"python", "text", "diff", "bash", "{eval-rst}", "{toctree}"}

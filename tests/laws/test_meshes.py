@@ -318,3 +318,24 @@ class TestBadInput:
   def test_specs(self, specs, error, words):
     with pytest.raises(error, match=words):
       self.sharded(lambda s: optax_clip.clip_by_global_norm(1.0, specs=s), specs)
+
+
+@pytest.mark.parametrize("row", registry.ROWS, ids=registry.names(registry.ROWS))
+def test_explicit_shardings_need_no_mesh_that_is_set(row):
+  """Types of arrays say which mesh they are on; not every trainer sets it."""
+  kinds = (jax.sharding.AxisType.Explicit,)
+  mesh = jax.make_mesh((8,), ("x",), axis_types=kinds)
+  specs = {"matrix": jax.P(None, "x"), "stack": jax.P("x"), "bias": jax.P("x")}
+  updates = {
+    name: jax.device_put(jnp.ones(SHAPES[name]), jax.NamedSharding(mesh, spec))
+    for name, spec in specs.items()
+  }
+  options = [{}, {"stacked": STACKED}] if row.takes("stacked") else [{}]
+  for keywords in options:
+    tx = row.make(record="layers", **keywords)
+    state = jax.eval_shape(tx.init, updates)
+    found, later = jax.eval_shape(jax.jit(tx.update), updates, state, updates)
+    assert {name: x.sharding.spec for name, x in found.items()} == {
+      name: x.aval.sharding.spec for name, x in updates.items()
+    }
+    assert jax.tree.structure(later) == jax.tree.structure(state)

@@ -62,7 +62,9 @@ def train(params: Tree, grads: Tree, loss: jax.Array) -> tuple[Tree, float]:
   inner = optax_clip.skip_nonfinite(inner, record="layers")
   spikes = optax_clip.skip_spikes(inner, signals=("norm", "loss"), name="spikes")
   tx = optax_clip.observe(optax_clip.dynamic_loss_scale(spikes), window=100)
-  state = tx.init(params)
+  state = optax_clip.convert_state(
+    tx, params, inner.init(params), drop=("",), report=print
+  )
   norm = optax_clip.global_norm(grads) * optax_clip.loss_scale(state)
   known: states.Given = optax_clip.given(grads, norm)
   updates, state = tx.update(grads, state, params, norms=known, loss=loss)

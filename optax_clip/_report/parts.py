@@ -1,0 +1,197 @@
+"""A state of an optimizer, read by the paths of its leaves.
+
+A checkpoint that was restored without a target has no types: its NamedTuples are
+dictionaries, its tuples lists, or dictionaries of digits. A path in any of them, such
+as ``.inner[1][0].mu['w']``, is cut in two::
+
+    .inner [1] [0]      where: chains and wrappers, which a new chain may change
+    .mu ['w']           what: a value in the state of one transformation
+
+The values of one place are a part.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Names = tuple[str, ...]
+
+# Fields that hold the state of what a transformation stands around.
+_AROUND = frozenset(
+  {
+    *("inner", "inner_state", "inner_opt_state", "opt_state", "seen", "clip"),
+    *("base_optimizer_state", "fast_state"),
+  }
+)
+# Those of several: which one, says the field, or the label that follows.
+_SEVERAL = {"adv_state": 1, "inner_states": 2}
+# Fields of our states that are parts of their own.
+_MEMORIES = ("threshold", "memory")
+_RECORD = "record"
+# The dtypes of counters and flags.
+_COUNTING = (jnp.integer, jnp.bool_)
+# Flax NNX stores an array as the value of a variable.
+_VALUES = ("value", "raw_value")
+
+
+@dataclasses.dataclass
+class Part:
+  """What one transformation keeps in one place.
+
+  Attributes:
+    where: the names on the path to it.
+    scope: those that it cannot leave: labels, and names in a chain.
+    kind: "state", "threshold", "memory" or "record".
+    name: of the record, if it is one.
+    path: to it, as it is printed.
+    values: for the names that follow, the number of the leaf.
+  """
+
+  where: Names
+  scope: Names
+  kind: str
+  name: str
+  path: str
+  values: dict[Names, int]
+
+  def named(self) -> dict[Names, int]:
+    """The values, without a name that a user may have changed."""
+    # Some memories stand under the name of their transformation.
+    is_named = self.kind in _MEMORIES and all(len(x) > 1 for x in self.values)
+    if is_named and len({x[0] for x in self.values}) == 1:
+      return {names[1:]: i for names, i in self.values.items()}
+    return self.values
+
+  def key(self) -> Any:
+    """What is equal of parts that belong together."""
+    return self.scope, self.kind, self.name, tuple(sorted(self.named()))
+
+  def fields(self) -> list[str]:
+    """The first of the names."""
+    return list(dict.fromkeys(names[0] if names else "" for names in self.values))
+
+
+class State:
+  """The leaves of a state, and its parts in their order."""
+
+  def __init__(self, state: Any, chained: frozenset[str]) -> None:
+    """Cuts each path, see the module's docstring; `chained`: see `chained_names`."""
+    pairs = jax.tree_util.tree_leaves_with_path(state)
+    self.paths = [path for path, _ in pairs]
+    self.leaves = [leaf for _, leaf in pairs]
+    self.names = [names_of(path) for path in self.paths]
+    self.state = state
+    found: dict[Names, Part] = {}
+    for i, names in enumerate(self.names):
+      depth, scope, kind, name = _cut(names, chained)
+      where, path = names[:depth], jax.tree_util.keystr(self.paths[i][:depth])
+      part = Part(where, scope, kind, name, path, {})
+      found.setdefault(where, part).values[names[depth:]] = i
+    self.parts = sorted(found.values(), key=lambda part: [*map(_order, part.where)])
+    self.wrappers = {
+      names[:i]
+      for names in self.names
+      for i, name in enumerate(names)
+      if name in _AROUND or name in _SEVERAL
+    }
+
+  def only_counts(self, part: Part) -> bool:
+    """Whether a part is but the counters of a wrapper."""
+    where = part.where[:-1] if part.kind == "memory" else part.where
+    leaves = [self.leaves[i] for i in part.values.values()]
+    return where in self.wrappers and all(
+      not jnp.shape(x) and any(jnp.issubdtype(_dtype(x), t) for t in _COUNTING)
+      for x in leaves
+    )
+
+  def places(self, part: Part) -> list[str]:
+    """The paths that stand for a part, and for nothing else, as they are printed."""
+    if not any(
+      part.where == other.where[: len(part.where)]
+      for other in self.parts
+      if other is not part
+    ):
+      return [part.path]
+    depth = len(part.where) + 1
+    paths = (self.paths[i][:depth] for i in part.values.values())
+    return list(dict.fromkeys(map(jax.tree_util.keystr, paths)))
+
+  def text(self, i: int) -> str:
+    """A leaf by its path and type."""
+    return f"{jax.tree_util.keystr(self.paths[i])} is {type_of(self.leaves[i])}"
+
+
+def _cut(names: Names, chained: frozenset[str]) -> tuple[int, Names, str, str]:
+  """How many names lead to a part; its scope, kind, and name if it is a record."""
+  i, last = 0, len(names) - 1
+  scope: list[str] = []
+  if not names:
+    return 0, (), "state", ""  # The whole state is one array.
+  while i < last:
+    several = 1 if names[i] in chained else _SEVERAL.get(names[i], 0)
+    if several and i + several <= last:
+      scope += names[i : i + several]
+      i += several
+    elif names[i].isdigit() or names[i] in _AROUND:
+      i += 1
+    else:
+      break
+  if i == last and names[i].isdigit():
+    return i + 1, tuple(scope), "state", ""
+  if names[i] == _RECORD and i + 1 < last:
+    return i + 2, tuple(scope), "record", names[i + 1]
+  kind = "state"
+  if names[i] in _MEMORIES and i < last:
+    kind = names[i]
+    i += 1
+    # A threshold within another one.
+    while names[i] == "threshold" and i < last:
+      i += 1
+  return i, tuple(scope), kind, ""
+
+
+def chained_names(shapes: Any) -> frozenset[str]:
+  """The names in states of `optax.named_chain`: keys above all fields of states."""
+  found = set()
+  for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
+    above = iter(path[:-1])
+    for key in above:
+      name = _name(key)
+      if name == "inner_states":
+        next(above)
+      elif name in _AROUND or name.isdigit():
+        continue
+      elif isinstance(key, jax.tree_util.DictKey):
+        found.add(name)
+      else:
+        break
+  return frozenset(found)
+
+
+def _name(key: Any) -> str:
+  for attribute in ("key", "idx", "name"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def names_of(path: Any) -> Names:
+  """The keys of a path as text, whatever containers they are of."""
+  names = tuple(map(_name, path))
+  return names[:-1] if names and names[-1] in _VALUES else names
+
+
+def _order(name: str) -> tuple[int, int, str]:
+  """Sorts numbers as numbers, whether they were written as text or not."""
+  return (0, int(name), "") if name.isdigit() else (1, 0, name)
+
+
+def _dtype(x: Any) -> Any:
+  return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def type_of(x: Any) -> str:
+  """As ``float32[3]``."""
+  return f"{_dtype(x)}{list(jnp.shape(x))}"
