@@ -9,18 +9,8 @@ LIBRARY = pathlib.Path(__file__).parent.parent / "optax_clip"
 
 # Runs on the host only: no compiled step has anything from there.
 _ON_THE_HOST = (
-  *("__init__", "__main__", "_repr", "states"),
-  *(
-    "command",
-    "convert",
-    "drawing",
-    "events",
-    "layers",
-    "logs",
-    "metrics",
-    "parts",
-    "suggest",
-  ),
+  *("__init__", "__main__", "_repr", "states", "command", "convert", "drawing"),
+  *("events", "layer_report", "logs", "metrics", "parts", "suggest"),
 )
 
 

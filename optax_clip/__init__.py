@@ -41,7 +41,7 @@ from optax_clip._methods.stable_spam import stable_spam
 from optax_clip._methods.zclip import zclip
 from optax_clip._norms.extended import Extended
 from optax_clip._report.convert import convert_state
-from optax_clip._report.layers import layer_metrics
+from optax_clip._report.layer_report import layer_metrics
 from optax_clip._report.metrics import loss_scale
 from optax_clip._report.metrics import metrics
 from optax_clip._report.observe import norm_history

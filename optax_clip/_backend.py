@@ -1,7 +1,7 @@
 """Which form of a computation a backend gets, chosen when a program is lowered for it.
 
-Two questions have an answer for each backend: how a sum keeps its range (`sums`), and
-how a guard skips a step (`branch`).
+Two questions have an answer for each backend: how a sum keeps its range (`range`), and
+how a guard skips a step (`skipped_step`).
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from optax_clip import _validate
 from optax_clip._algebra.types import Action
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._types import Scalar
 
@@ -231,7 +231,7 @@ def rescale_elements() -> Action:
   """
 
   def apply(leaf: Array, coefficient: Extended, limit: Array) -> Array:
-    wide = _moments.accumulator(leaf.dtype)
+    wide = _power_sums.accumulator(leaf.dtype)
     bound = limit.astype(wide)
     if jnp.iscomplexobj(leaf):
       large = jnp.abs(leaf).astype(wide) > bound
@@ -289,7 +289,7 @@ def _scaled(leaf: Array, coefficient: Extended, *, toward_zero: bool) -> Array:
       for part in (leaf.real, leaf.imag)
     ]
     return lax.complex(*parts)
-  wide = _moments.accumulator(leaf.dtype)
+  wide = _power_sums.accumulator(leaf.dtype)
   value, unit = (x.astype(wide) for x in coefficient)
   if toward_zero and coefficient.value.dtype != wide:
     # The cast above rounded the coefficient of a float64 norm.

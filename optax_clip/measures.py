@@ -42,15 +42,15 @@ from optax_clip._algebra.types import Parts
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import layout as _layout
 from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import moments as _moments
 from optax_clip._norms import norm as _norm
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
+from optax_clip._trees import axes as _axes
 from optax_clip._trees import labels as _labels
 from optax_clip._trees import leaves as _leaves
 from optax_clip._trees import paths as _paths
-from optax_clip._trees import units as _units
 from optax_clip._types import AxisName
 from optax_clip._types import Params
 from optax_clip._types import Scalar
@@ -84,7 +84,7 @@ def global_norm(
 
   def layout(updates: Updates) -> Layout:
     leaves = _leaves.floating_leaves(updates)
-    dtype = _moments.accumulator(*(x.dtype for x in leaves))
+    dtype = _power_sums.accumulator(*(x.dtype for x in leaves))
     cuts = _whole_cuts(updates, axis_name, specs)
     return _layout.whole(0, dtype, [None] * len(leaves), cuts)
 
@@ -102,7 +102,7 @@ def layer_norm(
   ord: float | None = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
 ) -> Measure:
   """Measures each layer: each leaf, or each layer of a stacked leaf.
 
@@ -115,13 +115,13 @@ def layer_norm(
   The norms have the shape ``[layers]``.
   """
   p = _validate.order(ord)
-  _units.checked_stacked(stacked)
+  _axes.checked_stacked(stacked)
 
   def layout(updates: Updates) -> Layout:
     shapes = [x.shape for x in _leaves.floating_leaves(updates)]
-    layers = _units.layer_axes(updates, stacked)
+    layers = _axes.layer_axes(updates, stacked)
     dims = [
-      None if layer is None else _units.stacked_axes(shape, layer)
+      None if layer is None else _axes.stacked_axes(shape, layer)
       for shape, layer in zip(shapes, layers, strict=True)
     ]
     return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
@@ -131,7 +131,7 @@ def layer_norm(
 
 
 def layer_rms(
-  *, axis_name: AxisName = "auto", specs: Specs = None, stacked: _units.Stacked = None
+  *, axis_name: AxisName = "auto", specs: Specs = None, stacked: _axes.Stacked = None
 ) -> Measure:
   """Measures the root mean square of each layer, in the shape of `layer_norm`."""
   norm = layer_norm(axis_name=axis_name, specs=specs, stacked=stacked)
@@ -167,7 +167,7 @@ def group_norm(
 
   def layout(updates: Updates) -> Layout:
     leaves = _leaves.floating_leaves(updates)
-    dtype = _moments.accumulator(*(x.dtype for x in leaves))
+    dtype = _power_sums.accumulator(*(x.dtype for x in leaves))
     ids = _labels.label_ids(labels, names, updates)
     counts(updates)  # So that `init` raises.
     cuts = _whole_cuts(updates, axis_name, specs)
@@ -201,7 +201,7 @@ def unit_norm(
   ord: float | None = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
 ) -> Measure:
   """Measures each unit: norms of shape ``[units]``, leaf by leaf.
 
@@ -220,17 +220,17 @@ def unit_norm(
     stacked: which leaves hold many layers, see there.
   """
   p = _validate.order(ord)
-  _units.checked_stacked(stacked)
+  _axes.checked_stacked(stacked)
 
   def layout(updates: Updates) -> Layout:
     # The shapes of whole leaves: a device may hold one row of a matrix, like a vector.
     shapes = _mesh.whole_shapes(updates, specs)
-    layers = _units.layer_axes(updates, stacked)
+    layers = _axes.layer_axes(updates, stacked)
     given = [axis] * len(shapes)
     if callable(axis) or isinstance(axis, Mapping):
       given = _paths.by_path(updates, axis, "axis")
     dims = [
-      _units.stacked_unit_axes(shape, own, layer)
+      _axes.stacked_unit_axes(shape, own, layer)
       for shape, own, layer in zip(shapes, given, layers, strict=True)
     ]
     return _leaf_by_leaf(updates, dims, layers, axis_name, specs)

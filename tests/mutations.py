@@ -141,7 +141,7 @@ FAULTS = (
   ),
   Fault(
     "an overflow of a sum of squares is not looked for",
-    "_norms/sums.py",
+    "_norms/range.py",
     "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
     "strayed.append(jnp.any(low))",
     "contract",
@@ -149,7 +149,7 @@ FAULTS = (
   ),
   Fault(
     "an underflow of a sum of squares is not looked for",
-    "_norms/sums.py",
+    "_norms/range.py",
     "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
     "strayed.append(jnp.any(~jnp.isfinite(moment)))",
     "norms",
@@ -239,7 +239,7 @@ FAULTS = (
   ),
   Fault(
     "a step that is not taken changes the state",
-    "_guards/branch.py",
+    "_guards/skipped_step.py",
     "jnp.where(take, x, y)\n      for show, x, y in zip(shown, values, old",
     "x\n      for show, x, y in zip(shown, values, old",
     "skip records",

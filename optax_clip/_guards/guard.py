@@ -8,7 +8,7 @@ counter, no threshold's memory::
           |  judges         see what the clip sees, and hand on what they measured
           v
        verdicts             say whether to take the step, and why not
-          |  _branch        takes or skips it, in the backend's form
+          |  _skipped_step        takes or skips it, in the backend's form
           v
     inner.update, and with `guarded_step` also the addition to the parameters
 
@@ -34,12 +34,12 @@ from optax_clip import _validate
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.given import Given
 from optax_clip._algebra.record import SkipRecord
-from optax_clip._guards import branch as _branch
+from optax_clip._guards import skipped_step as _skipped_step
 from optax_clip._guards.judge import Judge
 from optax_clip._guards.record import blank
 from optax_clip._guards.record import noted
 from optax_clip._guards.record import recorded_loss
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._repr import short
 from optax_clip._trees import leaves as _leaves
@@ -146,7 +146,7 @@ class Guard:
       new, later = inner.update(updates, inner_state, params, norms=norms, **extra_args)
       return finish(new), later
 
-    result, later = _branch.taken_or_kept(take, step, updates, kept, inner_state)
+    result, later = _skipped_step.taken_or_kept(take, step, updates, kept, inner_state)
     steps = list(zip(states, verdicts, reached, strict=True))
     for own, verdict, before in reversed(steps):
       records = {key: noted(x, verdict, loss) for key, x in own.record.items()}
@@ -281,7 +281,7 @@ def _divided(updates: Updates, scale: Array | None) -> Any:
     return updates
 
   def divided(x: Array) -> Array:
-    wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
+    wide = x.dtype if jnp.iscomplexobj(x) else _power_sums.accumulator(x.dtype)
     inverse = (1 / scale).astype(jnp.finfo(wide).dtype)
     return (x.astype(wide) * inverse).astype(x.dtype)
 

@@ -12,7 +12,7 @@ from optax_clip._algebra.record import counted
 from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.judge import Verdict
 from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 
 Array = jax.Array
 
@@ -27,7 +27,7 @@ def recorded_loss(extra_args: dict[str, Any]) -> Array:
   is_number = loss.size == 1 and jnp.issubdtype(loss.dtype, jnp.floating)
   if not is_number or _mesh.varying_axes(loss):
     return jnp.full((), jnp.nan, jnp.float32)
-  return _record.single(loss.reshape(()).astype(_moments.accumulator(loss.dtype)))
+  return _record.single(loss.reshape(()).astype(_power_sums.accumulator(loss.dtype)))
 
 
 def blank() -> SkipRecord:

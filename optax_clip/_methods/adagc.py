@@ -13,7 +13,7 @@ from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Threshold
 from optax_clip._repr import named
 from optax_clip._thresholds import memory as _memory
-from optax_clip._trees import units as _units
+from optax_clip._trees import axes as _axes
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
 from optax_clip._types import Recording
@@ -132,7 +132,7 @@ def adagc(
   strict: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "adagc",
 ) -> optax.GradientTransformationExtraArgs:

@@ -11,12 +11,12 @@ from optax_clip import actions
 from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import moments as _moments
 from optax_clip._norms import norm as _norm
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._repr import named
 from optax_clip._thresholds import limits as _limits
+from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaves as _leaves
-from optax_clip._trees import units as _units
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
 from optax_clip._types import Recording
@@ -38,7 +38,7 @@ def adaptive_grad_clip(
   strict: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "adaptive_grad_clip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -138,7 +138,7 @@ def unitwise_norm(x: Array, axis: Any = None) -> Array:
      [5. 1.]]
   """
   (x,) = _leaves.floating_leaves(x)
-  (norm,) = _norm.over_dims([x], [_units.unit_axes(x.shape, axis)])
+  (norm,) = _norm.over_dims([x], [_axes.unit_axes(x.shape, axis)])
   value = _extended.as_float(norm)
   # An explicitly sharded `x` does not allow `broadcast_to`.
   return value + jnp.zeros_like(x, value.dtype)
@@ -179,7 +179,7 @@ def unitwise_clip(
       "g_norm, max_norm and grad must have one shape, got"
       f" {jnp.shape(g_norm)}, {jnp.shape(max_norm)} and {grad.shape}."
     )
-  wide = _moments.accumulator(grad.dtype)
+  wide = _power_sums.accumulator(grad.dtype)
   norm, limit = (jnp.asarray(x, wide) for x in (g_norm, max_norm))
   divisor = jnp.maximum(norm, jnp.asarray(div_eps, wide))
   action = actions.rescale()

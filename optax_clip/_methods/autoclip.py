@@ -8,7 +8,7 @@ from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._repr import named
 from optax_clip._thresholds import window as _window
-from optax_clip._trees import units as _units
+from optax_clip._trees import axes as _axes
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
 from optax_clip._types import Recording
@@ -102,7 +102,7 @@ def clip_by_layer_percentile(
   strict: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "clip_by_layer_percentile",
 ) -> optax.GradientTransformationExtraArgs:

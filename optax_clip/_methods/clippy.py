@@ -13,13 +13,13 @@ from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Measure
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._repr import named
 from optax_clip._thresholds import limits as _limits
 from optax_clip._thresholds import memory as _memory
+from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaves as _leaves
-from optax_clip._trees import units as _units
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
 from optax_clip._types import Params
@@ -41,7 +41,7 @@ def clippy(
   strict: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "clippy",
 ) -> optax.GradientTransformationExtraArgs:
@@ -125,7 +125,7 @@ def _exact(value: Any) -> Any:
 
 
 def _share_of_bound(
-  r: Any, a: Any, s: Any, axis_name: AxisName, specs: Specs, stacked: _units.Stacked
+  r: Any, a: Any, s: Any, axis_name: AxisName, specs: Specs, stacked: _axes.Stacked
 ) -> Measure:
   """Measures for each leaf the largest ratio between an element and its bound."""
   peak = measures.layer_norm(
@@ -149,7 +149,7 @@ def _share_of_bound(
       sums = _leaves.floating_leaves(accumulator)
 
     def ratio(far: bool, u: Array, p: Array, v: Array | None) -> Array:
-      wide = _moments.accumulator(u.dtype)
+      wide = _power_sums.accumulator(u.dtype)
       unit = _far(wide) if far else 1.0
       size = jnp.abs(u).astype(wide)
       bound = jnp.asarray(r, wide) * jnp.abs(p).astype(wide) + jnp.asarray(a, wide)

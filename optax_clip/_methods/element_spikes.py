@@ -16,7 +16,7 @@ from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Action
 from optax_clip._methods.functions import given
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._repr import named
 from optax_clip._repr import short
 from optax_clip._thresholds import limits as _limits
@@ -150,7 +150,7 @@ def clip_element_spikes(
 
   def clipped(g: Array, rms: Array, ready: Any) -> tuple[Array, Array, Array]:
     """Returns clipped elements, their sizes, and what share of a limit each one was."""
-    size = jnp.abs(g).astype(_moments.accumulator(g.dtype))
+    size = jnp.abs(g).astype(_power_sums.accumulator(g.dtype))
     limit = root.astype(size.dtype) * rms.astype(size.dtype)
     known = (limit > 0) & ready
     share = jnp.where(known, size, 0) / jnp.where(known, limit, 1)

@@ -12,8 +12,8 @@ from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._repr import named
 from optax_clip._thresholds import limits as _limits
+from optax_clip._trees import axes as _axes
 from optax_clip._trees import labels as _labels
-from optax_clip._trees import units as _units
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
 from optax_clip._types import Recording
@@ -32,7 +32,7 @@ def clip_by_layer_norm(
   strict: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "clip_by_layer_norm",
 ) -> optax.GradientTransformationExtraArgs:
@@ -158,7 +158,7 @@ def clip_by_block_rms(
   strict: bool = False,
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "clip_by_block_rms",
 ) -> optax.GradientTransformationExtraArgs:

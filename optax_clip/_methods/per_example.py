@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import moments as _moments
 from optax_clip._norms import norm as _norm
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._trees import leaf as _leaf
 from optax_clip._trees import leaves as _leaves
@@ -173,7 +173,7 @@ def _clipped_sum(
     if take is not None:
       x = _leaf.gate(x, like_x(take))
     # The parts of complex64 are float32 already.
-    wide = x.dtype if jnp.iscomplexobj(x) else _moments.accumulator(x.dtype)
+    wide = x.dtype if jnp.iscomplexobj(x) else _power_sums.accumulator(x.dtype)
     clipped = action.apply(x.astype(wide), per_example, bound)
     if take is not None:
       # Selected: a product of 0 and NaN is NaN.
@@ -193,7 +193,7 @@ def _all_finite(norms: list[Extended]) -> Array:
 def _example_norms(leaves: list[Array]) -> Extended:
   """Measures each example over all leaves: f32[batch]."""
   per_leaf = _norm.over_dims(leaves, [tuple(range(1, x.ndim)) for x in leaves])
-  dtype = _moments.accumulator(*(norm.value.dtype for norm in per_leaf))
+  dtype = _power_sums.accumulator(*(norm.value.dtype for norm in per_leaf))
   columns = [
     jnp.stack([x.ravel().astype(dtype) for x in column])
     for column in zip(*per_leaf, strict=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._trees import leaf as _leaf
 from optax_clip._trees import paths as _paths
@@ -124,7 +124,7 @@ def qk_clip(
       "max_logits must hold one float for each query head, got"
       f" {most.dtype}{list(most.shape)}. See optax_clip.max_attention_logits."
     )
-  most = most.astype(_moments.accumulator(most.dtype))
+  most = most.astype(_power_sums.accumulator(most.dtype))
   tree = {"query": query, "key": key}
   places = _places(tree, most.ndim, head_axis)
   widths, key_heads = _widths(places, most.shape, fused)
@@ -185,7 +185,7 @@ def max_attention_logits(
   """
   heads, key_heads = query.shape[-2], key.shape[-2]
   _check_groups(heads, key_heads)
-  dtype = _moments.accumulator(query.dtype, key.dtype)
+  dtype = _power_sums.accumulator(query.dtype, key.dtype)
   grouped = query.reshape(*query.shape[:-2], key_heads, heads // key_heads, -1)
   logits = jnp.einsum(
     "...tkgd,...skd->...kgts",

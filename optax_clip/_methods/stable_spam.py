@@ -17,14 +17,14 @@ from optax_clip._algebra.types import Threshold
 from optax_clip._methods.functions import given
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 from optax_clip._repr import named
 from optax_clip._thresholds import memory as _memory
 from optax_clip._thresholds.average import average
+from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaves as _leaves
-from optax_clip._trees import units as _units
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
 from optax_clip._types import Params
@@ -96,7 +96,7 @@ def adaclip(
   nonfinite: Nonfinite = "propagate",
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "adaclip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -163,7 +163,7 @@ def adagn(
   nonfinite: Nonfinite = "propagate",
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "adagn",
 ) -> optax.GradientTransformationExtraArgs:
@@ -229,7 +229,7 @@ def stable_spam(
   nonfinite: Nonfinite = "propagate",
   axis_name: AxisName = "auto",
   specs: Specs = None,
-  stacked: _units.Stacked = None,
+  stacked: _axes.Stacked = None,
   record: Recording = True,
   name: str = "stable_spam",
 ) -> optax.GradientTransformationExtraArgs:
@@ -340,7 +340,7 @@ def _clipped_norms(
     clipped = x * (one - large) + large * x * shift * factor
     # The derivative of a quotient divides by a square, even if the unit is constant.
     unit = jax.lax.stop_gradient(unit)
-    return _moments.power_sum(clipped, 2, limit.dtype, unit)
+    return _power_sums.power_sum(clipped, 2, limit.dtype, unit)
 
   found = _scalars.columns([limits, factor, shift, unit, zero, one])
   moments = [moment(x, column) for x, column in zip(leaves, found, strict=True)]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import scalars as _scalars
 
 Array = jax.Array
@@ -82,7 +82,7 @@ class Layout(NamedTuple):
       not blocks[0].ndim or all(p.entry is not None for p in self.places)
     ):
       return blocks[0]
-    dtype = _moments.accumulator(*(block.dtype for block in self.blocks))
+    dtype = _power_sums.accumulator(*(block.dtype for block in self.blocks))
     flat = [_mesh.replicated(x).ravel().astype(dtype) for x in blocks]
     parts = [
       flat[p.block] if p.entry is None else flat[p.block][p.entry : p.entry + 1]
@@ -157,7 +157,7 @@ class Layout(NamedTuple):
         continue
       others = tuple(i for i in range(x.ndim) if i != p.layer)
       parts.append(reduce(_mesh.replicated(x), axis=others).ravel())
-    dtype = _moments.accumulator(*(x.dtype for x in parts))
+    dtype = _power_sums.accumulator(*(x.dtype for x in parts))
     return jnp.concatenate([jnp.zeros(0, dtype), *(x.astype(dtype) for x in parts)])
 
   def stacks(self) -> list[int]:
@@ -255,7 +255,7 @@ def leaf_by_leaf(
   vectors: dict[Any, int] = {}
   counts: dict[int, int] = {}
   for x, over, cut, layer, kind in zip(leaves, dims, cuts, layers, kinds, strict=True):
-    dtype = _moments.accumulator(x.dtype)
+    dtype = _power_sums.accumulator(x.dtype)
     shape = [n for i, n in enumerate(x.shape) if over is None or i in over]
     size = max(int(np.prod(shape)), 1) * _mesh.devices(cut.within)
     stack = 0 if layer is None else _mesh.whole_shape(x.shape, cut)[layer]

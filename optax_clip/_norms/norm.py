@@ -5,11 +5,11 @@ over arrays, collects them over devices, and finishes with one root::
 
     arrays --local--> moments --merge, collect--> blocks --root--> norms
 
-What makes it right in every dtype lives here, in `moments` and in `sums`:
+What makes it right in every dtype lives here, in `power_sums` and in `range`:
 
 * *Accumulation.* Moments are float32 or better (float64 for float64 arrays), within
   an array and across arrays. No sum is ever bfloat16 or float16.
-* *Range.* Squares of float32 values over- and underflow: `sums` says how each backend
+* *Range.* Squares of float32 values over- and underflow: `range` says how each backend
   prevents it with one read.
 * *Wide results.* The 2-norm of finite float32 values may itself exceed the largest
   float32: a norm is an `Extended`.
@@ -35,9 +35,9 @@ import numpy as np
 from optax_clip import _backend
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
+from optax_clip._norms import range as _range
 from optax_clip._norms import scalars as _scalars
-from optax_clip._norms import sums as _sums
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Block
 from optax_clip._norms.layout import Layout
@@ -62,7 +62,7 @@ class _Static(NamedTuple):
 class _Member(NamedTuple):
   """Pairs a part with the place of its result."""
 
-  part: _sums.Part
+  part: _range.Part
   place: Place
 
 
@@ -90,7 +90,7 @@ def over_dims(
   for i, (x, over) in enumerate(zip(leaves, dims, strict=True)):
     places.append(Place(i, None, over, _mesh.Cut(), 0))
     kept = tuple(1 if d in over else n for d, n in enumerate(x.shape))
-    blocks.append(Block(kept, _moments.accumulator(x.dtype)))
+    blocks.append(Block(kept, _power_sums.accumulator(x.dtype)))
   return of_layout(leaves, Layout(tuple(places), tuple(blocks)), ord)
 
 
@@ -106,9 +106,9 @@ def merged(norms: Extended, ord: float) -> Extended:
   # The values of plain norms go from 1e-37 to 1e38, whose squares leave the range:
   # take them in units of the largest.
   peak = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-  power = _moments.power(scaled / peak[None], ord, scaled.dtype)
+  power = _power_sums.power(scaled / peak[None], ord, scaled.dtype)
   moment = jnp.sum(power, axis=0)
-  return Extended(_moments.root(moment, ord) * peak, unit[0])
+  return Extended(_power_sums.root(moment, ord) * peak, unit[0])
 
 
 @merged.defjvp
@@ -135,16 +135,16 @@ def _compiled(arrays: tuple[Array, ...], *, static: _Static) -> list[Extended]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measured(static: _Static, arrays: tuple[Array, ...]) -> list[Extended]:
   layout, ord, concatenate, _ = static
-  dtype = _moments.accumulator(*(x.dtype for x in arrays))
+  dtype = _power_sums.accumulator(*(x.dtype for x in arrays))
   members = _members(arrays, layout.places, dtype, concatenate)
-  reduction = _sums.Reduction(
+  reduction = _range.Reduction(
     run=functools.partial(_run, layout, members),
     sizes=_sizes(arrays, layout),
     dtypes=[x.dtype for x in arrays],
     dtype=dtype,
     is_whole=all(p.dims is None for p in layout.places),
   )
-  found = _sums.norms(reduction, ord)
+  found = _range.norms(reduction, ord)
   return [
     Extended(*(x.astype(block.dtype) for x in norm))
     for norm, block in zip(found, layout.blocks, strict=True)
@@ -165,13 +165,13 @@ def _measured_jvp(
       for x, dot, norm in zip(arrays, dots, layout.spread(norms), strict=True)
     ]
     members = [
-      _Member(_sums.Part([x], p.dims), p)
+      _Member(_range.Part([x], p.dims), p)
       for x, p in zip(terms, layout.places, strict=True)
     ]
 
-    def local(part: _sums.Part, unit: Any) -> list[Array]:
+    def local(part: _range.Part, unit: Any) -> list[Array]:
       del unit
-      return [_moments.over_axes(jnp.sum, part.arrays[0], part.dims)]
+      return [_power_sums.over_axes(jnp.sum, part.arrays[0], part.dims)]
 
     merge = functools.partial(jnp.sum, axis=0)
     (blocks,) = _run(layout, members, local, lax.psum, merge, None)
@@ -210,7 +210,7 @@ def _slope(x: Array, norm: Extended, ord: float) -> Array:
 
 
 def _is_largest(x: Array, norm: Extended) -> Array:
-  return _moments.modulus(x, norm.value.dtype) == norm.value
+  return _power_sums.modulus(x, norm.value.dtype) == norm.value
 
 
 def _along(slope: Array, dot: Array) -> Array:
@@ -246,11 +246,11 @@ def _members(
     del buckets[key]
     if concatenate and len(small) > 1:
       small = [jnp.concatenate([_wide(x, dtype).ravel() for x in small])]
-    found.append(_Member(_sums.Part(small, None), place))
+    found.append(_Member(_range.Part(small, None), place))
 
   for x, place in zip(arrays, places, strict=True):
     if x.size > _SMALL or place.dims is not None:
-      found.append(_Member(_sums.Part([x], place.dims), place))
+      found.append(_Member(_range.Part([x], place.dims), place))
       continue
     key = (place.block, place.entry, place.cut, jnp.iscomplexobj(x))
     if sum(y.size for y, _ in buckets.get(key, ())) + x.size > _BUCKET:
@@ -265,7 +265,7 @@ def _members(
 def _run(
   layout: Layout,
   members: Sequence[_Member],
-  local: _sums.Local,
+  local: _range.Local,
   collective: Callable[..., Array],
   merge: Callable[..., Array],
   units: Sequence[Array] | None,
@@ -318,7 +318,7 @@ def _joined(
   arrays = [x for x, _ in values]
   if any(index is not None for _, index in values):
     index = [i or 0 for _, i in values]
-    return _moments.segment(merge, jnp.stack(arrays), index, shape[0])
+    return _power_sums.segment(merge, jnp.stack(arrays), index, shape[0])
   return arrays[0] if len(arrays) == 1 else merge(jnp.stack(arrays))
 
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from optax_clip import _backend
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import moments as _moments
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 
@@ -127,7 +127,7 @@ def _peaks(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
 
 
 def _plain(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  moments = _power_sums(reduction, ord, products)
+  moments = _sums_of_parts(reduction, ord, products)
   return [_root(x, jnp.ones_like(x), ord) for x in moments]
 
 
@@ -137,7 +137,7 @@ def _scaled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
 
 
 def _rescued(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  moments = _power_sums(reduction, ord, products)
+  moments = _sums_of_parts(reduction, ord, products)
 
   def rescue() -> list[tuple[Array, Array]]:
     # XLA runs both branches where one holds only reductions and arithmetic, unless a
@@ -164,7 +164,7 @@ def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
     (moments,) = reduction.run(local, lax.psum, _sum, None)
 
     def of_pair(pair: tuple[Array, Array]) -> Extended:
-      one, other = (_moments.root(x, ord) for x in pair)
+      one, other = (_power_sums.root(x, ord) for x in pair)
       return _extended.from_float(one, other, reduction.dtype)
 
     def of_stack(x: Array) -> Extended:
@@ -222,7 +222,9 @@ def _three_sums(
   def total(scaled: Callable[[Array], Array]) -> Array:
     wide = [scaled(y.astype(dtype)) for y in parts]
     if products and dims is None:
-      return functools.reduce(jnp.add, [_moments.power_sum(y, 2, dtype) for y in wide])
+      return functools.reduce(
+        jnp.add, [_power_sums.power_sum(y, 2, dtype) for y in wide]
+      )
     return _total(functools.reduce(jnp.add, map(jnp.square, wide)), dims)
 
   # The bounds change no sum that is chosen. They keep XLA from squaring first and
@@ -234,14 +236,14 @@ def _three_sums(
   ]
 
 
-def _power_sums(
+def _sums_of_parts(
   reduction: Reduction, ord: float, products: bool, units: Any = None
 ) -> list[Array]:
   def local(part: Part, unit: Array | None) -> list[Array]:
     def total(x: Array) -> Array:
       if products and part.dims is None:
-        return _moments.power_sum(x, ord, reduction.dtype, unit)
-      return _total(_moments.power(x, ord, reduction.dtype, unit), part.dims)
+        return _power_sums.power_sum(x, ord, reduction.dtype, unit)
+      return _total(_power_sums.power(x, ord, reduction.dtype, unit), part.dims)
 
     return [functools.reduce(jnp.add, map(total, part.arrays))]
 
@@ -254,7 +256,7 @@ def _in_units(
 ) -> list[tuple[Array, Array]]:
   """Returns the moments in units of the largest elements, and these units."""
   units = [_extended.power_of_two(x) for x in _largest(reduction)]
-  moments = _power_sums(reduction, ord, products, units)
+  moments = _sums_of_parts(reduction, ord, products, units)
   return list(zip(moments, units, strict=True))
 
 
@@ -262,7 +264,7 @@ def _largest(reduction: Reduction) -> list[Array]:
   def local(part: Part, unit: Any) -> list[Array]:
     del unit
     peaks = [
-      _moments.over_axes(jnp.max, _moments.modulus(x, reduction.dtype), part.dims)
+      _power_sums.over_axes(jnp.max, _power_sums.modulus(x, reduction.dtype), part.dims)
       for x in part.arrays
     ]
     return [functools.reduce(jnp.maximum, peaks)]
@@ -284,10 +286,10 @@ def _sum_in_float64(x: Array, ord: float, dims: tuple[int, ...] | None) -> Array
     narrow = dims == tuple(range(len(dims))) and 0 < math.prod(rest) <= 2048
     if narrow and rows % 16 == 0 and x.size > 1 << 16:
       blocks = x.reshape(16, rows // 16, *rest)
-      sums = jnp.sum(_moments.power(blocks, ord, jnp.float64), axis=1)
+      sums = jnp.sum(_power_sums.power(blocks, ord, jnp.float64), axis=1)
       total = jnp.sum(lax.optimization_barrier(sums), axis=0)
       return total.reshape((1,) * len(dims) + rest)
-  return _total(_moments.power(x, ord, jnp.float64), dims)
+  return _total(_power_sums.power(x, ord, jnp.float64), dims)
 
 
 def _written(stack: Array) -> tuple[Array, Array]:
@@ -308,14 +310,14 @@ def _written(stack: Array) -> tuple[Array, Array]:
 
 
 def _total(power: Array, dims: tuple[int, ...] | None) -> Array:
-  return _moments.over_axes(jnp.sum, power, dims)
+  return _power_sums.over_axes(jnp.sum, power, dims)
 
 
 _sum = functools.partial(jnp.sum, axis=0)
 
 
 def _root(moment: Array, unit: Array, ord: float) -> Extended:
-  return Extended(*_moments.root_and_unit(moment, unit, ord))
+  return Extended(*_power_sums.root_and_unit(moment, unit, ord))
 
 
 def _least(dtype: Any, size: Any) -> Array:
