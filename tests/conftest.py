@@ -37,8 +37,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-# What takes XLA longest on a CPU.
-_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# What takes XLA longest on a CPU; and each program is too small to be split in parts
+# that are compiled side by side.
+_QUICKLY = (
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  " --xla_cpu_parallel_codegen_split_count=1"
+)
 # Tests that run only if `-m` says something about them.
 _ASKED_FOR = ("slow", "optimized", "programs")
 

@@ -57,16 +57,30 @@ def trace(seed, steps, shape=(), spikes=0.02):
   return np.asarray(norms, np.float32)
 
 
-def limits(threshold, norms, like=None):
-  """The limits of a threshold over a trace of norms, and its last state."""
-  norms = jnp.asarray(norms)
+def scanned(threshold, norms):
+  """`limits`, to be compiled as a part of something."""
   state = threshold.init(jnp.zeros_like(norms[0]))
 
   def body(state, n):
     new, state = threshold.update(n, state)
     return state, new
 
-  state, found = jax.jit(functools.partial(jax.lax.scan, body))(state, norms)
+  state, found = jax.lax.scan(body, state, norms)
+  return found, state
+
+
+def _run(tx, updates, params, state):
+  def body(state, u):
+    new, state = tx.update(u, state, params)
+    return state, new
+
+  state, found = jax.lax.scan(body, state, updates)
+  return found, state
+
+
+def limits(threshold, norms):
+  """The limits of a threshold over a trace of norms, and its last state."""
+  found, state = jax.jit(functools.partial(scanned, threshold))(jnp.asarray(norms))
   return np.asarray(found, np.float64), state
 
 
@@ -75,13 +89,34 @@ def run(tx, updates, params=None, state=None):
   first = jax.tree.map(lambda x: x[0], updates)
   params = jax.tree.map(jnp.zeros_like, first) if params is None else params
   state = tx.init(params) if state is None else state
+  return jax.jit(functools.partial(_run, tx))(updates, params, state)
 
-  def body(state, u):
-    new, state = tx.update(u, state, params)
-    return state, new
 
-  state, found = jax.jit(functools.partial(jax.lax.scan, body))(state, updates)
-  return found, state
+def each(function, *cases):
+  """A function of each case, one after the other, compiled once for all.
+
+  A case is one entry of the first axis of all arrays. Each runs the program that it
+  would run alone: under `jax.vmap`, both branches of a conditional would run.
+  """
+  cases = jax.tree.map(jnp.asarray, cases)
+  found = jax.jit(lambda cases: jax.lax.map(lambda case: function(*case), cases))(cases)
+  return jax.tree.map(np.asarray, found)
+
+
+def limits_of_each(threshold, norms):
+  """`limits` of several traces."""
+  found, state = each(functools.partial(scanned, threshold), norms)
+  return found.astype(np.float64), state
+
+
+def run_each(tx, updates):
+  """`run` of several sequences of updates, with parameters of zeros."""
+
+  def run(updates):
+    params = jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
+    return _run(tx, updates, params, tx.init(params))
+
+  return each(run, updates)
 
 
 LONGEST = 160

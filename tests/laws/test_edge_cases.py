@@ -1,5 +1,6 @@
 """A test for each row of the documented edge cases, named after the row."""
 
+import functools
 import math
 
 from helpers import oracles
@@ -18,10 +19,20 @@ every_dtype = pytest.mark.parametrize("dtype", oracles.LOW)
 both_policies = pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 
 
+def compiled(max_norm, **keywords):
+  """`clip_by_global_norm`, and its jitted update."""
+  tx = optax_clip.clip_by_global_norm(max_norm, **keywords)
+  return tx, jax.jit(tx.update)
+
+
+compiled_once = functools.cache(compiled)
+
+
 def clip(updates, max_norm, **keywords):
   """One compiled step of `clip_by_global_norm`; the updates and the metrics."""
-  tx = optax_clip.clip_by_global_norm(max_norm, **keywords)
-  new, state = jax.jit(tx.update)(updates, tx.init(updates))
+  make = compiled_once if type(max_norm) is float else compiled
+  tx, update = make(max_norm, **keywords)
+  new, state = update(updates, tx.init(updates))
   found = optax_clip.metrics(state)
   return new, {k.removeprefix("clip_by_global_norm/"): v for k, v in found.items()}
 
