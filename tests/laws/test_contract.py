@@ -222,15 +222,6 @@ class TestStructure:
     assert new["array"].dtype == jnp.float32
     assert_expected(row, new, updates, updates)
 
-  @every_row
-  @pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
-  def test_integer_leaves_are_an_error_that_names_their_path(self, row, dtype):
-    good = {"layer": {"w": jnp.ones(2), "n": jnp.ones(2)}}
-    bad = {"layer": {"w": jnp.ones(2), "n": jnp.ones(2, dtype)}}
-    tx = row.make()
-    with pytest.raises(TypeError, match=r"\['layer'\]\['n'\].*optax\.masked"):
-      tx.update(bad, tx.init(good), good)
-
   @over([r for r in ROWS if r.needs_params], ids=lambda r: r.name)
   def test_missing_and_mismatched_params_are_errors(self, row):
     tx = row.make()
