@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optax_clip
+from optax_clip import thresholds
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -37,6 +38,18 @@ METHODS = {
     {"theta": 25.0, "decay": 0.9},
     1,
   ),
+}
+
+# Every threshold that learns or is made of others, by its name, with a short memory.
+THRESHOLDS = {
+  "percentile": thresholds.percentile(50.0, 20),
+  "history": thresholds.history(window=10),
+  "zscore": thresholds.zscore(warmup=5),
+  "clipped_mean": thresholds.clipped_mean(warmup=5),
+  "average": thresholds.average(),
+  "mean_over_rms": thresholds.mean_over_rms(),
+  "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
+  "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
 }
 
 

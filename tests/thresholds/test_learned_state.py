@@ -12,7 +12,6 @@ import pytest
 import optax_clip
 from optax_clip import actions
 from optax_clip import measures
-from optax_clip import thresholds
 
 methods = pytest.mark.parametrize("name", learned.METHODS)
 
@@ -209,20 +208,9 @@ MEASURES = {
   "relative": measures.relative(measures.unit_norm()),
 }
 
-THRESHOLDS = {
-  "percentile": thresholds.percentile(50.0, 20),
-  "history": thresholds.history(window=10),
-  "zscore": thresholds.zscore(warmup=5),
-  "adagc": thresholds.clipped_mean(warmup=5),
-  "average": thresholds.average(),
-  "mean_over_rms": thresholds.mean_over_rms(),
-  "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
-  "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
-}
-
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize("threshold", learned.THRESHOLDS)
 def test_every_threshold_works_with_every_measure(measure, threshold):
   rng = np.random.default_rng(0)
   updates = {
@@ -230,7 +218,9 @@ def test_every_threshold_works_with_every_measure(measure, threshold):
     "b": jnp.asarray(rng.standard_normal((30, 5)), jnp.float32),
   }
   updates = jax.tree.map(lambda x: x.at[25].multiply(1000.0), updates)
-  tx = optax_clip.clip_with(MEASURES[measure], THRESHOLDS[threshold], actions.rescale())
+  tx = optax_clip.clip_with(
+    MEASURES[measure], learned.THRESHOLDS[threshold], actions.rescale()
+  )
   params = jax.tree.map(jnp.ones_like, first(updates))
   found, state = learned.run(tx, updates, params)
   for x in jax.tree.leaves((found, state)):
