@@ -2,12 +2,12 @@
 
 import functools
 
+from helpers.programs import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_structure import equations
 
 import optax_clip
 from optax_clip._norms import scalars as _scalars
