@@ -105,6 +105,19 @@ def run(tx, updates, params=None, state=None):
   return jax.jit(functools.partial(_run, tx))(updates, params, state)
 
 
+@functools.cache
+def _runner(name):
+  tx = make(name)
+  return tx, jax.jit(functools.partial(_run, tx))
+
+
+def run_method(name, updates, state=None):
+  """`run` of a row of `METHODS`, compiled once for all sequences of one shape."""
+  tx, compiled = _runner(name)
+  params = jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
+  return compiled(updates, params, tx.init(params) if state is None else state)
+
+
 def each(function, *cases):
   """A function of each case, one after the other, compiled once for all.
 
