@@ -19,7 +19,8 @@ from benchmarks.training import _methods as studies
 import optax_clip
 from optax_clip import thresholds
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = {row.name for row in registry.ROWS}
 LEARN = {row.name for row in registry.ROWS if row.stateful}
 # Takes gradients of each example, and is no transformation.
@@ -41,19 +42,20 @@ def made(build):
   return set(re.findall(r"\b([a-z_]\w*)\(", repr(parts)))
 
 
-def section(first, last):
-  """The names in the first column of a table of the README."""
-  page = README.read_text()
-  table = page[page.index(first) : page.index(last)]
-  cells = re.findall(r"^\| (`.*?) \|", table, flags=re.M)
+def table(header):
+  """The names in the first column of the one table with this header."""
+  (page,) = [page for page in PAGES if header in page.read_text()]
+  rows = page.read_text().partition(header)[2].partition("\n\n")[0]
+  cells = re.findall(r"^\| (`.*?) \|", rows, flags=re.M)
   return re.findall(r"`(\w+)[(`]", " ".join(cells))
 
 
-def test_the_readme_has_a_row_for_every_method():
-  names = section("## Methods", "And around any of them")
-  assert set(names) == ROWS | PER_EXAMPLE | {"observe"}
+def test_the_table_of_methods_has_every_method():
+  names = table("| transformation | limits | source |")
   assert len(names) == len(set(names))
-  guards = section("And around any of them", "What is not in the table")
+  assert set(names) >= ROWS | PER_EXAMPLE | {"observe"}
+  assert set(names) <= set(optax_clip.__all__)
+  guards = table("| guard | does not take |\n")
   assert set(guards) == set(registry.AROUND) - {"observe"} | {"guarded_step"}
 
 
