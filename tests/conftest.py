@@ -8,6 +8,7 @@ other libraries, tables of the guide.
 """
 
 import os
+import re
 
 # Before jax is imported: meshes need devices. The flag of the user wins.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -37,8 +38,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-# What takes XLA longest on a CPU.
-_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# What takes XLA longest on a CPU; and each program is too small to be split in parts
+# that are compiled side by side.
+_QUICKLY = (
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  " --xla_cpu_parallel_codegen_split_count=1"
+)
 # Tests that run only if `-m` says something about them.
 _ASKED_FOR = ("slow", "optimized", "programs")
 
@@ -69,6 +74,28 @@ def pytest_collection_modifyitems(config, items):
 
   config.hook.pytest_deselected(items=list(filter(is_left_out, items)))
   items[:] = [item for item in items if not is_left_out(item)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Has one process run all tests of a file that compile the same programs.
+
+  These are the tests of one transformation, or of the whole file.
+  """
+  if config.option.dist != "load":
+    return None  # The user asked for another order.
+  from helpers import registry
+  from xdist.scheduler import LoadScopeScheduling
+
+  transformations = set(registry.names(registry.ROWS))
+
+  class BySharedPrograms(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file, _, test = nodeid.partition("::")
+      found = transformations.intersection(re.split(r"[\[\]-]", test))
+      return f"{file} {min(found, default='')}"
+
+  return BySharedPrograms(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Guards: the contract of optax transformations, and what a step of theirs costs."""
 
+import functools
+
 from flax import nnx
 import flax.linen as nn
 from flax.training import train_state
@@ -33,6 +35,14 @@ GUARDS = {
   ),
 }
 guards = pytest.mark.parametrize("guard", GUARDS)
+
+
+@functools.cache
+def compiled(guard):
+  """A guard around `inner`: it, its jitted update, and its jitted whole step."""
+  tx = GUARDS[guard](inner())
+  whole = jax.jit(lambda g, s, p: optax_clip.guarded_step(tx, g, s, p, **LOSS))
+  return tx, jax.jit(tx.update), whole
 
 
 def params():
@@ -92,27 +102,25 @@ def close(a, b):
 class TestContract:
   @guards
   def test_healthy_steps_are_those_of_the_transformation_inside(self, guard):
-    tx = GUARDS[guard](inner())
+    tx, update, _ = compiled(guard)
+    alone = jax.jit(inner().update)
     scale = 4 if guard in ("dynamic_loss_scale", "both") else 1
     state, plain = tx.init(params()), inner().init(params())
     p = params()
-    update = jax.jit(tx.update)
     for i in range(1, 4):
       scaled = jax.tree.map(lambda g: g * scale, gradient(i))
       updates, state = update(scaled, state, p, **LOSS)
-      expected, plain = inner().update(gradient(i), plain, p)
+      expected, plain = alone(gradient(i), plain, p)
       close(updates, expected)
       p = optax.apply_updates(p, updates)
 
   @guards
   def test_a_broken_step_changes_nothing(self, guard):
-    tx = GUARDS[guard](inner())
-    update = jax.jit(tx.update)
+    tx, update, whole = compiled(guard)
     _, state = update(gradient(), tx.init(params()), params(), **LOSS)
     updates, after = update(broken(), state, params(), **LOSS)
     same(updates, jax.tree.map(jnp.zeros_like, params()))
     kept(after.inner, state.inner)
-    whole = jax.jit(lambda g, s, p: optax_clip.guarded_step(tx, g, s, p, **LOSS))
     p, after = whole(broken(), state, params())
     same(p, params())
     kept(after.inner, state.inner)
@@ -175,7 +183,7 @@ class TestContract:
     "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
   )
   def test_sharded_steps_are_those_of_one_device(self, guard, kind):
-    tx = GUARDS[guard](inner())
+    tx, _, local = compiled(guard)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
     specs = {"w": jax.P("d"), "b": jax.P()}
 
@@ -184,7 +192,6 @@ class TestContract:
         lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), tree, specs
       )
 
-    local = jax.jit(lambda g, s, p: optax_clip.guarded_step(tx, g, s, p, **LOSS))
     expected = [
       local(grads, tx.init(params()), params()) for grads in (gradient(), broken())
     ]
@@ -202,7 +209,7 @@ class TestContract:
 
   @guards
   def test_one_broken_shard_skips_the_step_on_all_devices(self, guard):
-    tx = GUARDS[guard](inner())
+    tx, _, local = compiled(guard)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     state = tx.init(params())
 
@@ -222,7 +229,6 @@ class TestContract:
       in_specs=(spec(params()), carry[1], carry[0]),
       out_specs=carry[0],
     )
-    local = jax.jit(lambda g, s, p: optax_clip.guarded_step(tx, g, s, p, **LOSS))
     for grads in (gradient(), broken()):
       alone = local(grads, state, params())
       close(jax.jit(whole)(grads, state, params()), alone)
@@ -483,8 +489,9 @@ class TestAccumulation:
   def run(self, tx, grads=GRADS):
     params = jnp.zeros(2)
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for g in grads:
-      updates, state = tx.update(jnp.asarray(g), state, params)
+      updates, state = update(jnp.asarray(g), state, params)
       params = optax.apply_updates(params, updates)
     return np.asarray(params), state
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optax_clip
+from optax_clip import thresholds
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -39,6 +40,18 @@ METHODS = {
   ),
 }
 
+# Every threshold that learns or is made of others, by its name, with a short memory.
+THRESHOLDS = {
+  "percentile": thresholds.percentile(50.0, 20),
+  "history": thresholds.history(window=10),
+  "zscore": thresholds.zscore(warmup=5),
+  "clipped_mean": thresholds.clipped_mean(warmup=5),
+  "average": thresholds.average(),
+  "mean_over_rms": thresholds.mean_over_rms(),
+  "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
+  "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
+}
+
 
 def make(name, **keywords):
   """The transformation of a row."""
@@ -57,16 +70,30 @@ def trace(seed, steps, shape=(), spikes=0.02):
   return np.asarray(norms, np.float32)
 
 
-def limits(threshold, norms, like=None):
-  """The limits of a threshold over a trace of norms, and its last state."""
-  norms = jnp.asarray(norms)
+def scanned(threshold, norms):
+  """`limits`, to be compiled as a part of something."""
   state = threshold.init(jnp.zeros_like(norms[0]))
 
   def body(state, n):
     new, state = threshold.update(n, state)
     return state, new
 
-  state, found = jax.jit(functools.partial(jax.lax.scan, body))(state, norms)
+  state, found = jax.lax.scan(body, state, norms)
+  return found, state
+
+
+def _run(tx, updates, params, state):
+  def body(state, u):
+    new, state = tx.update(u, state, params)
+    return state, new
+
+  state, found = jax.lax.scan(body, state, updates)
+  return found, state
+
+
+def limits(threshold, norms):
+  """The limits of a threshold over a trace of norms, and its last state."""
+  found, state = jax.jit(functools.partial(scanned, threshold))(jnp.asarray(norms))
   return np.asarray(found, np.float64), state
 
 
@@ -75,13 +102,47 @@ def run(tx, updates, params=None, state=None):
   first = jax.tree.map(lambda x: x[0], updates)
   params = jax.tree.map(jnp.zeros_like, first) if params is None else params
   state = tx.init(params) if state is None else state
+  return jax.jit(functools.partial(_run, tx))(updates, params, state)
 
-  def body(state, u):
-    new, state = tx.update(u, state, params)
-    return state, new
 
-  state, found = jax.jit(functools.partial(jax.lax.scan, body))(state, updates)
-  return found, state
+@functools.cache
+def _runner(name):
+  tx = make(name)
+  return tx, jax.jit(functools.partial(_run, tx))
+
+
+def run_method(name, updates, state=None):
+  """`run` of a row of `METHODS`, compiled once for all sequences of one shape."""
+  tx, compiled = _runner(name)
+  params = jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
+  return compiled(updates, params, tx.init(params) if state is None else state)
+
+
+def each(function, *cases):
+  """A function of each case, one after the other, compiled once for all.
+
+  A case is one entry of the first axis of all arrays. Each runs the program that it
+  would run alone: under `jax.vmap`, both branches of a conditional would run.
+  """
+  cases = jax.tree.map(jnp.asarray, cases)
+  found = jax.jit(lambda cases: jax.lax.map(lambda case: function(*case), cases))(cases)
+  return jax.tree.map(np.asarray, found)
+
+
+def limits_of_each(threshold, norms):
+  """`limits` of several traces."""
+  found, state = each(functools.partial(scanned, threshold), norms)
+  return found.astype(np.float64), state
+
+
+def run_each(tx, updates):
+  """`run` of several sequences of updates, with parameters of zeros."""
+
+  def run(updates):
+    params = jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
+    return _run(tx, updates, params, tx.init(params))
+
+  return each(run, updates)
 
 
 LONGEST = 160

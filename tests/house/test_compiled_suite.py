@@ -143,17 +143,6 @@ class TestSuite:
       assert (methods[cell.method].peer or "none") in methods
     assert len(set(compiled.cells())) == len(compiled.cells())
 
-  def test_every_transformation_has_a_cell(self):
-    names = " ".join(compiled.methods())
-    page = costs.PAGE.with_name("methods.md").read_text()
-    table = page[: page.index("What is not in the table")]
-    cells = re.findall(r"^\| (`.*?) \|", table, flags=re.M)
-    transformations = re.findall(r"`(\w+)[(`]", " ".join(cells))
-    # Those that are given gradients of each example make no step of an optimizer.
-    named = {name for name in transformations if not name.startswith("per_example")}
-    assert len(named) > 15
-    assert {name for name in named if name not in names} == set()
-
   def test_what_does_not_compile_says_so(self, monkeypatch):
     def fails(*arguments):
       raise jax.errors.JaxRuntimeError("too much shared data")

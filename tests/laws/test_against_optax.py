@@ -5,6 +5,7 @@ later optax answer rightly, its half of the test is skipped with a message: then
 the table of docs/precision.md wants an update.
 """
 
+import functools
 import inspect
 
 from helpers.registry import ZERO_IS_MEANT
@@ -244,6 +245,20 @@ def assert_ulps(actual, expected, ulps):
 ULPS = 4
 
 
+@functools.cache
+def both(name, *args):
+  """From updates, parameters and a limit to what each library makes of them."""
+
+  @jax.jit
+  def run(g, params, limit):
+    return [
+      clipped(library, name, g, limit, *args, params=params)
+      for library in (optax_clip, optax)
+    ]
+
+  return run
+
+
 @ZERO_IS_MEANT
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1.0, 100.0, float("inf")])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -251,31 +266,21 @@ def test_transformations_agree(name, limit):
   # Of rank 5 and more, optax 0.2.6 wants to be told the axes.
   shapes = SHAPES[:-1]
   g, params = random_tree(0, 3.0, shapes), random_tree(10, 1.0, shapes)
-  ours, theirs = (
-    clipped(library, name, g, limit, params=params) for library in (optax_clip, optax)
-  )
-  assert_ulps(ours, theirs, ULPS)
+  assert_ulps(*both(name)(g, params, limit), ULPS)
 
 
 @pytest.mark.parametrize("axis", [0, -1, (0, 1)])
 def test_agc_agrees_for_given_axes(axis):
   shapes = [(5, 4), (3, 4, 5), (2, 2, 2, 3, 4)]
   g, params = random_tree(0, 3.0, shapes), random_tree(1, 1.0, shapes)
-  ours, theirs = (
-    clipped(library, "adaptive_grad_clip", g, 0.3, 1e-2, axis, params=params)
-    for library in (optax_clip, optax)
-  )
-  assert_ulps(ours, theirs, ULPS)
+  found = both("adaptive_grad_clip", 1e-2, axis)(g, params, 0.3)
+  assert_ulps(*found, ULPS)
 
 
 def test_agc_agrees_for_small_weights():
   """Below eps, weights count as eps."""
   g, params = random_tree(0, 1.0, SHAPES[:-1]), random_tree(1, 1e-5, SHAPES[:-1])
-  ours, theirs = (
-    clipped(library, "adaptive_grad_clip", g, 0.01, params=params)
-    for library in (optax_clip, optax)
-  )
-  assert_ulps(ours, theirs, ULPS)
+  assert_ulps(*both("adaptive_grad_clip")(g, params, 0.01), ULPS)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:-1])
@@ -308,13 +313,28 @@ def test_unitwise_clip_agrees_below_div_eps():
   assert_ulps(ours, optax.transforms.unitwise_clip(*args), ULPS)
 
 
+@jax.jit
+def per_example(grads, limit):
+  """What each library makes of gradients of several examples."""
+  return [
+    library.per_example_global_norm_clip(grads, limit)
+    for library in (optax_clip, optax)
+  ]
+
+
+@functools.partial(jax.jit, static_argnames="uniform")
+def per_example_layers(grads, limit, uniform):
+  """The same, clipped by layer."""
+  return [
+    library.per_example_layer_norm_clip(grads, limit, uniform)
+    for library in (optax_clip, optax)
+  ]
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.5, 3.0, float("inf")])
 def test_per_example_global_norm_clip_agrees(limit):
   grads = random_tree(7, 1.0, [(6, 3), (6, 2, 4), (6,)])
-  (ours, our_count), (theirs, their_count) = (
-    library.per_example_global_norm_clip(grads, limit)
-    for library in (optax_clip, optax)
-  )
+  (ours, our_count), (theirs, their_count) = per_example(grads, limit)
   assert our_count == their_count
   # Sums over examples may cancel: a bound on the sum, not on each element.
   jax.tree.map(
@@ -326,10 +346,8 @@ def test_per_example_global_norm_clip_agrees(limit):
 @pytest.mark.parametrize("limit", [0.0, 0.5, 3.0, float("inf")])
 def test_per_example_layer_norm_clip_agrees(limit, uniform):
   grads = list(random_tree(8, 1.0, [(6, 3), (6, 2, 4), (6,)]).values())
-  (ours, our_counts), (theirs, their_counts) = (
-    library.per_example_layer_norm_clip(grads, limit, uniform)
-    for library in (optax_clip, optax)
-  )
+  found = per_example_layers(grads, limit, uniform)
+  (ours, our_counts), (theirs, their_counts) = found
   assert jax.tree.map(int, our_counts) == jax.tree.map(int, their_counts)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours, theirs
@@ -378,7 +396,7 @@ def test_unrecorded_states_are_those_of_optax(name):
   state = ours.init(params)
   assert isinstance(state[0], optax.EmptyState)
   assert jax.tree.structure(state) == jax.tree.structure(theirs.init(params))
-  _, state = ours.update(params, state, params)
+  _, state = jax.jit(ours.update)(params, state, params)
   assert isinstance(state[0], optax.EmptyState)
   assert jax.tree.structure(state) == jax.tree.structure(theirs.init(params))
 
@@ -392,11 +410,13 @@ def test_run_of_optax_goes_on_with_ours():
     optax_clip.clip_by_global_norm(1.0, record=False), optax.adam(1e-2)
   )
 
+  updates_of = {tx: jax.jit(tx.update) for tx in (theirs, ours)}
+
   def after(steps):
     state = theirs.init(params)
     values = params
     for tx, g in steps:
-      updates, state = tx.update(g, state, values)
+      updates, state = updates_of[tx](g, state, values)
       values = optax.apply_updates(values, updates)
     return values
 

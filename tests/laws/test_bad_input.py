@@ -1,6 +1,9 @@
 """Bad input: the error's type, and that it names argument, value and fix."""
 
+from helpers.registry import FIXED
+from helpers.registry import ROWS
 from helpers.registry import ZERO_IS_MEANT
+from helpers.registry import names
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +21,11 @@ BATCH = [jnp.ones((2, 3))]
 
 # For each function with a limit: the name of the argument, and a call with it.
 LIMITS = {
-  "clip": ("max_delta", optax_clip.clip),
-  "clip_by_global_norm": ("max_norm", optax_clip.clip_by_global_norm),
-  "clip_by_layer_norm": ("max_norm", optax_clip.clip_by_layer_norm),
+  **{row.name: (*row.arguments(1.0), row.factory) for row in FIXED},
   "clip_by_group_norm": (
     r"max_norms\['x'\]",
     lambda limit: optax_clip.clip_by_group_norm({"a": "x"}, {"x": limit}),
   ),
-  "clip_by_block_rms": ("threshold", optax_clip.clip_by_block_rms),
-  "adaptive_grad_clip": ("clipping", optax_clip.adaptive_grad_clip),
   "clip_tree": ("max_norm", lambda limit: optax_clip.clip_tree(G, limit)),
   "per_example_global_norm_clip": (
     "l2_norm_clip",
@@ -258,22 +257,11 @@ INTEGERS = {
   "python bool": True,
 }
 
-TRANSFORMATIONS = {
-  "clip": lambda: optax_clip.clip(1.0),
-  "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
-  "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
-  "clip_by_block_rms": lambda: optax_clip.clip_by_block_rms(1.0),
-  "adaptive_grad_clip": lambda: optax_clip.adaptive_grad_clip(1.0),
-  "clip_by_group_norm": lambda: optax_clip.clip_by_group_norm(
-    lambda tree: jax.tree.map(lambda _: "x", tree), {"x": 1.0}
-  ),
-}
-
 
 @pytest.mark.parametrize("kind", INTEGERS)
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_integer_leaf_in_a_transformation(name, kind):
-  tx = TRANSFORMATIONS[name]()
+@pytest.mark.parametrize("row", ROWS, ids=names(ROWS))
+def test_integer_leaf_in_a_transformation(row, kind):
+  tx = row.make()
   good = {"layer": {"w": [jnp.ones(2), jnp.ones(3)]}}
   bad = {"layer": {"w": [jnp.ones(2), INTEGERS[kind]]}}
   params = jax.tree.map(lambda x: jnp.ones(jnp.shape(x)), bad)
@@ -296,10 +284,11 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_integer_leaf_in_a_function(name):
-  tree = {"w": jnp.ones((2, 2)), "count": jnp.ones((2, 2), jnp.int32)}
-  with pytest.raises(TypeError, match=r"\['count'\] has dtype int32"):
+def test_integer_leaf_in_a_function(name, dtype):
+  tree = {"w": jnp.ones((2, 2)), "count": jnp.ones((2, 2), dtype)}
+  with pytest.raises(TypeError, match=rf"\['count'\] has dtype {dtype}"):
     FUNCTIONS[name](tree)
 
 

@@ -1,5 +1,9 @@
-"""A test for each row of the documented edge cases, named after the row."""
+"""A test for each row of the documented edge cases, named after the row.
 
+Those that are errors stand in `test_bad_input.py`.
+"""
+
+import functools
 import math
 
 from helpers import oracles
@@ -19,10 +23,20 @@ every_dtype = pytest.mark.parametrize("dtype", oracles.LOW)
 both_policies = pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 
 
+def compiled(max_norm, **keywords):
+  """`clip_by_global_norm`, and its jitted update."""
+  tx = optax_clip.clip_by_global_norm(max_norm, **keywords)
+  return tx, jax.jit(tx.update)
+
+
+compiled_once = functools.cache(compiled)
+
+
 def clip(updates, max_norm, **keywords):
   """One compiled step of `clip_by_global_norm`; the updates and the metrics."""
-  tx = optax_clip.clip_by_global_norm(max_norm, **keywords)
-  new, state = jax.jit(tx.update)(updates, tx.init(updates))
+  make = compiled_once if type(max_norm) is float else compiled
+  tx, update = make(max_norm, **keywords)
+  new, state = update(updates, tx.init(updates))
   found = optax_clip.metrics(state)
   return new, {k.removeprefix("clip_by_global_norm/"): v for k, v in found.items()}
 
@@ -68,23 +82,6 @@ class TestTable:
       new, _ = clip(updates, math.inf, nonfinite=nonfinite)
       oracles.assert_identical(updates, new)
 
-  @every_row
-  @pytest.mark.parametrize("bad", [-1.0, math.nan, -math.inf, np.float32(-0.5)])
-  def test_a_concrete_negative_or_nan_limit_is_an_error_with_name_and_value(
-    self, row, bad
-  ):
-    if row.stateful:
-      pytest.skip("a threshold that learns takes no limit")
-    (name,) = [k for k in row.arguments(bad) if k != "labels"]
-    with pytest.raises(ValueError, match=name) as caught:
-      row.make(bad)
-    assert str(float(bad)) in str(caught.value)
-
-  def test_a_limit_that_is_no_number_is_an_error(self):
-    for bad in ("1.0", True, [None]):
-      with pytest.raises(TypeError, match="max_norm"):
-        optax_clip.clip_by_global_norm(bad)
-
   def test_a_traced_negative_limit_counts_as_0(self):
     @jax.jit
     def step(updates, max_norm):
@@ -124,17 +121,6 @@ class TestTable:
       new, found = clip(updates, max_norm, nonfinite="zero")
       assert all(not np.any(oracles.wide(x)) for x in jax.tree.leaves(new))
       assert found["steps_nonfinite"] == 1
-
-  @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
-  def test_an_integer_or_bool_leaf_is_an_error_that_names_its_path(self, dtype):
-    updates = {"layer": [jnp.ones(2), jnp.ones(2, dtype)]}
-    for call in (
-      lambda: clip(updates, 1.0),
-      lambda: optax_clip.global_norm(updates),
-      lambda: optax_clip.clip_tree(updates, 1.0),
-    ):
-      with pytest.raises(TypeError, match=rf"\['layer'\]\[1\].*{dtype}"):
-        call()
 
   @pytest.mark.parametrize("kind", [np.float32, jnp.float32, jnp.asarray, np.array])
   @every_dtype
@@ -181,9 +167,10 @@ class TestSchedules:
     tx = optax_clip.clip_by_global_norm(optax.linear_schedule(4.0, 0.0, 4))
     updates = jnp.asarray([30.0, 40.0])
     state = tx.init(updates)
+    update = jax.jit(tx.update)
     norms = []
     for _ in range(5):
-      new, state = tx.update(updates, state)
+      new, state = update(updates, state)
       norms.append(oracles.tree_norm([new]))
     np.testing.assert_allclose(norms, [4, 3, 2, 1, 0], rtol=1e-6)
 
@@ -215,13 +202,6 @@ class TestLowPrecision:
     np.testing.assert_allclose(found["norm"], oracles.tree_norm([x]), rtol=1e-6)
     # Each result is subnormal in float16, where one ulp is 6e-8.
     np.testing.assert_allclose(oracles.wide(new), 1e-6, atol=6e-8)
-
-  def test_two_thousand_bfloat16_leaves_are_clipped_to_the_limit(self):
-    rng = np.random.default_rng(0)
-    x = [jnp.asarray(v, jnp.bfloat16) for v in rng.standard_normal((2000, 5))]
-    # Without `jit`: XLA takes long to compile so many leaves.
-    new, _ = optax_clip.clip_tree(x, 1.0)
-    assert oracles.tree_norm(new) <= 1 + 2 * oracles.epsilon("bfloat16")
 
   @pytest.mark.parametrize(
     ("values", "max_norm"),
@@ -310,11 +290,12 @@ class TestGroups:
       {"slow": 1.0, "fast": lambda count: 2 + count, "free": math.inf},
     )
     state = tx.init(tree)
-    new, state = tx.update(tree, state)
+    update = jax.jit(tx.update)
+    new, state = update(tree, state)
     np.testing.assert_allclose(new["body"]["w"], [0.6], rtol=1e-6)
     np.testing.assert_allclose(new["head"], [1.2, 1.6], rtol=1e-6)
     oracles.assert_identical(new["rest"], tree["rest"])
-    new, _ = tx.update(tree, state)
+    new, _ = update(tree, state)
     np.testing.assert_allclose(new["head"], [1.8, 2.4], rtol=1e-6)
 
   @ZERO_IS_MEANT
@@ -332,7 +313,7 @@ class TestAdaptive:
     updates = {"w": jnp.full((64, 2), 8.0, dtype)}
     params = {"w": jnp.full((64, 2), 1.0, dtype)}
     tx = optax_clip.adaptive_grad_clip(0.01)
-    new, _ = tx.update(updates, tx.init(params), params)
+    new, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     np.testing.assert_allclose(
       oracles.wide(new["w"]), 0.01, rtol=oracles.epsilon(dtype)
     )
@@ -340,14 +321,15 @@ class TestAdaptive:
   def test_weights_of_zeros_move_by_eps(self):
     tx = optax_clip.adaptive_grad_clip(0.5, eps=0.1)
     zero = {"w": jnp.zeros(2)}
-    new, _ = tx.update({"w": jnp.asarray([3.0, 4.0])}, tx.init(zero), zero)
+    update = jax.jit(tx.update)
+    new, _ = update({"w": jnp.asarray([3.0, 4.0])}, tx.init(zero), zero)
     np.testing.assert_allclose(new["w"], [0.03, 0.04], rtol=1e-6)
 
   def test_a_nan_unit_stays_alone(self):
     params = {"w": jnp.ones((2, 3))}
     updates = {"w": jnp.ones((2, 3)).at[0, 1].set(jnp.nan)}
     tx = optax_clip.adaptive_grad_clip(0.5)
-    new, _ = tx.update(updates, tx.init(params), params)
+    new, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     np.testing.assert_array_equal(np.isnan(new["w"]), [[False, True, False]] * 2)
 
   @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Units are the user's: gradients times a power of two are clipped alike."""
 
+from helpers import registry
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,13 @@ METHODS = {
   "adagn": optax_clip.adagn,
   "stable_spam": optax_clip.stable_spam,
 }
+
+
+def test_all_that_learn_are_here():
+  names = {name.split(",")[0] for name in METHODS}
+  assert names == {row.name for row in registry.ROWS if row.stateful}
+
+
 # What comes out of these has no units, nor have their limits.
 NORMALIZING = ("adagn", "stable_spam")
 

@@ -170,7 +170,7 @@ def test_linen_scan(axis):
   params = scanned.init(jax.random.key(0), jnp.ones((2, 6)), None)
   tx = optax_clip.clip_by_layer_norm(1.0, stacked={"kernel": axis, "bias": axis})
   grads = jax.tree.map(jnp.ones_like, params)
-  updates, _ = tx.update(grads, tx.init(params))
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params))
   kernel = updates["params"]["Dense_0"]["kernel"]
   norms = np.linalg.norm(np.moveaxis(kernel, axis, 0).reshape(3, -1), axis=1)
   np.testing.assert_allclose(norms, 1, rtol=1e-6)
@@ -188,8 +188,8 @@ def test_a_function_may_say_which_leaves():
   by_function = optax_clip.clip_by_layer_norm(1.0, stacked=stacked)
   jax.tree.map(
     np.testing.assert_array_equal,
-    by_regex.update(grads, by_regex.init(grads))[0],
-    by_function.update(grads, by_function.init(grads))[0],
+    jax.jit(by_regex.update)(grads, by_regex.init(grads))[0],
+    jax.jit(by_function.update)(grads, by_function.init(grads))[0],
   )
 
 

@@ -2,6 +2,15 @@
 
 import re
 
+from helpers.programs import adamw
+from helpers.programs import bytes_accessed
+from helpers.programs import compiled_step
+from helpers.programs import computations
+from helpers.programs import equations
+from helpers.programs import kernels
+from helpers.programs import reductions_by_size
+from helpers.programs import size
+from helpers.programs import temporary
 from helpers.registry import FIXED
 from helpers.registry import names
 import jax
@@ -28,33 +37,10 @@ def params():
   ]
 
 
-def adamw(*before):
-  return optax.chain(*before, optax.adamw(1e-3))
-
-
-def compiled_step(tx, params):
-  """The compiled optimizer step, with donation as in training."""
-
-  def step(params, state, grads):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = jax.eval_shape(tx.init, params)
-  return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-
-
 @pytest.fixture(scope="module")
 def without(params):
   """The compiled step without clipping."""
   return compiled_step(adamw(), params)
-
-
-def temporary(compiled):
-  return compiled.memory_analysis().temp_size_in_bytes
-
-
-def size(params):
-  return sum(4 * x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.foreign  # AdamW of optax mixes dtypes.
@@ -82,64 +68,6 @@ class TestMemory:
     clip = optax.clip_by_global_norm(1.0)
     with_clip = temporary(compiled_step(adamw(clip), params))
     assert with_clip - without >= 0.9 * size(params)
-
-
-class Computation:
-  """One computation of a compiled program: its lines, by instruction name."""
-
-  def __init__(self, text):
-    self.lines = text.splitlines()[1:]
-
-  def instructions(self, opcode):
-    return [line for line in self.lines if re.search(rf" {opcode}\(", line)]
-
-
-def computations(compiled):
-  """The computations of a compiled program, by name; the entry is "ENTRY"."""
-  text = compiled.as_text()
-  blocks = re.findall(
-    r"^(ENTRY )?%([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, flags=re.M | re.S
-  )
-  return {
-    "ENTRY" if entry else name: Computation("\n" + body) for entry, name, body in blocks
-  }
-
-
-def reductions_by_size(compiled):
-  """Element counts of what is reduced, outside of branches, one for each.
-
-  XLA may reduce in stages; a stage after the first reads a small array.
-  """
-  blocks = computations(compiled)
-  reached, queue = set(), ["ENTRY"]
-  while queue:
-    name = queue.pop()
-    if name in reached or name not in blocks:
-      continue
-    reached.add(name)
-    for line in blocks[name].lines:
-      if " conditional(" in line:
-        continue
-      queue += re.findall(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)", line)
-      for group in re.findall(r"called_computations=\{([^}]*)\}", line):
-        queue += [part.strip().lstrip("%") for part in group.split(",")]
-  sizes = []
-  for name in reached:
-    block = blocks[name]
-    shapes = {}
-    for line in block.lines:
-      if found := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]*)\]", line):
-        dims = [int(d) for d in found[2].split(",") if d]
-        shapes[found[1]] = int(np.prod(dims))
-    for opcode in ("reduce", "reduce-window"):
-      for line in block.instructions(opcode):
-        operand = re.search(rf" {opcode}\((?:[^%,]* )?%([\w.\-]+)", line)
-        sizes.append(shapes.get(operand[1], 0))
-  return sizes
-
-
-def bytes_accessed(compiled):
-  return compiled.cost_analysis()["bytes accessed"]
 
 
 @pytest.mark.foreign
@@ -218,33 +146,6 @@ class TestTracing:
     one, two, three = (size_of(n) for n in (50, 100, 150))
     # A jump at a bucket's end aside, equal steps cost equal numbers.
     assert abs((three - two) - (two - one)) <= 0.05 * (two - one) + 20
-
-
-def equations(jaxpr):
-  """All equations of a jaxpr, those of calls and branches too."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in jax.tree.leaves(
-      equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-    ):
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        yield from equations(inner)
-
-
-NAME = r"%[\w.\-]+"
-
-
-def kernels(compiled):
-  """The distinct fused computations: XLA's CPU backend compiles equal ones once."""
-  found = set()
-  for name, block in computations(compiled).items():
-    if not name.startswith("fused"):
-      continue
-    body = re.sub(r", (metadata|backend_config)=\{.*", "", "\n".join(block.lines))
-    order = {name: i for i, name in enumerate(dict.fromkeys(re.findall(NAME, body)))}
-    found.add(re.sub(NAME, lambda match, order=order: f"%{order[match[0]]}", body))
-  return found
 
 
 class TestCompilation:

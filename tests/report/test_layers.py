@@ -1,16 +1,16 @@
 """What is recorded of each layer, and how it is named: against float64."""
 
 from flax import nnx
+from helpers.programs import adamw
+from helpers.programs import bytes_accessed
+from helpers.programs import compiled_step
+from helpers.programs import reductions_by_size
+from helpers.programs import temporary
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_structure import adamw
-from test_structure import bytes_accessed
-from test_structure import compiled_step
-from test_structure import reductions_by_size
-from test_structure import temporary
 
 import optax_clip
 from optax_clip import layer_metrics

@@ -3,6 +3,9 @@
 from flax import nnx
 import flax.linen
 from flax.training import train_state
+from helpers.registry import RESCALING
+from helpers.registry import ROWS
+from helpers.registry import names
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +58,9 @@ def of(name, values):
 
 def after(tx, *steps, params=PARAMS):
   state = tx.init(params)
+  update = jax.jit(tx.update)
   for updates in steps:
-    _, state = tx.update(updates, state, params)
+    _, state = update(updates, state, params)
   return state
 
 
@@ -277,27 +281,18 @@ def test_a_chosen_name_that_looks_numbered_keeps_keys_distinct():
   assert limits == {"a_1/limit": 3.0, "a/limit": 2.0, "a_2/limit": 1.0}
 
 
-FACTORIES = {
-  "clip": lambda **kw: optax_clip.clip(1.0, **kw),
-  "clip_by_global_norm": lambda **kw: optax_clip.clip_by_global_norm(1.0, **kw),
-  "clip_by_layer_norm": lambda **kw: optax_clip.clip_by_layer_norm(1.0, **kw),
-  "clip_by_group_norm": lambda **kw: optax_clip.clip_by_group_norm(
-    {"w": "x", "b": "y"}, {"x": 1.0, "y": 1.0}, **kw
-  ),
-  "clip_by_block_rms": lambda **kw: optax_clip.clip_by_block_rms(1.0, **kw),
-  "adaptive_grad_clip": lambda **kw: optax_clip.adaptive_grad_clip(1.0, **kw),
-}
+every_row = pytest.mark.parametrize("row", ROWS, ids=names(ROWS))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_default_name_is_that_of_the_function(name):
-  values = metrics(after(FACTORIES[name](record=True), GRADS))
-  assert set(values) == {f"{name}/{field}" for field in FIELDS}
+@every_row
+def test_default_name_is_that_of_the_function(row):
+  values = metrics(after(row.make(record=True), GRADS))
+  assert set(values) == {f"{n}/{field}" for n in row.recorded() for field in FIELDS}
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_nothing_recorded_nothing_read(name):
-  tx = optax.chain(FACTORIES[name](record=False), optax.adam(0.1))
+@every_row
+def test_nothing_recorded_nothing_read(row):
+  tx = optax.chain(row.make(record=False), optax.adam(0.1))
   assert metrics(tx.init(PARAMS), allow_empty=True) == {}
   assert metrics(after(tx, GRADS), allow_empty=True) == {}
 
@@ -343,24 +338,16 @@ STEPS = (SMALL, GRADS, NAN, GRADS, INF, SMALL, NAN)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
-@pytest.mark.parametrize(
-  "name",
-  [
-    "clip_by_global_norm",
-    "clip_by_layer_norm",
-    "clip_by_group_norm",
-    "adaptive_grad_clip",
-    "clip_by_block_rms",
-  ],
-)
-def test_counters(name, nonfinite):
-  tx = FACTORIES[name](nonfinite=nonfinite)
+@pytest.mark.parametrize("row", RESCALING, ids=names(RESCALING))
+def test_counters(row, nonfinite):
+  # The gradients of 5 exceed a limit of 1, or of 2 in the odd group.
+  tx = row.make(1.0, nonfinite=nonfinite)
   update = jax.jit(tx.update)
   state = tx.init(PARAMS)
   seen = []
   for updates in STEPS:
     _, state = update(updates, state, PARAMS)
-    got = of(name, metrics(state))
+    got = of(row.name, metrics(state))
     seen.append((got["steps"], got["steps_clipped"], got["steps_nonfinite"]))
   assert seen == [
     (1, 0, 0),

@@ -7,6 +7,11 @@ from flax import nnx
 from flax.training import train_state
 from helpers import learned_oracles
 from helpers import oracles
+from helpers.programs import adamw
+from helpers.programs import bytes_accessed
+from helpers.programs import compiled_step
+from helpers.programs import reductions_by_size
+from helpers.programs import temporary
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -16,11 +21,6 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from test_structure import adamw
-from test_structure import bytes_accessed
-from test_structure import compiled_step
-from test_structure import reductions_by_size
-from test_structure import temporary
 
 import optax_clip
 from optax_clip import measures

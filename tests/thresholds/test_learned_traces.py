@@ -1,11 +1,16 @@
 """Long random traces with spikes, against float64 transcriptions of each paper.
 
-The tolerance on limits is 1e-5 relative; where the worst case of a method is far
-below it, the bound is tighter, to notice a loss of precision.
+The tolerance on limits is 1e-5 relative. Where a method's worst case is far below
+that, its bound is tighter, so that a loss of precision shows.
+
+Seeds, quantiles and magnitudes are data: each method is compiled once for all cases.
 """
+
+import itertools
 
 from helpers import learned
 from helpers import learned_oracles
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +19,12 @@ import optax_clip
 from optax_clip import thresholds
 
 STEPS = 1500
-seeds = pytest.mark.parametrize("seed", range(4))
+SEEDS = range(4)
+
+
+def traces(shape=()):
+  """Norms for each seed, float32[seeds, steps, ...]."""
+  return np.stack([learned.trace(seed, STEPS, shape) for seed in SEEDS])
 
 
 def deviation(found, wanted):
@@ -24,22 +34,33 @@ def deviation(found, wanted):
   return np.max(np.abs(found[finite] / wanted[finite] - 1))
 
 
-@seeds
-@pytest.mark.parametrize("q", [10.0, 50.0, 97.5])
+QUANTILES = (10.0, 50.0, 97.5)
+
+
 @pytest.mark.parametrize("window", [100, 2000])
-def test_percentile(seed, q, window):
-  norms = learned.trace(seed, STEPS)
-  found, _ = learned.limits(thresholds.percentile(q, window), norms)
-  wanted = learned_oracles.autoclip(norms.astype(np.float64), q, window)
-  assert deviation(found, wanted) < 1e-5
+def test_percentile(window):
+  norms = traces()
+
+  # Quantiles share a window, which `vmap` sorts once for all of them.
+  def limits(norms):
+    def of(q):
+      return learned.scanned(thresholds.percentile(q, window), norms)[0]
+
+    return jax.vmap(of)(jnp.float32(QUANTILES))
+
+  found = learned.each(limits, norms)
+  for seed in SEEDS:
+    wanted = learned_oracles.autoclip(norms[seed].astype(np.float64), QUANTILES, window)
+    for i, q in enumerate(QUANTILES):
+      assert deviation(found[seed, i], wanted[:, i]) < 1e-5, (seed, q)
 
 
-@seeds
-def test_history(seed):
-  norms = learned.trace(seed, STEPS)
-  found, _ = learned.limits(thresholds.history(), norms)
-  wanted = learned_oracles.history(norms.astype(np.float64))
-  assert deviation(found, wanted) < 5e-6
+def test_history():
+  norms = traces()
+  found, _ = learned.limits_of_each(thresholds.history(), norms)
+  for seed in SEEDS:
+    wanted = learned_oracles.history(norms[seed].astype(np.float64))
+    assert deviation(found[seed], wanted) < 5e-6, seed
 
 
 ZCLIP = [
@@ -55,101 +76,123 @@ ZCLIP = [
 ]
 
 
-@seeds
 @pytest.mark.parametrize(("ours", "theirs"), ZCLIP)
-def test_zscore(seed, ours, theirs):
-  norms = learned.trace(seed, STEPS)
-  found, _ = learned.limits(thresholds.zscore(**{"eps": 1e-6, **ours}), norms)
-  wanted = learned_oracles.zclip(norms.astype(np.float64), **theirs)
-  assert deviation(found, wanted) < 1e-5
-  assert np.sum(norms > found) > 10  # There were spikes to disagree about.
+def test_zscore(ours, theirs):
+  norms = traces()
+  found, _ = learned.limits_of_each(thresholds.zscore(**{"eps": 1e-6, **ours}), norms)
+  for seed in SEEDS:
+    wanted = learned_oracles.zclip(norms[seed].astype(np.float64), **theirs)
+    assert deviation(found[seed], wanted) < 1e-5, seed
+    # There were spikes to disagree about.
+    assert np.sum(norms[seed] > found[seed]) > 10, seed
 
 
-@seeds
-def test_zscore_has_a_memory_for_each_entry(seed):
-  norms = learned.trace(seed, STEPS, (3,))
-  found, _ = learned.limits(thresholds.zscore(eps=1e-6), norms)
-  for i in range(3):
-    wanted = learned_oracles.zclip(norms[:, i].astype(np.float64))
-    assert deviation(found[:, i], wanted) < 1e-5
+def test_zscore_has_a_memory_for_each_entry():
+  norms = traces((3,))
+  found, _ = learned.limits_of_each(thresholds.zscore(eps=1e-6), norms)
+  for seed, i in itertools.product(SEEDS, range(3)):
+    wanted = learned_oracles.zclip(norms[seed, :, i].astype(np.float64))
+    assert deviation(found[seed, :, i], wanted) < 1e-5, (seed, i)
 
 
-@seeds
-def test_adagc(seed):
-  norms = learned.trace(seed, STEPS, (5,)) * np.float32([1, 0.1, 3, 1e-3, 30])
-  found, state = learned.limits(thresholds.clipped_mean(warmup_norm=1.0), norms)
-  scales, gamma = learned_oracles.adagc(norms.astype(np.float64))
-  assert np.max(np.abs(np.minimum(found / norms, 1) / scales - 1)) < 1e-5
-  assert np.max(np.abs(state.memory.gamma / gamma - 1)) < 1e-5
-  assert np.mean(scales < 1) > 0.05
+def test_adagc():
+  norms = traces((5,)) * np.float32([1, 0.1, 3, 1e-3, 30])
+  every, state = learned.limits_of_each(thresholds.clipped_mean(warmup_norm=1.0), norms)
+  for seed in SEEDS:
+    found, n = every[seed], norms[seed]
+    scales, gamma = learned_oracles.adagc(n.astype(np.float64))
+    assert np.max(np.abs(np.minimum(found / n, 1) / scales - 1)) < 1e-5, seed
+    assert np.max(np.abs(state.memory.gamma[seed] / gamma - 1)) < 1e-5, seed
+    assert np.mean(scales < 1) > 0.05, seed
 
 
-def gradients(seed, steps, size):
-  rng = np.random.default_rng(seed)
-  g = rng.standard_normal((steps, size)) * learned.trace(seed, steps)[:, None]
-  return g.astype(np.float32)
+def gradients(size):
+  """Gradients of one leaf for each seed, float32[seeds, steps, size]."""
+
+  def of(seed):
+    rng = np.random.default_rng(seed)
+    g = rng.standard_normal((STEPS, size)) * learned.trace(seed, STEPS)[:, None]
+    return g.astype(np.float32)
+
+  return np.stack([of(seed) for seed in SEEDS])
 
 
-@seeds
-def test_adaclip_and_adagn(seed):
-  g = gradients(seed, STEPS, 7)
-  once = learned_oracles.adaclip(g.astype(np.float64))
-  found, _ = learned.run(optax_clip.adaclip(), {"w": jnp.asarray(g)})
-  np.testing.assert_allclose(found["w"], once, rtol=1e-5)
-  found, _ = learned.run(optax_clip.stable_spam(eps=1e-8), {"w": jnp.asarray(g)})
-  np.testing.assert_allclose(found["w"], learned_oracles.adagn(once), rtol=1e-5)
-  assert np.mean(once != g) > 0.01
+def test_adaclip_and_adagn():
+  grads = gradients(7)
+  clipped, _ = learned.run_each(optax_clip.adaclip(), {"w": grads})
+  both, _ = learned.run_each(optax_clip.stable_spam(eps=1e-8), {"w": grads})
+  for seed in SEEDS:
+    g = grads[seed]
+    once = learned_oracles.adaclip(g.astype(np.float64))
+    twice = learned_oracles.adagn(once)
+    np.testing.assert_allclose(
+      clipped["w"][seed], once, rtol=1e-5, err_msg=f"seed {seed}"
+    )
+    np.testing.assert_allclose(
+      both["w"][seed], twice, rtol=1e-5, err_msg=f"seed {seed}"
+    )
+    assert np.mean(once != g) > 0.01, seed
 
 
-@seeds
 @pytest.mark.parametrize(("theta", "warmup"), [(5000.0, 1), (50.0, 20)])
-def test_element_spikes(seed, theta, warmup):
-  g = gradients(seed, STEPS, 7)
-  wanted, v = learned_oracles.spam(g.astype(np.float64), theta, 0.999, warmup)
+def test_element_spikes(theta, warmup):
+  grads = gradients(7)
   tx = optax_clip.clip_element_spikes(theta, warmup=warmup)
-  found, state = learned.run(tx, {"w": jnp.asarray(g)})
-  np.testing.assert_allclose(found["w"], wanted, rtol=1e-5)
-  np.testing.assert_allclose(state.rms["w"] ** 2, v, rtol=2e-5)
-  assert np.any(wanted != g)
+  found, state = learned.run_each(tx, {"w": grads})
+  for seed in SEEDS:
+    g, case = grads[seed], f"seed {seed}"
+    wanted, v = learned_oracles.spam(g.astype(np.float64), theta, 0.999, warmup)
+    np.testing.assert_allclose(found["w"][seed], wanted, rtol=1e-5, err_msg=case)
+    np.testing.assert_allclose(state.rms["w"][seed] ** 2, v, rtol=2e-5, err_msg=case)
+    assert np.any(wanted != g), case
 
 
-@seeds
-def test_clippy(seed):
-  rng = np.random.default_rng(seed)
+def test_clippy():
+  cases = list(itertools.product(SEEDS, range(20)))
+  updates, params, moments = [], [], []
+  for seed in SEEDS:
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+      u, p, v = (
+        (rng.standard_normal(50) * 10 ** rng.uniform(-3, 1, 50)).astype(np.float32)
+        for _ in range(3)
+      )
+      updates.append(np.float32(u * (rng.random(50) < 0.7)))
+      params.append(p)
+      moments.append(v**2 + np.float32(1e-8))
   tx = optax_clip.clippy(0.1, 1e-4, 1e-3)
-  for _ in range(20):
-    u, p, v = (
-      (rng.standard_normal(50) * 10 ** rng.uniform(-3, 1, 50)).astype(np.float32)
-      for _ in range(3)
-    )
-    u, v = u * (rng.random(50) < 0.7), v**2 + np.float32(1e-8)
-    scale = learned_oracles.clippy(
-      *(x.astype(np.float64) for x in (u, p)), 0.1, 1e-4, 1e-3, v.astype(np.float64)
-    )
-    params = {"w": jnp.asarray(p)}
-    new, _ = tx.update(
-      {"w": jnp.asarray(u, jnp.float32)},
-      tx.init(params),
-      params,
-      accumulator={"w": jnp.asarray(v)},
-    )
-    np.testing.assert_allclose(new["w"], u * scale, rtol=2e-6)
+
+  def clipped(u, p, v):
+    params = {"w": p}
+    new, _ = tx.update({"w": u}, tx.init(params), params, accumulator={"w": v})
+    return new["w"]
+
+  arrays = [np.stack(x) for x in (updates, params, moments)]
+  found = learned.each(clipped, *arrays)
+  for case, new, u, p, v in zip(cases, found, *arrays, strict=True):
+    wide = (x.astype(np.float64) for x in (u, p))
+    scale = learned_oracles.clippy(*wide, 0.1, 1e-4, 1e-3, v.astype(np.float64))
+    np.testing.assert_allclose(new, u * scale, rtol=2e-6, err_msg=str(case))
 
 
 @pytest.mark.parametrize("name", learned.METHODS)
-@pytest.mark.parametrize("size", [1e30, 3.4e38])
-@pytest.mark.parametrize("when", [0, 3, 60])
-def test_a_huge_finite_norm_leaves_a_useful_memory(name, size, when):
+def test_a_huge_finite_norm_leaves_a_useful_memory(name):
   """No memory becomes non-finite, and each method recovers to catch a spike."""
   steps, spike = 3200, 3100
+  cases = list(itertools.product((1e30, 3.4e38), (0, 3, 60)))  # Its size, and when.
   rng = np.random.default_rng(0)
   g = rng.uniform(0.5, 1.5, (steps, 3)).astype(np.float32)
-  g[when] = size
-  g[spike] *= 1000
-  found, state = learned.run(
-    learned.make(name), {"a": jnp.asarray(g), "b": jnp.asarray(g[::-1].copy())}
+  every = np.stack([g] * len(cases))
+  for one, (size, when) in zip(every, cases, strict=True):
+    one[when] = size
+    one[spike] *= 1000
+  found, state = learned.run_each(
+    learned.make(name), {"a": every, "b": every[:, ::-1].copy()}
   )
-  assert all(np.all(np.isfinite(x)) for x in learned.memory(state))
-  new = np.asarray(found["a"], np.float64)
-  assert np.all(np.isfinite(new))
-  assert np.linalg.norm(new[spike]) < 0.1 * np.linalg.norm(g[spike])
+  for i, case in enumerate(cases):
+    kept = learned.memory(jax.tree.map(lambda x, i=i: x[i], state))
+    assert all(np.all(np.isfinite(x)) for x in kept), case
+    new = np.float64(found["a"][i])
+    assert np.all(np.isfinite(new)), case
+    before = np.linalg.norm(every[i, spike])
+    assert np.linalg.norm(new[spike]) < 0.1 * before, case

@@ -1,10 +1,11 @@
-"""A real small model under a plan of faults: what goes wrong, and at which step.
+"""A small real model under a plan of faults: what goes wrong, and at which step.
 
-The model is a classifier of handwritten digits, trained for 400 steps in one
-`lax.scan`. A plan is data, one entry a step, so that all plans run through one
-compiled program, and so does the run to compare with: the same plan without the
-steps that were to be skipped. What the two have in common must be equal bit for
-bit.
+The model classifies handwritten digits and is trained for 400 steps in one
+`lax.scan`. A plan is data, with one entry for each step: one compiled program runs
+them all. It also runs the plan without the steps that the guard should skip. The
+steps that both runs take must be equal bit for bit.
+
+`python -m helpers.faults`, in `tests`, prints the table of docs/skipping.md.
 """
 
 import functools
@@ -104,7 +105,7 @@ SPIKES = {
   "10 steps x 1e3": fault(slice(250, 260), gradient=1e3),
 }
 
-# Steps that are to be taken. Not all of them at once: see `MOST_SPIKES`.
+# Steps that no guard skips for good: a level that stays is followed.
 LEVELS = {
   "healthy": fault([], gradient=1),
   "200 steps x 1e3": fault(slice(150, 350), gradient=1e3),
@@ -224,3 +225,95 @@ def same_trajectory(run, reference, skipped):
     if not np.array_equal(mine, before[taken]):
       return False
   return True
+
+
+# For each fault: a plan, and the mask of the faulty steps.
+PLANS = {**NONFINITE, **SPIKES, **LEVELS}
+
+
+def inner():
+  """The optimizer that is guarded."""
+  return optax.chain(optax_clip.clip_by_global_norm(1.0), optax.adam(3e-3))
+
+
+# For each guard: how to make it, and the arguments of `runner`.
+GUARDS = {
+  "skip_nonfinite": (lambda: optax_clip.skip_nonfinite(inner()), {}),
+  "skip_spikes": (lambda: optax_clip.skip_spikes(inner()), {}),
+  "skip_spikes, norm and loss": (
+    lambda: optax_clip.skip_spikes(inner(), signals=("norm", "loss")),
+    {},
+  ),
+  "dynamic_loss_scale": (
+    lambda: optax_clip.dynamic_loss_scale(inner()),
+    {"scaled": True},
+  ),
+  "dynamic_loss_scale of skip_spikes": (
+    lambda: optax_clip.dynamic_loss_scale(optax_clip.skip_spikes(inner())),
+    {"scaled": True},
+  ),
+}
+PEER = "optax.apply_if_finite"
+
+
+@functools.cache
+def runner_of(name):
+  """The function from a plan to the run of a guard in `GUARDS`, or of `PEER`."""
+  if name == PEER:
+    return runner(optax.apply_if_finite(inner(), 5), whole=False)
+  make, keywords = GUARDS[name]
+  return runner(make(), **keywords)
+
+
+def expected(name, plan):
+  """The steps that a guard skips."""
+  skipped = PLANS[plan][1].copy()
+  judges = "skip_spikes" in name
+  if plan in SPIKES and not judges:
+    skipped[:] = False
+  if plan in LEVELS:
+    # The guard follows a level that stays up after 20 steps, and skips none of the
+    # others.
+    up = judges and plan in ("200 steps x 1e3", "level x 30 from here on")
+    skipped[:] = False
+    if up:
+      skipped[np.flatnonzero(PLANS[plan][1])[:20]] = True
+  return skipped
+
+
+def outcome(name, plan):
+  """Says in words what a guard did under a plan."""
+  arrays, faulty = PLANS[plan]
+  run = runner_of(name)(arrays)
+  broken = ~np.isfinite(run.params[0]["w"]).all(axis=(1, 2))
+  if broken.any():
+    return f"**NaN from step {np.argmax(broken)} on**"
+  some = f"{faulty.sum()} skipped" if faulty.any() else "taken"
+  # Compared with the same optimizer without the faults. optax's wrapper is compared
+  # with itself: two programs may round differently.
+  reference = runner_of(PEER if name == PEER else "skip_nonfinite")
+  for skipped, words in (
+    (faulty, some),
+    (np.zeros_like(faulty), "taken"),
+    (expected(name, plan), f"{expected(name, plan).sum()} skipped, then taken"),
+  ):
+    if same_trajectory(run, reference(arrays.without(skipped)), skipped):
+      return words
+  return "differs"
+
+
+def table():
+  """The rows of docs/skipping.md, in Markdown."""
+  names = [PEER, "skip_nonfinite", "skip_spikes", "dynamic_loss_scale"]
+  lines = [
+    f"| fault | {' | '.join(f'`{name}`' for name in names)} |",
+    "|---|" + "---|" * len(names),
+  ]
+  for plan in PLANS:
+    cells = [outcome(name, plan) for name in names]
+    lines.append(f"| {plan} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  print(table())

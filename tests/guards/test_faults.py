@@ -2,14 +2,13 @@
 
 import pathlib
 
-import harness
+from helpers import faults
 from helpers import learned
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import table
 
 import optax_clip
 from optax_clip import measures
@@ -28,20 +27,20 @@ def skipped(run):
 
 def check(name, run_of, plan, expected, healthy=None):
   """All that a run under a guard must be; `healthy` runs without the bad steps."""
-  run = run_of(table.PLANS[plan][0])
+  run = run_of(faults.PLANS[plan][0])
   assert run.finite(), (name, plan)
   # Exactly these, so that the first healthy step is taken.
   np.testing.assert_array_equal(skipped(run), expected, err_msg=f"{name}: {plan}")
-  healthy = healthy or table.runner("skip_nonfinite")
-  without = healthy(table.PLANS[plan][0].without(expected))
-  assert harness.same_trajectory(run, without, expected), (name, plan)
+  healthy = healthy or faults.runner_of("skip_nonfinite")
+  without = healthy(faults.PLANS[plan][0].without(expected))
+  assert faults.same_trajectory(run, without, expected), (name, plan)
 
 
 @pytest.mark.foreign  # Adam of optax mixes dtypes.
-@pytest.mark.parametrize("name", table.GUARDS)
+@pytest.mark.parametrize("name", faults.GUARDS)
 def test_guards(name):
-  for plan in table.PLANS:
-    check(name, table.runner(name), plan, table.expected(name, plan))
+  for plan in faults.PLANS:
+    check(name, faults.runner_of(name), plan, faults.expected(name, plan))
 
 
 # Every threshold, as what judges spikes. Where its limit is one that ordinary norms
@@ -72,52 +71,50 @@ JUDGES = {
 @pytest.mark.parametrize("name", JUDGES)
 def test_thresholds_as_judges(name):
   keywords = JUDGES[name]
-  run = harness.runner(optax_clip.skip_spikes(table.inner(), **keywords))
+  run = faults.runner(optax_clip.skip_spikes(faults.inner(), **keywords))
   healthy = None
   if "measure" in keywords:
     # The clip inside makes its norm of these: another rounding.
-    guard = optax_clip.skip_nonfinite(table.inner(), measure=keywords["measure"])
-    healthy = harness.runner(guard)
-  for plan in table.PLANS:
-    check(name, run, plan, table.expected("skip_spikes", plan), healthy)
+    guard = optax_clip.skip_nonfinite(faults.inner(), measure=keywords["measure"])
+    healthy = faults.runner(guard)
+  for plan in faults.PLANS:
+    check(name, run, plan, faults.expected("skip_spikes", plan), healthy)
 
 
 @pytest.mark.foreign
 @pytest.mark.parametrize("name", learned.METHODS)
 def test_thresholds_inside_a_guard(name):
   clip = learned.make(name)
-  run_of = harness.runner(
-    optax_clip.skip_nonfinite(optax.chain(clip, optax.adam(3e-3)))
-  )
-  for plan, (arrays, faulty) in table.PLANS.items():
-    bad = faulty if plan in harness.NONFINITE else np.zeros_like(faulty)
+  run_of = faults.runner(optax_clip.skip_nonfinite(optax.chain(clip, optax.adam(3e-3))))
+  for plan, (arrays, faulty) in faults.PLANS.items():
+    bad = faulty if plan in faults.NONFINITE else np.zeros_like(faulty)
     run = run_of(arrays)
     assert run.finite(), plan
     np.testing.assert_array_equal(skipped(run), bad, err_msg=plan)
-    assert harness.same_trajectory(run, run_of(arrays.without(bad)), bad), plan
+    assert faults.same_trajectory(run, run_of(arrays.without(bad)), bad), plan
 
 
 @pytest.mark.parametrize("name", learned.METHODS)
 def test_thresholds_alone(name):
   """With `nonfinite="zero"`, and an optimizer without memory."""
   clip = learned.make(name, nonfinite="zero")
-  run_of = harness.runner(optax.chain(clip, optax.sgd(0.05)), whole=False)
-  for plan, (arrays, faulty) in table.PLANS.items():
+  run_of = faults.runner(optax.chain(clip, optax.sgd(0.05)), whole=False)
+  for plan, (arrays, faulty) in faults.PLANS.items():
     run = run_of(arrays)
     assert run.finite(), plan
-    if plan in harness.NONFINITE:
+    if plan in faults.NONFINITE:
       without = run_of(arrays.without(faulty))
-      assert harness.same_trajectory(run, without, faulty), plan
+      assert faults.same_trajectory(run, without, faulty), plan
 
 
 @pytest.mark.foreign
-@pytest.mark.parametrize("name", table.GUARDS)
+@pytest.mark.parametrize("name", faults.GUARDS)
 def test_a_wrapped_step_is_a_whole_step(name):
-  make, keywords = table.GUARDS[name]
-  run_of = harness.runner(make(), whole=False, **keywords)
+  make, keywords = faults.GUARDS[name]
+  run_of = faults.runner(make(), whole=False, **keywords)
   for plan in ("NaN element", "10 steps x 1e3", "level x 30 from here on"):
-    run = run_of(table.PLANS[plan][0])
-    whole = table.runner(name)(table.PLANS[plan][0])
+    run = run_of(faults.PLANS[plan][0])
+    whole = faults.runner_of(name)(faults.PLANS[plan][0])
     np.testing.assert_array_equal(skipped(run), skipped(whole), err_msg=plan)
     # Two programs round differently, and training carries that on.
     np.testing.assert_allclose(
@@ -131,14 +128,14 @@ def test_the_reason_of_a_skip_is_told():
     "NaN loss": optax_clip.SkipReason.NONFINITE_NORM,
     "gradient x 1e3": optax_clip.SkipReason.NORM_SPIKE,
   }
-  run_of = table.runner("skip_spikes, norm and loss")
+  run_of = faults.runner_of("skip_spikes, norm and loss")
   for plan, reason in plans.items():
-    assert run_of(table.PLANS[plan][0]).metrics["skip_spikes/reason"][-1] == reason
+    assert run_of(faults.PLANS[plan][0]).metrics["skip_spikes/reason"][-1] == reason
   for value, reason in (
     (np.nan, optax_clip.SkipReason.NONFINITE_LOSS),
     (100, optax_clip.SkipReason.LOSS_SPIKE),
   ):
-    arrays, faulty = harness.fault(250, reported=value)
+    arrays, faulty = faults.fault(250, reported=value)
     run = run_of(arrays)
     np.testing.assert_array_equal(skipped(run), faulty)
     assert run.metrics["skip_spikes/reason"][-1] == reason
@@ -146,21 +143,21 @@ def test_the_reason_of_a_skip_is_told():
 
 @pytest.mark.foreign
 def test_optax_applies_the_nan_after_five():
-  run = table.runner(table.PEER)(table.PLANS["10 steps NaN"][0])
+  run = faults.runner_of(faults.PEER)(faults.PLANS["10 steps NaN"][0])
   finite = np.isfinite(run.params[0]["w"]).all(axis=(1, 2))
-  np.testing.assert_array_equal(finite, np.arange(harness.STEPS) < 255)
+  np.testing.assert_array_equal(finite, np.arange(faults.STEPS) < 255)
 
 
 @pytest.mark.foreign
 def test_float16_overflows_are_skipped_and_the_scale_follows():
-  half = harness.runner(
+  half = faults.runner(
     optax_clip.dynamic_loss_scale(
-      table.inner(), init_scale=2.0**24, growth_interval=30
+      faults.inner(), init_scale=2.0**24, growth_interval=30
     ),
     dtype=jnp.float16,
     scaled=True,
   )
-  run = half(harness.healthy())
+  run = half(faults.healthy())
   assert run.finite()
   missing = skipped(run).astype(bool)
   scale = run.metrics["dynamic_loss_scale/scale"]
@@ -171,18 +168,18 @@ def test_float16_overflows_are_skipped_and_the_scale_follows():
   np.testing.assert_array_equal(scale[1:][missing[1:]], scale[:-1][missing[1:]] / 2)
   assert np.all(np.log2(scale) == np.round(np.log2(scale)))
   # A spike of the loss overflows float16, not float32.
-  spike = half(harness.fault(250, loss=1e5)[0])
+  spike = half(faults.fault(250, loss=1e5)[0])
   assert skipped(spike)[250]
   assert spike.finite()
   # And it learns what float32 learns in as many steps, on the same batches.
-  exact = table.runner("skip_nonfinite")(harness.healthy().without(missing))
+  exact = faults.runner_of("skip_nonfinite")(faults.healthy().without(missing))
   last = np.sum(~missing) - 1
-  images, labels = harness.every_image()
-  ours = harness.loss(jax.tree.map(lambda x: x[-1], run.params), images, labels)
-  theirs = harness.loss(jax.tree.map(lambda x: x[last], exact.params), images, labels)
+  images, labels = faults.every_image()
+  ours = faults.loss(jax.tree.map(lambda x: x[-1], run.params), images, labels)
+  theirs = faults.loss(jax.tree.map(lambda x: x[last], exact.params), images, labels)
   np.testing.assert_allclose(ours, theirs, rtol=0.01)
 
 
 @pytest.mark.foreign
 def test_docs_agree_with_the_measured_table():
-  assert table.table() in DOCS.read_text()
+  assert faults.table() in DOCS.read_text()

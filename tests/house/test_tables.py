@@ -1,0 +1,110 @@
+"""Every list of methods is checked against the one table, `helpers.registry`.
+
+A transformation that is new fails here until each list has it, or says why not.
+"""
+
+import inspect
+import pathlib
+import re
+
+import _methods as examples
+from helpers import learned
+from helpers import registry
+from helpers import shifts
+import optax
+import pytest
+
+from benchmarks import compiled
+from benchmarks.training import _methods as studies
+import optax_clip
+from optax_clip import thresholds
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROWS = {row.name for row in registry.ROWS}
+LEARN = {row.name for row in registry.ROWS if row.stateful}
+# Takes gradients of each example, and is no transformation.
+PER_EXAMPLE = {name for name in optax_clip.__all__ if name.startswith("per_example_")}
+
+
+def made(build):
+  """The names of the functions of this package that `build` calls for its chain."""
+  parts = []
+
+  def chain(*transformations):
+    parts.extend(transformations)
+    return optax.identity()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(optax, "chain", chain)
+    parts.append(build())
+  # They print as the calls that made them.
+  return set(re.findall(r"\b([a-z_]\w*)\(", repr(parts)))
+
+
+def table(header):
+  """The names in the first column of the one table with this header."""
+  (page,) = [page for page in PAGES if header in page.read_text()]
+  rows = page.read_text().partition(header)[2].partition("\n\n")[0]
+  cells = re.findall(r"^\| (`.*?) \|", rows, flags=re.M)
+  return re.findall(r"`(\w+)[(`]", " ".join(cells))
+
+
+def test_the_table_of_methods_has_every_method():
+  names = table("| transformation | limits | source |")
+  assert len(names) == len(set(names))
+  assert set(names) >= ROWS | PER_EXAMPLE | {"observe"}
+  assert set(names) <= set(optax_clip.__all__)
+  guards = table("| guard | does not take |\n")
+  assert set(guards) == set(registry.AROUND) - {"observe"} | {"guarded_step"}
+
+
+def test_the_compiled_suite_has_every_transformation():
+  methods = compiled.methods()
+  assert set(methods) >= ROWS
+  for name in ROWS:
+    assert name in made(lambda name=name: methods[name].make(optax.identity())), name
+  # A guard's method is named by how its step is taken: "update, skip_spikes".
+  around = {part for name in methods for part in name.split(", ")}
+  assert around >= set(registry.AROUND)
+
+
+def test_what_learns_is_tested_as_such():
+  """`learned.METHODS`: variants of the stateful rows, with short warm-ups."""
+  made = {factory.__name__ for factory, *_ in learned.METHODS.values()}
+  assert made == LEARN
+  for name, (factory, keywords, _) in learned.METHODS.items():
+    assert name.startswith(factory.__name__)
+    assert keywords.keys() <= inspect.signature(factory).parameters.keys()
+
+
+def test_every_threshold_is_tried_with_every_measure():
+  """`learned.THRESHOLDS`, by the names of `optax_clip.thresholds`."""
+  fixed = {"constant", "scheduled", "of", "per_group"}
+  assert set(learned.THRESHOLDS) == set(thresholds.__all__) - fixed
+
+
+def test_the_measured_shifts_are_of_all_that_learn_norms():
+  # AdaGN normalizes, stable_spam is two others, and elements have no norm.
+  others = {"adagn", "stable_spam", "clip_element_spikes"}
+  assert {name.split(",")[0] for name in shifts.METHODS} == LEARN - others
+
+
+def test_the_training_script_offers_every_method():
+  # Its labels are those of a model.
+  others = {"clip_by_group_norm"}
+  found = [
+    made(lambda m=m: m.build(min(m.default, 1e9))) for m in examples.METHODS.values()
+  ]
+  assert set().union(*found) & ROWS == ROWS - others
+
+
+def test_the_studies_compare_every_method_or_it_is_named_here():
+  # Not those that bound elements or single weights, need labels of a model, or are
+  # one more limit of each layer.
+  others = {"clip", "clip_by_group_norm", "clip_by_block_rms", "clippy"}
+  others |= {"adaclip", "adagn", "stable_spam", "clip_element_spikes"}
+  found = [
+    made(lambda m=m: m.around(optax.identity())) for m in studies.METHODS.values()
+  ]
+  assert set().union(*found) & ROWS == ROWS - others
