@@ -1,6 +1,6 @@
 """A small language model, on clean batches and on what happens in practice.
 
-The byte-level transformer of `examples/train_lm.py`, on the source of Python's standard
+The byte-level transformer of `demos/train_lm.py`, on the source of Python's standard
 library. Of every 100 batches one is of random bytes, and one counts 100 times as much;
 in the middle of the run the gradient of one batch is NaN.
 """
@@ -23,8 +23,8 @@ from benchmarks.training._methods import METHODS
 from benchmarks.training._methods import Transformation
 import optax_clip
 
-# The examples are scripts, not a package.
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+# The demos are scripts, not a package.
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "demos"))
 import _model
 import _text
 

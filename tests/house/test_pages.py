@@ -182,7 +182,7 @@ def test_what_has_to_be_copied_with_a_script_is_said():
 def test_a_script_that_is_tried_writes_into_no_page(monkeypatch, tmp_path):
   pytest.importorskip("sklearn")
   pytest.importorskip("matplotlib")
-  monkeypatch.syspath_prepend(str(ROOT / "examples"))
+  monkeypatch.syspath_prepend(str(ROOT / "demos"))
   import silent_stall
 
   written = []
