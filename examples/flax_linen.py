@@ -99,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def progress(items: Sequence[Any], title: str) -> Any:
   """Shows a bar on a terminal, if rich is installed; elsewhere prints one line."""
   if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-    from rich.progress import track
-
-    return track(items, title)
+    return importlib.import_module("rich.progress").track(items, title)
   print(f"{title}: {len(items)} steps", flush=True)
   return items
 

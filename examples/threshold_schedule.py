@@ -31,11 +31,6 @@ from sklearn.model_selection import train_test_split
 import optax_clip
 
 
-def scores(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-  """Maps f32[batch, 64] to f32[batch, 10], through two layers."""
-  return jax.nn.relu(images @ params["up"]) @ params["down"]
-
-
 def set_max_norm(state: Any, value: float) -> None:
   """Changes the threshold of the injected clip, the first of the chain."""
   # An array of the same dtype: for a number `jax.jit` would compile once more.
@@ -59,6 +54,9 @@ def train(way: str, flags: argparse.Namespace) -> dict[str, Any]:
   tx = optax.chain(clip(max_norm, name="clip"), optax.sgd(flags.lr, momentum=0.9))
   state, traces = tx.init(params), 0
 
+  def scores(params: Any, images: jax.Array) -> jax.Array:
+    return jax.nn.relu(images @ params["up"]) @ params["down"]
+
   @jax.jit
   def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
     nonlocal traces
@@ -79,15 +77,10 @@ def train(way: str, flags: argparse.Namespace) -> dict[str, Any]:
     picked = random.integers(len(labels), size=64)
     params, state, seen = step(params, state, images[picked], labels[picked])
     logs.append(seen)
-  # The first dimension is that of the steps.
   logs = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(logs))
   right = jnp.argmax(scores(params, test_images), axis=-1) == test_labels
-  return logs | {"traces": traces, "accuracy": right.mean().item()}
-
-
-def clipped(run: dict[str, Any]) -> str:
-  """Says which share of the steps a run clipped."""
-  return f"{np.mean(run['clip/clipped']):.0%}"
+  share, accuracy = np.mean(logs["clip/clipped"]).item(), right.mean().item()
+  return logs | {"share": share, "accuracy": accuracy, "traces": traces}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -97,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
   print("            max_norm: first    last   clipped   right   traced")
   for way, run in done.items():
     first, last = (run["clip/limit"][i] for i in (0, -1))
-    print(f"{way:12} {first:14.3g} {last:7.3g} {clipped(run):>9}", end="")
-    print(f" {run['accuracy']:7.1%} {run['traces']:8}")
-  fixed, schedule, hand = map(clipped, done.values())
+    rest = f"{run['share']:9.0%} {run['accuracy']:7.1%} {run['traces']:8}"
+    print(f"{way:12} {first:14.3g} {last:7.3g} {rest}")
+  fixed, schedule, hand = (f"{run['share']:.0%}" for run in done.values())
   print(
     f"A fixed max_norm clipped {fixed} of {flags.steps} steps, a schedule {schedule},"
-    f" and the median of the last {flags.every} norms {hand}; each compiled once."
+    f" and the median of the last {flags.every} norms {hand}."
   )
   return done
 
@@ -110,19 +103,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
 def progress(items: Sequence[Any], title: str) -> Any:
   """Shows a bar on a terminal, if rich is installed; elsewhere prints one line."""
   if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-    from rich.progress import track
-
-    return track(items, title)
+    return importlib.import_module("rich.progress").track(items, title)
   print(f"{title}: {len(items)} steps", flush=True)
   return items
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads and checks the flags."""
-  parser = argparse.ArgumentParser(
-    description=__doc__.partition("\n")[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   add = parser.add_argument
   add("--max-norm", type=float, default=1.0, help="at the start")
   add("--end", type=float, default=0.2, help="max_norm that the schedule ends at")
