@@ -101,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = parse(argv)
   images, labels = load_digits(return_X_y=True)
   images, random = np.float32(images / 16), np.random.default_rng(flags.seed)
-  clip = optax_clip.clip_by_global_norm(flags.max_norm)
-  tx = optax.chain(clip, optax.adamw(flags.lr))
+  tx = optax.chain(optax_clip.clip_by_global_norm(flags.max_norm), optax.adamw(3e-3))
   up, down = jax.random.normal(jax.random.key(flags.seed), (2, 64, 64)) / 8
   params = {"up": up, "down": down[:, :10]}
   state = tx.init(params)
@@ -148,12 +147,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--to", default="csv", help=f"one or more of {','.join(WRITERS)}")
   add("--portion", type=int, default=50, help="steps fetched at once")
   add("--max-norm", type=float, default=0.5, help="of the gradients")
-  add("--lr", type=float, default=3e-3, help="learning rate of AdamW")
   add("--steps", type=int, default=500, help="how many")
   add("--seed", type=int, default=0, help="of the weights and the batches")
   add("--out", type=Path, default="out", help="folder of the logs of one run")
   flags = parser.parse_args(argv)
-  for name in ("portion", "steps", "max_norm", "lr", "seed"):
+  for name in ("portion", "steps", "max_norm", "seed"):
     value, least = getattr(flags, name), int(name in ("portion", "steps"))
     if not value >= least:
       parser.error(f"--{name.replace('_', '-')}: {value} is not at least {least}")

@@ -3,7 +3,7 @@
 A network of three layers learns scikit-learn's handwritten digits. Then all images are
 turned by 90 degrees, and it learns again, by an update A B of rank 4 to each matrix W::
 
-    python lora.py --rank 4 --max-norm 0.1
+    python lora.py --rank 4 --max-norm 0.3
 
 * `optax.multi_transform` gives the frozen matrices to `optax.set_to_zero`, and A and B
   to a clip and to AdamW. The clip stands inside: frozen matrices count in no norm.
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--rank", type=int, default=4, help="of the update of each matrix")
-  add("--max-norm", type=float, default=0.1, help="of the gradient of each A and B")
+  add("--max-norm", type=float, default=0.3, help="of the gradient of each A and B")
   add("--lr", type=float, default=3e-3, help="learning rate of AdamW")
   add("--steps", type=int, default=400, help="of either training")
   add("--seed", type=int, default=0, help="of the weights and the batches")
