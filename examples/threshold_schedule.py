@@ -1,9 +1,8 @@
 """A threshold that changes in training: by a schedule, or by hand from the loop.
 
-A small network learns scikit-learn's handwritten digits three times, on the same
-batches::
+A small network learns scikit-learn's handwritten digits three times::
 
-    python examples/threshold_schedule.py
+    python threshold_schedule.py --max-norm 1 --end 0.2
 
 * ``fixed``: one `max_norm` for the whole run.
 * ``schedule``: `max_norm` is a schedule of optax, a function of the step, which the
@@ -12,193 +11,120 @@ batches::
   where the loop changes it. It is for what only the run tells: here, every so many
   steps, the median of the norms since the last change.
 
-In all three the step is compiled once: what changes is a value that it reads, not a
-constant in the program. The last column of the table counts how often JAX traced it.
-(A clip made anew for each `max_norm`, with a step around it, would be compiled anew.)
+JAX compiles each step once, as the last column says: what changes is a value that the
+step reads, not a constant in the program.
 """
 
 import argparse
-from collections.abc import Callable
 from collections.abc import Sequence
-import statistics
+import importlib.util
+import sys
 from typing import Any
-from typing import NamedTuple
 
-import _digits
-import _flags
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import optax_clip
 
-BATCH = 64
-WIDTH = 64
-
-
-class Run(NamedTuple):
-  """What one run did, step by step.
-
-  Attributes:
-    norms: of the gradients, before clipping.
-    limits: the threshold at each step.
-    traces: how often the step was traced, and so compiled.
-    accuracy: on the images that were held out, at the end.
-  """
-
-  norms: list[float]
-  limits: list[float]
-  traces: int
-  accuracy: float
-
-
-def init(seed: int) -> dict[str, jax.Array]:
-  """Two layers, from pixels to a score for each digit."""
-  up, down = jax.random.split(jax.random.key(seed))
-  return {
-    "up": jax.random.normal(up, (64, WIDTH)) * (2 / 64) ** 0.5,
-    "down": jax.random.normal(down, (WIDTH, 10)) * (1 / WIDTH) ** 0.5,
-  }
-
-
-def scores(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-  """f32[batch, 10]."""
-  return jax.nn.relu(images @ params["up"]) @ params["down"]
-
-
-def train(
-  clip: optax.GradientTransformation,
-  flags: argparse.Namespace,
-  change: Callable[[list[float]], float] | None = None,
-) -> Run:
-  """Trains once.
-
-  Args:
-    clip: stands first in the chain.
-    flags: of the command line.
-    change: what sets `max_norm` from the norms since it last did, or `None`. `clip` is
-      then wrapped in `optax.inject_hyperparams`.
-  """
-  digits = _digits.load()
-  params = init(flags.seed)
-  tx = optax.chain(clip, optax.sgd(flags.lr, momentum=0.9))
-  state = tx.init(params)
-  traces = 0
-
-  @jax.jit
-  def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-    # Python runs this only while JAX traces, before it compiles.
-    nonlocal traces
-    traces += 1
-
-    def loss_fn(params: Any) -> jax.Array:
-      losses = optax.softmax_cross_entropy_with_integer_labels(
-        scores(params, images), labels
-      )
-      return jnp.mean(losses)
-
-    updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
-    return optax.apply_updates(params, updates), state, optax_clip.metrics(state)
-
-  logs: list[dict[str, jax.Array]] = []
-  batches = _digits.batches(digits, flags.steps, BATCH, flags.seed)
-  for number, batch in enumerate(batches):
-    if change and number and number % flags.every == 0:
-      set_max_norm(state, change(read(logs[-flags.every :], "norm")))
-    params, state, seen = step(params, state, *batch)
-    logs.append(seen)
-  right = jnp.argmax(scores(params, digits.test_images), axis=-1) == digits.test_labels
-  return Run(read(logs, "norm"), read(logs, "limit"), traces, right.mean().item())
-
 
 def set_max_norm(state: Any, value: float) -> None:
-  """Changes the threshold of the injected clip, the first of the chain.
-
-  An array of the old one's dtype takes its place: a Python number is another type to
-  `jax.jit`, and would compile the step once more.
-  """
+  """Changes the threshold of the injected clip, the first of the chain."""
+  # An array of the same dtype: for a number `jax.jit` would compile once more.
   hyperparams = state[0].hyperparams
   hyperparams["max_norm"] = jnp.asarray(value, hyperparams["max_norm"].dtype)
 
 
-def read(logs: Sequence[dict[str, jax.Array]], field: str) -> list[float]:
-  """One of the clip's metrics at each step; waits for the device, once."""
-  found = [seen[f"clip_by_global_norm/{field}"] for seen in logs]
-  return [value.item() for value in jax.device_get(found)]
-
-
-def runs(flags: argparse.Namespace) -> dict[str, Callable[[], Run]]:
-  """The three ways, by their names in the table."""
-  clip = optax_clip.clip_by_global_norm
-  decay = optax.linear_schedule(flags.max_norm, flags.end, flags.steps)
-  injected = optax.inject_hyperparams(clip)(max_norm=flags.max_norm)
-  return {
-    "fixed": lambda: train(clip(flags.max_norm), flags),
-    "schedule": lambda: train(clip(decay), flags),
-    "by hand": lambda: train(injected, flags, statistics.median),
-  }
-
-
-def table(done: dict[str, Run], every: int) -> Table:
-  """The threshold over the run, and what came of it."""
-  result = Table(
-    caption="clipped: of all steps. compiled: how many times.", box=box.SIMPLE_HEAD
+def train(way: str, flags: argparse.Namespace) -> dict[str, Any]:
+  """Trains once; returns norms and limits, how often JAX traced, and the accuracy."""
+  images, labels = load_digits(return_X_y=True)
+  images, test_images, labels, test_labels = train_test_split(
+    np.float32(images / 16), labels, test_size=0.2, random_state=0, stratify=labels
   )
-  result.add_column("max_norm at step", no_wrap=True)
-  steps = range(0, len(next(iter(done.values())).norms), every)
-  # As many of them as fit 80 columns, evenly spread.
-  shown = steps[:: -(-len(steps) // 4)]
-  for number in shown:
-    result.add_column(str(number + 1), justify="right", no_wrap=True)
-  for name in ("clipped", "accuracy", "compiled"):
-    result.add_column(name, justify="right", no_wrap=True)
-  for name, run in done.items():
-    clipped = [norm > limit for norm, limit in zip(run.norms, run.limits, strict=True)]
-    result.add_row(
-      name,
-      *(f"{run.limits[number]:.3g}" for number in shown),
-      f"{statistics.mean(clipped):.0%}",
-      f"{run.accuracy:.1%}",
-      str(run.traces),
-    )
-  return result
+  up, down = jax.random.normal(jax.random.key(flags.seed), (2, 64, 64)) / 8
+  params = {"up": up, "down": down[:, :10]}
+  clip, max_norm = optax_clip.clip_by_global_norm, flags.max_norm
+  if way == "schedule":
+    max_norm = optax.linear_schedule(flags.max_norm, flags.end, flags.steps)
+  if way == "by hand":
+    clip = optax.inject_hyperparams(clip)
+  tx = optax.chain(clip(max_norm, name="clip"), optax.sgd(flags.lr, momentum=0.9))
+  state, traces = tx.init(params), 0
+
+  def scores(params: Any, images: jax.Array) -> jax.Array:
+    return jax.nn.relu(images @ params["up"]) @ params["down"]
+
+  @jax.jit
+  def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+    nonlocal traces
+    traces += 1  # Python runs this only while JAX traces, before it compiles.
+
+    def loss_fn(params: Any) -> jax.Array:
+      each = optax.softmax_cross_entropy_with_integer_labels
+      return each(scores(params, images), labels).mean()
+
+    updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+    return optax.apply_updates(params, updates), state, optax_clip.metrics(state)
+
+  logs, random = [], np.random.default_rng(flags.seed)
+  for number in progress(range(flags.steps), f"training, {way}"):
+    if way == "by hand" and number and number % flags.every == 0:
+      norms = jax.device_get([seen["clip/norm"] for seen in logs[-flags.every :]])
+      set_max_norm(state, np.median(norms).item())
+    picked = random.integers(len(labels), size=64)
+    params, state, seen = step(params, state, images[picked], labels[picked])
+    logs.append(seen)
+  logs = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(logs))
+  right = jnp.argmax(scores(params, test_images), axis=-1) == test_labels
+  share, accuracy = np.mean(logs["clip/clipped"]).item(), right.mean().item()
+  return logs | {"share": share, "accuracy": accuracy, "traces": traces}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
-  """Trains three times and prints the table; returns the runs."""
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+  """Trains three times and prints a table; returns the runs."""
   flags = parse(argv)
-  console = Console(highlight=False)
-  done = {}
-  for name, run in runs(flags).items():
-    with console.status(f"training, {name}"):
-      done[name] = run()
-  console.print(table(done, flags.every))
+  done = {way: train(way, flags) for way in ("fixed", "schedule", "by hand")}
+  print("            max_norm: first    last   clipped   right   traced")
+  for way, run in done.items():
+    first, last = (run["clip/limit"][i] for i in (0, -1))
+    rest = f"{run['share']:9.0%} {run['accuracy']:7.1%} {run['traces']:8}"
+    print(f"{way:12} {first:14.3g} {last:7.3g} {rest}")
+  fixed, schedule, hand = (f"{run['share']:.0%}" for run in done.values())
+  print(
+    f"A fixed max_norm clipped {fixed} of {flags.steps} steps, a schedule {schedule},"
+    f" and the median of the last {flags.every} norms {hand}."
+  )
   return done
+
+
+def progress(items: Sequence[Any], title: str) -> Any:
+  """Shows a bar on a terminal, if rich is installed; elsewhere prints one line."""
+  if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+    return importlib.import_module("rich.progress").track(items, title)
+  print(f"{title}: {len(items)} steps", flush=True)
+  return items
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads and checks the flags."""
-  parser = _flags.Parser(
-    description=__doc__.partition("\n")[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   add = parser.add_argument
-  add("--max-norm", type=_flags.threshold, default=1.0, help="at the start")
-  add("--end", type=_flags.threshold, default=0.2, help="max_norm the schedule ends at")
-  add(
-    "--every", type=_flags.positive, default=100, help="steps between changes by hand"
-  )
-  add("--lr", type=_flags.rate, default=0.1, help="learning rate of SGD with momentum")
-  add("--steps", type=_flags.positive, default=500, help="of each run")
-  add("--seed", type=_flags.natural, default=0, help="of the weights and the batches")
-  return parser.parse_args(argv)
+  add("--max-norm", type=float, default=1.0, help="at the start")
+  add("--end", type=float, default=0.2, help="max_norm that the schedule ends at")
+  add("--every", type=int, default=100, help="steps between changes by hand")
+  add("--lr", type=float, default=0.1, help="learning rate of SGD with momentum")
+  add("--steps", type=int, default=500, help="of each run")
+  add("--seed", type=int, default=0, help="of the weights and the batches")
+  flags = parser.parse_args(argv)
+  for name, value in vars(flags).items():
+    least = 1 if name in ("every", "steps") else 0
+    if not value >= least:
+      parser.error(f"--{name.replace('_', '-')}: {value} is not at least {least}")
+  return flags
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except KeyboardInterrupt:
-    raise SystemExit(130) from None
+  main()

@@ -1,6 +1,6 @@
 """How clips help a small language model, on clean and on faulty batches.
 
-It trains the byte-level transformer from `examples/train_lm.py` on the source of
+It trains the byte-level transformer from `demos/train_lm.py` on the source of
 Python's standard library. In a run on faulty batches, one batch in 100 holds random
 bytes and one in 100 counts 100 times as much; the gradient of the middle one is NaN.
 """
@@ -23,8 +23,8 @@ from benchmarks.training._methods import METHODS
 from benchmarks.training._methods import Transformation
 import optax_clip
 
-# The examples are scripts, not a package.
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+# The demos are scripts, not a package.
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "demos"))
 import _model
 import _text
 

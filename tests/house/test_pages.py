@@ -3,6 +3,8 @@
 import ast
 import pathlib
 import re
+import sys
+import tomllib
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,33 +158,58 @@ def test_no_module_is_named_that_is_gone():
 # --- Examples -----------------------------------------------------------------
 
 
-def imported(name):
-  """The files beside it that a script imports, and those that they import."""
-  names = set()
-  for node in ast.walk(ast.parse((ROOT / f"examples/{name}.py").read_text())):
+EXAMPLES = sorted((ROOT / "examples").glob("*"))
+
+
+def distributions(extra=""):
+  """What pyproject.toml declares, of itself or of one of its extras."""
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  names = project["optional-dependencies"][extra] if extra else project["dependencies"]
+  return {re.match(r"[\w-]+", name)[0] for name in names}
+
+
+def imported(path):
+  """The packages that a script imports, wherever it does."""
+  for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
-      names |= {alias.name for alias in node.names}
+      yield from (alias.name.partition(".")[0] for alias in node.names)
     if isinstance(node, ast.ImportFrom):
-      names.add(node.module)
-  here = {name for name in names if (ROOT / f"examples/{name}.py").exists()}
-  return here.union(*map(imported, here))
+      assert not node.level, f"{path.name} imports from beside it"
+      yield node.module.partition(".")[0]
 
 
-def test_what_has_to_be_copied_with_a_script_is_said():
-  text = page("examples").partition("## A language model")[0]
-  scripts = re.findall(r"\]\(../examples/(\w+)\.py\)", text)
-  assert len(scripts) == 6
-  needed = set().union(*map(imported, scripts))
-  assert needed >= {"_digits", "_flags"}
-  for name in needed:
-    assert f"{name}.py" in text, name
-  assert "Each is one file" not in " ".join(text.split())
+# Those whose modules have another name.
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
+
+
+def test_all_that_is_called_an_example_is_a_script():
+  assert len(EXAMPLES) > 9
+  for path in EXAMPLES:
+    if path.name != "__pycache__":
+      assert path.suffix == ".py", path
+      assert not path.name.startswith("_"), path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_imports_what_pip_installs_and_nothing_else(path):
+  """So that one file is all that has to be copied."""
+  if path.suffix != ".py":
+    pytest.skip("no script")
+  installed = distributions() | distributions("examples") | {"numpy", "optax_clip"}
+  for name in imported(path):
+    known = name in sys.stdlib_module_names
+    assert known or DISTRIBUTIONS.get(name, name) in installed, name
+
+
+def test_all_examples_are_in_the_table_of_their_page():
+  named = re.findall(r"^\| \[(\w+\.py)\]\(\.\./examples/\1\)", page("examples"), re.M)
+  assert sorted(named) == [path.name for path in EXAMPLES if path.suffix == ".py"]
 
 
 def test_a_script_that_is_tried_writes_into_no_page(monkeypatch, tmp_path):
   pytest.importorskip("sklearn")
   pytest.importorskip("matplotlib")
-  monkeypatch.syspath_prepend(str(ROOT / "examples"))
+  monkeypatch.syspath_prepend(str(ROOT / "demos"))
   import silent_stall
 
   written = []

@@ -5,8 +5,8 @@ without clipping. The optimizer keeps the norms of its gradients meanwhile, and 
 step waits for them. They suggest a `max_norm`, with which the same model is
 trained once more, on the same batches::
 
-    python examples/suggest.py
-    python examples/suggest.py --lr 0.1 --clipped-share 0.01
+    python demos/suggest.py
+    python demos/suggest.py --lr 0.1 --clipped-share 0.01
 
 It needs no network and, by default, less than a minute on two cores. It prints the
 suggestion and the losses, and draws the norms with the threshold and with what

@@ -4,11 +4,11 @@ A byte-level transformer in Flax NNX learns the source of Python's standard
 library, once for each method named by ``--clip``, from the same weights and on
 the same batches::
 
-    python examples/train_lm.py
-    python examples/train_lm.py --clip none,global,layer,rms,agc,value
-    python examples/train_lm.py --lr 0.5 --fp16
-    python examples/train_lm.py --steps 5000 --checkpoint out/long --resume
-    python examples/train_lm.py --fsdp
+    python demos/train_lm.py
+    python demos/train_lm.py --clip none,global,layer,rms,agc,value
+    python demos/train_lm.py --lr 0.5 --fp16
+    python demos/train_lm.py --steps 5000 --checkpoint out/long --resume
+    python demos/train_lm.py --fsdp
 
 It needs no network and, by default, less than two minutes on two cores. It
 shows each run live, writes every step to ``steps.csv`` and a figure to

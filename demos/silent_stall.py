@@ -15,7 +15,7 @@ momentum 0.9 at a learning rate of 0.1, 150 steps, max_norm 1, 5 seeds. Twice:
   clipped where they are, in float16 and still scaled, to max_norm * 1024, and
   divided by 1024 in float32 afterwards. A correct norm clips nothing at all.
 
-Run ``python examples/silent_stall.py``; it takes about 20 seconds on two
+Run ``python demos/silent_stall.py``; it takes about 20 seconds on two
 cores, prints a table and writes a figure into the folder ``out``. That of the guide is
 made with ``--out docs/figures/silent_stall.png``.
 """
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
-import _digits
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -37,6 +36,8 @@ import optax
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import optax_clip
 
@@ -93,6 +94,19 @@ class Run(NamedTuple):
   accuracy: np.ndarray
 
 
+def digits() -> list[np.ndarray]:
+  """Images and labels to train on and to test on, always split in the same way."""
+  images, labels = load_digits(return_X_y=True)
+  train_x, test_x, train_y, test_y = train_test_split(
+    np.float32(images / 16),
+    labels.astype(np.int32),
+    test_size=0.2,
+    random_state=0,
+    stratify=labels,
+  )
+  return [train_x, test_x, train_y, test_y]
+
+
 def init(key: jax.Array) -> dict[str, Any]:
   """Parameters in float32; residual branches and the output start small."""
   keys = iter(jax.random.split(key, 2 + 2 * BLOCKS))
@@ -144,7 +158,7 @@ def train(library: str, variant: str, seeds: int = SEEDS) -> Run:
     variant: a key of `VARIANTS`.
     seeds: how many, from 0.
   """
-  train_x, train_y, test_x, test_y = map(jnp.asarray, _digits.load())
+  train_x, test_x, train_y, test_y = map(jnp.asarray, digits())
   reduce, scale = VARIANTS[variant].reduce, VARIANTS[variant].scale
   tx = optimizer(library, scale)
 
