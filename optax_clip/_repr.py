@@ -13,6 +13,9 @@ import optax
 
 _P = ParamSpec("_P")
 
+# Arrays of so many elements, as the vectors of records, print their values.
+_SHORT = 7
+
 
 class Named(optax.GradientTransformationExtraArgs):
   """Prints a transformation as the call that made it."""
@@ -57,7 +60,7 @@ def named(
 
 
 def short(node: Any) -> str:
-  """Formats a state: arrays as `float32[1000]`, scalars as their value."""
+  """Formats a state: arrays as `float32[1000]`, short ones by their values."""
   if isinstance(node, tuple) and hasattr(node, "_fields"):
     fields = zip(node._fields, node, strict=True)
     inside = ", ".join(f"{key}={short(value)}" for key, value in fields)
@@ -69,10 +72,10 @@ def short(node: Any) -> str:
     return f"{{{', '.join(f'{k!r}: {short(v)}' for k, v in node.items())}}}"
   if not hasattr(node, "dtype") or not hasattr(node, "shape"):
     return repr(node)
-  is_number = isinstance(node, (jax.Array, np.ndarray)) and not node.shape
-  if not is_number or isinstance(node, jax.core.Tracer):
+  has_values = isinstance(node, (jax.Array, np.ndarray))
+  if not has_values or isinstance(node, jax.core.Tracer) or node.size > _SHORT:
     return f"{node.dtype}{list(node.shape)}"
-  return str(node)
+  return str(np.asarray(node).tolist()) if node.ndim else str(node)
 
 
 def _argument(value: Any) -> str:

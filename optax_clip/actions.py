@@ -81,7 +81,7 @@ def rescale_to_unit(*, eps: Scalar = 0.0, strict: bool = False) -> Action:
   Args:
     eps: added to the norm, in its units.
     strict: whether the norm of what is returned must not exceed 1 in exact
-      arithmetic; as in `rescale`.
+      arithmetic; as in `actions.rescale`.
   """
   _validate.nonnegative(eps=eps)
 

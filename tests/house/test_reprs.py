@@ -71,10 +71,10 @@ def test_a_state_prints_no_long_array(wrap):
   assert len(text) < 1800
   assert "window=float32[1, 1000]" in text
   assert "mu={'w': float32[3, 400]}" in text
-  assert "steps_clipped=0" in text
+  assert "counts=[0, 0, 0, 0, 0, 0, 0]" in text
 
 
 def test_a_state_of_shapes_prints():
   text = repr(jax.eval_shape(optax_clip.zclip().init, PARAMS))
   assert "mean=float32[1]" in text
-  assert "steps=int32[]" in text
+  assert "counts=int32[7]" in text
