@@ -11,9 +11,13 @@ from pathlib import Path
 import re
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from jax.typing import ArrayLike
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.util.typing import stringify_annotation
+from sphinx.writers.html5 import HTML5Translator
 
 import optax_clip
 
@@ -24,10 +28,11 @@ release = version = optax_clip.__version__
 extensions = [
   "myst_parser",
   "sphinx.ext.autodoc",
-  "sphinx.ext.mathjax",
+  "sphinx.ext.autosummary",
   "sphinx.ext.napoleon",
+  "sphinx.ext.viewcode",
+  "sphinx_copybutton",
 ]
-# No sphinx.ext.intersphinx: a build must not need, nor depend on, the sites of others.
 
 myst_enable_extensions = ["dollarmath"]
 # The anchors of GitHub, where the same files are read.
@@ -35,7 +40,9 @@ myst_heading_anchors = 3
 
 # `name` in a docstring is a link where it is a name of this package, else code.
 default_role = "py:obj"
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autosummary_generate = False
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 napoleon_attr_annotations = False
@@ -43,12 +50,20 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
+# Of a session in Python, what was typed; of a shell, all.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
 html_theme = "furo"
 html_title = f"optax_clip {version}"
 html_show_sphinx = False
 html_copy_source = False
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
-html_css_files = ["wide_tables.css"]
+html_css_files = ["guide.css"]
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+html_math_renderer = "mathml"
 
 
 class LinkNames(SphinxTransform):
@@ -91,6 +106,72 @@ def _public(name: str) -> bool:
   return getattr(value, "__module__", "").startswith("optax_clip")
 
 
+def _inline_math(page: HTML5Translator, node: nodes.math) -> None:
+  page.body.append(_mathml(node, as_block=False))
+  raise nodes.SkipNode
+
+
+def _block_of_math(page: HTML5Translator, node: nodes.math_block) -> None:
+  page.body.append(f'<div class="math">{_mathml(node, as_block=True)}</div>')
+  raise nodes.SkipNode
+
+
+def _mathml(node: nodes.Element, as_block: bool) -> str:
+  """Returns a formula in the markup of browsers, which needs no script.
+
+  The converter of docutils raises for what it does not know, which ends the build.
+  """
+  formula = re.sub(r"\\dots\b", r"\\ldots", node.astext())
+  return tex2mathml(formula, as_block=as_block)
+
+
+# What the repository's files are called here: included, so that they have a page.
+_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+
+def _link_pages(app: Sphinx, page: str, source: list[str]) -> None:
+  """Turns links to files that GitHub shows into links to their pages, or downloads."""
+  for file, included in _PAGES.items():
+    source[0] = source[0].replace(f"](../{file}", f"]({included}")
+  outside = r"\[([^\]]+)\]\((\.\./(?!\w+\.md)[\w./]+\.md)\)"
+  if page.count("/") == 0:
+    source[0] = re.sub(outside, r"{download}`\1 <\2>`", source[0])
+
+
+# What the types of the package's signatures spell out, and the names of it.
+_ARRAY_LIKE = stringify_annotation(ArrayLike, "smart")
+_TYPES = {
+  _ARRAY_LIKE: "~jax.typing.ArrayLike",
+  "~collections.abc.Callable[[~typing.Any], ~jax.typing.ArrayLike]": "~optax.Schedule",
+  "~collections.abc.Callable[[~jax.typing.ArrayLike], ~jax.typing.ArrayLike]": (
+    "~optax.Schedule"
+  ),
+}
+
+
+def _short_types(
+  app: Sphinx,
+  what: str,
+  name: str,
+  value: object,
+  options: object,
+  signature: str | None,
+  returns: str | None,
+) -> tuple[str | None, str | None]:
+  """Returns a signature with names in place of the types that they stand for."""
+  for spelled, short in _TYPES.items():
+    signature = signature and signature.replace(spelled, short)
+    returns = returns and returns.replace(spelled, short)
+  return signature, returns
+
+
 def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
   app.add_transform(LinkNames)
+  app.connect("autodoc-process-signature", _short_types)
+  app.connect("source-read", _link_pages)
+  app.add_html_math_renderer(
+    "mathml",
+    inline_renderers=(_inline_math, None),
+    block_renderers=(_block_of_math, None),
+  )
