@@ -32,9 +32,10 @@ extensions = [
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
   "sphinx_copybutton",
+  "sphinx_design",
 ]
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 # The anchors of GitHub, where the same files are read.
 myst_heading_anchors = 3
 
@@ -98,6 +99,29 @@ class LinkNames(SphinxTransform):
       link += literal
 
 
+class DarkFigures(SphinxTransform):
+  """Adds the twin of a figure for dark pages, where there is one, and shows one of both.
+
+  The twin of ``figure.svg`` is ``figure_dark.svg``.
+  """
+
+  default_priority = 10
+
+  def apply(self, **unused: object) -> None:
+    """Looks for twins beside the files."""
+    folder = Path(self.env.doc2path(self.env.docname)).parent
+    for image in list(self.document.findall(nodes.image)):
+      light = Path(image["uri"])
+      dark = light.with_stem(f"{light.stem}_dark")
+      if not (folder / dark).exists():
+        continue
+      twin = image.deepcopy()
+      twin["uri"] = str(dark)
+      image["classes"].append("only-light")
+      twin["classes"].append("only-dark")
+      image.parent.insert(image.parent.index(image) + 1, twin)
+
+
 def _public(name: str) -> bool:
   """Whether the package has it, directly or in one of its namespaces."""
   value: object = optax_clip
@@ -127,6 +151,20 @@ def _mathml(node: nodes.Element, as_block: bool) -> str:
 
 # What the repository's files are called here: included, so that they have a page.
 _PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+
+def _make_tabs(app: Sphinx, page: str, source: list[str]) -> None:
+  """Makes tabs of what stands between ``<!-- tabs -->`` and ``<!-- /tabs -->``.
+
+  A line in bold is the name of a tab, and a title where GitHub shows the page.
+  """
+
+  def tabs(match: re.Match[str]) -> str:
+    items = re.sub(r"^\*\*(.+)\*\*$", r":::\n:::{tab-item} \1", match[1], flags=re.M)
+    return "::::{tab-set}\n" + items.strip().removeprefix(":::\n") + "\n:::\n::::"
+
+  pattern = r"^<!-- tabs -->$(.*?)^<!-- /tabs -->$"
+  source[0] = re.sub(pattern, tabs, source[0], flags=re.DOTALL | re.MULTILINE)
 
 
 def _link_pages(app: Sphinx, page: str, source: list[str]) -> None:
@@ -167,9 +205,11 @@ def _short_types(
 
 def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
+  app.add_transform(DarkFigures)
   app.add_transform(LinkNames)
   app.connect("autodoc-process-signature", _short_types)
   app.connect("source-read", _link_pages)
+  app.connect("source-read", _make_tabs)
   app.add_html_math_renderer(
     "mathml",
     inline_renderers=(_inline_math, None),
