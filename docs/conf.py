@@ -62,8 +62,8 @@ html_copy_source = False
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["guide.css"]
-pygments_style = "friendly"
-pygments_dark_style = "github-dark"
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
 html_math_renderer = "mathml"
 
 
@@ -100,9 +100,10 @@ class LinkNames(SphinxTransform):
 
 
 class DarkFigures(SphinxTransform):
-  """Adds the twin of a figure for dark pages, where there is one, and shows one of both.
+  """Adds the twin of a figure for dark pages, where there is one.
 
-  The twin of ``figure.svg`` is ``figure_dark.svg``.
+  The style of the theme shows one of both. The twin of ``figure.svg`` is
+  ``figure_dark.svg``.
   """
 
   default_priority = 10
@@ -167,6 +168,21 @@ def _make_tabs(app: Sphinx, page: str, source: list[str]) -> None:
   source[0] = re.sub(pattern, tabs, source[0], flags=re.DOTALL | re.MULTILINE)
 
 
+def _index_words(app: Sphinx, page: str, source: list[str]) -> None:
+  """Makes index entries of ``<!-- index: words, more words -->``.
+
+  The search puts the page first for these words, whatever other pages say.
+  """
+
+  def entry(match: re.Match[str]) -> str:
+    # Main entries, "!", are what the search lists before all else.
+    words = ", ".join(f"! {word}" for word in match[1].split(", "))
+    return f"```{{index}} {words}\n```"
+
+  pattern = r"^<!-- index: (.+) -->$"
+  source[0] = re.sub(pattern, entry, source[0], flags=re.MULTILINE)
+
+
 def _link_pages(app: Sphinx, page: str, source: list[str]) -> None:
   """Turns links to files that GitHub shows into links to their pages, or downloads."""
   for file, included in _PAGES.items():
@@ -210,6 +226,7 @@ def setup(app: Sphinx) -> None:
   app.connect("autodoc-process-signature", _short_types)
   app.connect("source-read", _link_pages)
   app.connect("source-read", _make_tabs)
+  app.connect("source-read", _index_words)
   app.add_html_math_renderer(
     "mathml",
     inline_renderers=(_inline_math, None),
