@@ -4,9 +4,13 @@ With Sphinx, as the docstrings are reStructuredText: it reads their maths, table
 roles as they are, where a generator for Markdown would need a translation of each. And
 ``-W`` makes an error of every formula, table and link that it cannot read.
 
-Pages are Markdown. Their ``python`` blocks are run by ``tests/house/test_docs.py``.
+Pages are Markdown that GitHub shows as well. Their ``python`` blocks are run by
+``tests/house/test_docs.py``, those in ``notebooks`` by the build. Comments say what GitHub
+need not know: ``<!-- tabs -->`` and ``<!-- index: words -->``, see below.
 """
 
+import hashlib
+import os
 from pathlib import Path
 import re
 
@@ -26,7 +30,8 @@ author = copyright = "The optax_clip authors"
 release = version = optax_clip.__version__
 
 extensions = [
-  "myst_parser",
+  # The parser of MyST, which also runs notebooks.
+  "myst_nb",
   "sphinx.ext.autodoc",
   "sphinx.ext.autosummary",
   "sphinx.ext.napoleon",
@@ -38,6 +43,18 @@ extensions = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 # The anchors of GitHub, where the same files are read.
 myst_heading_anchors = 3
+
+# The build runs notebooks, each in a process of its own, and fails if one does. It keeps
+# what they print until they or the package change.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).parents[1]
+_sources = b"".join(x.read_bytes() for x in sorted(ROOT.glob("optax_clip/**/*.py")))
+_version = hashlib.sha256(_sources).hexdigest()[:12]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / f"notebooks-{_version}")
+nb_execution_timeout = 60
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 # `name` in a docstring is a link where it is a name of this package, else code.
 default_role = "py:obj"
@@ -183,6 +200,14 @@ def _index_words(app: Sphinx, page: str, source: list[str]) -> None:
   source[0] = re.sub(pattern, entry, source[0], flags=re.MULTILINE)
 
 
+def _offer_notebook(app: Sphinx, page: str, source: list[str]) -> None:
+  """Adds a link to the executed notebook below the title of a page that is one."""
+  if page.startswith("notebooks/"):
+    name = page.rpartition("/")[2]
+    link = f"{{nb-download}}`Download this notebook <{name}.ipynb>`"
+    source[0] = re.sub(r"^# .+$", rf"\g<0>\n\n{link}", source[0], count=1, flags=re.M)
+
+
 def _link_pages(app: Sphinx, page: str, source: list[str]) -> None:
   """Turns links to files that GitHub shows into links to their pages, or downloads."""
   for file, included in _PAGES.items():
@@ -227,6 +252,7 @@ def setup(app: Sphinx) -> None:
   app.connect("source-read", _link_pages)
   app.connect("source-read", _make_tabs)
   app.connect("source-read", _index_words)
+  app.connect("source-read", _offer_notebook)
   app.add_html_math_renderer(
     "mathml",
     inline_renderers=(_inline_math, None),
