@@ -5,8 +5,8 @@ roles as they are, where a generator for Markdown would need a translation of ea
 ``-W`` makes an error of every formula, table and link that it cannot read.
 
 Pages are Markdown that GitHub shows as well. Their ``python`` blocks are run by
-``tests/house/test_docs.py``, those in ``notebooks`` by the build. Comments say what GitHub
-need not know: ``<!-- tabs -->`` and ``<!-- index: words -->``, see below.
+``tests/house/test_docs.py``, those in ``notebooks`` by the build. Comments say what
+GitHub need not know: ``<!-- tabs -->`` and ``<!-- index: words -->``, see below.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 # The anchors of GitHub, where the same files are read.
 myst_heading_anchors = 3
 
-# The build runs notebooks, each in a process of its own, and fails if one does. It keeps
-# what they print until they or the package change.
+# The build runs notebooks, each in a process of its own, and fails if one does. It
+# keeps what they print until they or the package change.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).parents[1]
 _sources = b"".join(x.read_bytes() for x in sorted(ROOT.glob("optax_clip/**/*.py")))

@@ -32,8 +32,8 @@ PAGES = {
 # Of which the code to migrate from is. None of it is needed to develop the package.
 OTHERS = {"keras", "maxtext", "torch"}
 # "python" is run; a "text" directly below it is what it prints; of a "diff" the state
-# afterwards is run. Others are shown. The cells of notebooks are run by the build of the
-# guide, which puts what they print and draw below them.
+# afterwards is run. Others are shown. The cells of notebooks are run by the build of
+# the guide, which puts what they print and draw below them.
 LANGUAGES = {
   "{code-cell} python",
   *("python", "text", "diff", "bash", "bibtex"),
