@@ -19,6 +19,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from jax.typing import ArrayLike
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 from sphinx.util.typing import stringify_annotation
 from sphinx.writers.html5 import HTML5Translator
@@ -34,6 +35,7 @@ extensions = [
   "myst_nb",
   "sphinx.ext.autodoc",
   "sphinx.ext.autosummary",
+  "sphinx.ext.intersphinx",
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
   "sphinx_copybutton",
@@ -68,6 +70,28 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
+# What others document, and where. The lists are in the repository, with the names that
+# pages link: a build must not need, nor depend on, the sites of others.
+_OTHERS = {
+  "flax": "https://flax.readthedocs.io/en/latest/",
+  "jax": "https://docs.jax.dev/en/latest/",
+  "numpy": "https://numpy.org/doc/stable/",
+  "optax": "https://optax.readthedocs.io/en/latest/",
+  "python": "https://docs.python.org/3/",
+}
+intersphinx_mapping = {
+  name: (url, f"_inventories/{name}.txt") for name, url in _OTHERS.items()
+}
+# Names as they are imported, and as their documentation has them.
+_ELSEWHERE = {
+  r"jax\.jaxlib\._jax\.Array": "jax.Array",
+  r"jnp\.(.*)": r"jax.numpy.\1",
+  r"nnx\.Optimizer": "flax.nnx.optimizer.Optimizer",
+  r"nnx\.(.*)": r"flax.nnx.\1",
+  r"optax\._src\.base\.(.*)": r"optax.\1",
+  r"optax\.(Schedule|inject_hyperparams|linear_schedule)": r"optax.schedules.\1",
+}
+
 # Of a session in Python, what was typed; of a shell, all.
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
@@ -85,35 +109,57 @@ html_math_renderer = "mathml"
 
 
 class LinkNames(SphinxTransform):
-  """Makes links of the public names that pages write as code, as in docstrings.
+  """Makes links of the names that pages write as code, as in docstrings.
 
   Markdown has no role for this that GitHub would show as code as well.
   """
 
   default_priority = 400
+  _others = ("jax", "jnp", "nnx", "optax")
   _call = re.compile(r"(?:optax_clip\.)?([\w.]+)(?:\(.*\))?", re.DOTALL)
 
   def apply(self, **unused: object) -> None:
-    """Wraps each literal that is a public name, or a call of one."""
+    """Wraps each literal that is a public name, a name of JAX, or a call of one."""
     if Path(self.env.doc2path(self.env.docname)).suffix != ".md":
       return
     for literal in list(self.document.findall(nodes.literal)):
       match = self._call.fullmatch(literal.astext())
       if not match or isinstance(literal.parent, (nodes.reference, nodes.title)):
         continue
-      if isinstance(literal.parent, addnodes.pending_xref) or not _public(match[1]):
+      if isinstance(literal.parent, addnodes.pending_xref):
+        continue
+      is_ours = _public(match[1])
+      if not is_ours and match[1].partition(".")[0] not in self._others:
         continue
       link = addnodes.pending_xref(
         "",
         refdomain="py",
         reftype="obj",
-        reftarget=f"optax_clip.{match[1]}",
+        reftarget=f"optax_clip.{match[1]}" if is_ours else match[1],
         refexplicit=True,
         refdoc=self.env.docname,
-        refwarn=True,
+        refwarn=is_ours,
       )
       literal.replace_self(link)
       link += literal
+
+
+def _find_elsewhere(
+  app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, text: nodes.Node
+) -> nodes.Node | None:
+  """Finds names of other modules of the package, and of others by another name."""
+  if node.get("refdomain") != "py":
+    return None
+  target = node["reftarget"]
+  for prefix in ("optax_clip.", "optax_clip.states."):
+    where = node["refdoc"], app.builder, "obj", prefix + target, node, text
+    if found := env.domains.python_domain.resolve_xref(env, *where):
+      return found
+  for imported, documented in _ELSEWHERE.items():
+    if match := re.fullmatch(imported, target):
+      node["reftarget"] = match.expand(documented)
+      return None
+  return None
 
 
 class DarkFigures(SphinxTransform):
@@ -248,6 +294,8 @@ def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
   app.add_transform(DarkFigures)
   app.add_transform(LinkNames)
+  # Before intersphinx, which asks for what this has renamed.
+  app.connect("missing-reference", _find_elsewhere, priority=400)
   app.connect("autodoc-process-signature", _short_types)
   app.connect("source-read", _link_pages)
   app.connect("source-read", _make_tabs)
