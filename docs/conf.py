@@ -186,6 +186,26 @@ class DarkFigures(SphinxTransform):
       image.parent.insert(image.parent.index(image) + 1, twin)
 
 
+class TablesOfSentences(SphinxTransform):
+  """Marks tables that hold sentences, which a phone shows cell below cell.
+
+  Those of numbers scroll there, and their first column stays.
+  """
+
+  default_priority = 600
+
+  def apply(self, **unused: object) -> None:
+    """Looks for a cell that would not fit beside another one."""
+    for table in self.document.findall(nodes.table):
+      cells = (
+        cell
+        for body in table.findall(nodes.tbody)
+        for cell in body.findall(nodes.entry)
+      )
+      if any(len(cell.astext()) > 40 for cell in cells):
+        table["classes"].append("sentences")
+
+
 def _public(name: str) -> bool:
   """Whether the package has it, directly or in one of its namespaces."""
   value: object = optax_clip
@@ -294,6 +314,7 @@ def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
   app.add_transform(DarkFigures)
   app.add_transform(LinkNames)
+  app.add_transform(TablesOfSentences)
   # Before intersphinx, which asks for what this has renamed.
   app.connect("missing-reference", _find_elsewhere, priority=400)
   app.connect("autodoc-process-signature", _short_types)
