@@ -16,8 +16,8 @@ momentum 0.9 at a learning rate of 0.1, 150 steps, max_norm 1, 5 seeds. Twice:
   divided by 1024 in float32 afterwards. A correct norm clips nothing at all.
 
 Run ``python demos/silent_stall.py``; it takes about 20 seconds on two
-cores, prints a table and writes a figure into the folder ``out``. That of the guide is
-made with ``--out docs/figures/silent_stall.png``.
+cores, prints a table and writes a figure into the folder ``out``. Those of the guide,
+for light and for dark pages, are made with ``--out docs/figures/silent_stall.svg``.
 """
 
 import argparse
@@ -54,7 +54,21 @@ LIBRARIES = {
   "optax": optax.clip_by_global_norm,
   "optax_clip": optax_clip.clip_by_global_norm,
 }
-COLORS = {"optax": "#c0392b", "optax_clip": "#1f6fb4"}
+
+
+class Colors(NamedTuple):
+  """Of a figure; each is readable on the background."""
+
+  optax: str
+  optax_clip: str
+  text: str
+  muted: str
+  grid: str
+  background: str
+
+
+LIGHT = Colors("#c0392b", "#1f6fb4", "#000000", "#444444", "#e6e6e6", "#ffffff")
+DARK = Colors("#ff8a80", "#7ab8ff", "#e6e6e6", "#c0c0c0", "#3a3d42", "#131416")
 
 
 class Variant(NamedTuple):
@@ -226,18 +240,37 @@ def table(runs: dict[tuple[str, str], Run]) -> Table:
 
 
 def draw(runs: dict[tuple[str, str], Run], path: Path) -> None:
-  """Accuracy over steps: a panel for each loss, a thin line for each seed."""
+  """Accuracy over steps: a panel for each loss, a thin line for each seed.
+
+  An SVG has a twin for dark pages, whose name ends with ``_dark``.
+  """
+  _draw(runs, path, LIGHT)
+  if path.suffix == ".svg":
+    _draw(runs, path.with_stem(f"{path.stem}_dark"), DARK)
+
+
+def _draw(runs: dict[tuple[str, str], Run], path: Path, colors: Colors) -> None:
   matplotlib.use("Agg")
-  style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+  style = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": colors.background,
+    # A viewer may lack the font: letters are curves. And the file does not change.
+    "svg.fonttype": "path",
+    "svg.hashsalt": "silent_stall",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), colors.text),
+    **dict.fromkeys(("xtick.color", "ytick.color"), colors.text),
+  }
   with plt.rc_context(style):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.9), sharey=True)
     for axis, (key, variant) in zip(axes, VARIANTS.items(), strict=True):
-      axis.set_title(variant.title, fontsize=11, color="#444444")
+      axis.set_title(variant.title, fontsize=11, color=colors.muted)
       axis.set(xlabel="training step", xlim=(0, STEPS), ylim=(0, 102))
-      axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+      axis.grid(axis="y", color=colors.grid, linewidth=0.8)
       axis.set_axisbelow(True)
       for library in LIBRARIES:
-        _draw_run(axis, library, runs[key, library])
+        _draw_run(axis, library, runs[key, library], colors)
     axes[0].set_ylabel("test accuracy (%)")
     figure.suptitle(
       "The silent stall: float16 gradients, the same clip, two libraries",
@@ -248,12 +281,13 @@ def draw(runs: dict[tuple[str, str], Run], path: Path) -> None:
     )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white")
+    dated = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=160, facecolor=colors.background, metadata=dated)
     plt.close(figure)
 
 
-def _draw_run(axis: Any, library: str, run: Run) -> None:
-  color, final = COLORS[library], 100 * run.accuracy[:, -1]
+def _draw_run(axis: Any, library: str, run: Run, colors: Colors) -> None:
+  color, final = getattr(colors, library), 100 * run.accuracy[:, -1]
   axis.plot(100 * run.accuracy.T, color=color, linewidth=0.9, alpha=0.8)
   learned = final.mean() > 50
   note = f"{library}.clip_by_global_norm\n"
@@ -271,7 +305,7 @@ def _draw_run(axis: Any, library: str, run: Run) -> None:
     va="top" if learned else "bottom",
     fontweight="bold",
     fontsize=10,
-    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    bbox={"facecolor": colors.background, "edgecolor": "none", "pad": 1.5},
   )
 
 

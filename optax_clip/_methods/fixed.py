@@ -95,7 +95,7 @@ def clip_by_global_norm(
 
   .. math::
       u \leftarrow u \cdot \min\left(1, \frac{c}{n + \epsilon}\right), \quad
-      n = \Big(\sum_i |u_i|^p\Big)^{1/p}
+      n = \left(\sum_i |u_i|^p\right)^{1/p}
 
   Drop-in for `optax.clip_by_global_norm`. Its norm agrees with float64 to 1e-6,
   whatever the dtype of the leaves, their number and their magnitude.

@@ -37,7 +37,7 @@ def global_norm(
   r"""Measures the norm of all elements in a tree.
 
   .. math::
-      n = \Big(\sum_i |x_i|^p\Big)^{1/p}
+      n = \left(\sum_i |x_i|^p\right)^{1/p}
 
   It sums in float32, or float64 if a leaf is, and is right over the whole range of
   floats: it loses neither the squares of 3e38 nor those of 1e-37. It reads the leaves

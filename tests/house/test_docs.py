@@ -34,8 +34,14 @@ OTHERS = {
   *("axlearn", "easydel", "keras", "levanter", "maxtext", "praxis", "t5x", "torch"),
 }
 # "python" is run; a "text" directly below it is what it prints; of a "diff" the state
-# afterwards is run. Others are shown.
-LANGUAGES = {"python", "text", "diff", "bash", "{eval-rst}", "{toctree}"}
+# afterwards is run. Others are shown. The cells of notebooks are run by the build of
+# the guide, which puts what they print and draw below them.
+LANGUAGES = {
+  "{code-cell} python",
+  *("python", "text", "diff", "bash", "bibtex"),
+  *("{eval-rst}", "{toctree}", "{include} ../CHANGELOG.md"),
+  *("{include} ../CONTRIBUTING.md", "{literalinclude} ../CITATION.cff"),
+}
 
 
 class Block(NamedTuple):
@@ -291,9 +297,29 @@ def test_every_public_name_is_in_the_reference_once():
   assert sorted(documented()) == sorted(public())
 
 
-# What the docstrings' formulas are made of; MathJax renders all of it.
+def test_every_documented_name_is_in_a_summary_of_its_page():
+  directive = re.compile(r"^\.\. auto(?:function|class):: (\S+)$", re.MULTILINE)
+  for page in sorted((DOCS / "api").glob("*.md")):
+    text = page.read_text()
+    tables = re.findall(r"^\.\. autosummary::\n((?:(?:   .*)?\n)+)", text, re.MULTILINE)
+    listed = {name for table in tables for name in table.split()}
+    for name in directive.findall(text):
+      short = name.removeprefix("optax_clip.")
+      assert {short, short.rpartition(".")[2]} & listed, (page.name, name)
+
+
+def test_the_citation_is_that_of_the_file():
+  """BibTeX on the page, for people; CITATION.cff, for programs."""
+  file = (ROOT / "CITATION.cff").read_text()
+  page = (DOCS / "citing.md").read_text()
+  for key in ("title", "version", "license"):
+    value = re.search(rf"^{key}: (.*)$", file, re.MULTILINE)[1].strip('"')
+    assert f"  {key} = {{{value}}},\n" in page, key
+
+
+# What the docstrings' formulas are made of; docs/conf.py renders all of it.
 COMMANDS = {
-  *("alpha", "bar", "begin", "beta", "Big", "bmod", "cdot", "delta", "dots", "end"),
+  *("alpha", "bar", "begin", "beta", "bmod", "cdot", "delta", "dots", "end"),
   *("epsilon", "frac", "gamma", "ge", "geq", "hat", "in", "kappa", "lambda", "le"),
   *("left", "leftarrow", "leq", "log", "max", "min", "mu", "quad", "right", "sigma"),
   *("sqrt", "sum", "tanh", "tau", "text", "theta"),
