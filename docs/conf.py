@@ -54,7 +54,7 @@ _sources = b"".join(x.read_bytes() for x in sorted(ROOT.glob("optax_clip/**/*.py
 _version = hashlib.sha256(_sources).hexdigest()[:12]
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / f"notebooks-{_version}")
-nb_execution_timeout = 60
+nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 

@@ -47,7 +47,7 @@ def qk_clip(
       \gamma_h = \min\left(1, \frac{\tau}{S_h}\right), \quad
       W^k_g \leftarrow W^k_g \cdot \kappa_g, \quad
       W^q_h \leftarrow W^q_h \cdot \min\left(1, \frac{\gamma_h}{\kappa_g}\right),
-      \quad \kappa_g = \Big(\min_{h \in g} \gamma_h\Big)^{1 - \alpha}
+      \quad \kappa_g = \left(\min_{h \in g} \gamma_h\right)^{1 - \alpha}
 
   With a key head for each query head this is the paper's
   :math:`W^q \gamma^{\alpha}`, :math:`W^k \gamma^{1 - \alpha}`. With a key head g for a
