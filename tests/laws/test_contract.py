@@ -528,9 +528,9 @@ class TestTransforms:
       new, state = tx.update(updates, state, params)
       return state, new
 
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *steps)
     end, new = jax.lax.scan(body, tx.init(params), stacked)
-    assert_close(new, jax.tree.map(lambda *xs: jnp.stack(xs), *expected))
+    assert_close(new, jax.tree.map(lambda *xs: np.stack(xs), *expected))
     assert_close(end, state)
 
   @every_row
@@ -539,7 +539,7 @@ class TestTransforms:
     # The members leave the safe range in both directions, and stay in it.
     members = [tree(seed, scale=s) for seed, s in enumerate((1, 1e30, 1e-30, 0))]
     params = [tree(seed + 10) for seed in range(4)]
-    stack = functools.partial(jax.tree.map, lambda *xs: jnp.stack(xs))
+    stack = functools.partial(jax.tree.map, lambda *xs: np.stack(xs))
     states = [tx.init(p) for p in params]
     new, state = jax.jit(jax.vmap(tx.update))(
       stack(*members), stack(*states), stack(*params)
@@ -553,7 +553,7 @@ class TestTransforms:
   def test_pmap_clips_each_device_on_its_own(self, row):
     tx = row.make()
     count = jax.device_count()
-    stack = functools.partial(jax.tree.map, lambda *xs: jnp.stack(xs))
+    stack = functools.partial(jax.tree.map, lambda *xs: np.stack(xs))
     members = [tree(seed) for seed in range(count)]
     params = tree(20)
     states = stack(*[tx.init(params)] * count)
