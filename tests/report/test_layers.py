@@ -224,7 +224,7 @@ def test_the_table_fits_80_columns():
   assert max(map(len, lines)) <= 80
   assert lines[1].startswith("b ")
   assert lines[1].endswith("NOT FINITE")
-  assert lines[-1] == "not finite in step 1: first b"
+  assert lines[-1] == "step 1 was not finite: first b"
 
 
 WRAPPERS = {
