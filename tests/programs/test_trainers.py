@@ -73,8 +73,27 @@ TXS = {
     optax_clip.skip_spikes(optax_clip.skip_nonfinite(chain(optax_clip.autoclip())))
   ),
 }
+# One for each kind of state. `pytest -m "programs or slow"` tries all others, too.
+KINDS = {
+  *("clip", "clip_by_global_norm", "adaptive_grad_clip", "zclip", "adagc"),
+  *("clip_element_spikes", "stable_spam", "layers", "groups", "skip_spikes", "all"),
+}
+
+
+def slow_unless_kinds(names, parameters):
+  return [
+    pytest.param(x, marks=[] if name in KINDS else pytest.mark.slow)
+    for name, x in zip(names, parameters, strict=True)
+  ]
+
+
+def named(names):
+  """A test for each of some transformations, by name."""
+  return pytest.mark.parametrize("name", slow_unless_kinds(names, names))
+
+
 each_tx = pytest.mark.parametrize(
-  "tx", [make() for make in TXS.values()], ids=list(TXS)
+  "tx", slow_unless_kinds(TXS, [make() for make in TXS.values()]), ids=list(TXS)
 )
 
 
@@ -240,7 +259,10 @@ AXLEARN = [(name, False) for name in TXS if name != "skip_spikes"]
 AXLEARN += [(name, True) for name, _ in AXLEARN if name != "groups"]
 
 
-@pytest.mark.parametrize(("name", "masked"), AXLEARN)
+@pytest.mark.parametrize(
+  ("name", "masked"),
+  [pytest.param(*x, marks=[] if x[0] in KINDS else pytest.mark.slow) for x in AXLEARN],
+)
 def test_axlearn(name, masked):
   """What no optimizer updates is `None`, in parameters and in their specs."""
   tx = partitioned(TXS[name]())
@@ -344,7 +366,7 @@ def register(rules):
 
 
 class TestT5X:
-  @pytest.mark.parametrize("name", sorted(set(TXS) - {"clip_element_spikes"}))
+  @named(sorted(set(TXS) - {"clip_element_spikes"}))
   def test_axes_and_checkpoints(self, name, monkeypatch):
     monkeypatch.setattr(Rules, "_RULES", dict(Rules._RULES))
     tx = TXS[name]()
@@ -662,7 +684,7 @@ class SkipStepState:
 
 
 class TestEasyDeL:
-  @pytest.mark.parametrize("name", sorted(set(TXS) - {"skip_spikes"}))
+  @named(sorted(set(TXS) - {"skip_spikes"}))
   def test_calls(self, name):
     """`apply_gradients` names all arguments, and passes no loss."""
     tx = TXS[name]()
