@@ -38,10 +38,10 @@ def named(
   The text shows arguments that may be positional, and others if they differ from their
   default.
   """
-  parameters = inspect.signature(factory).parameters
+  signature = inspect.signature(factory)
 
   def is_shown(key: str, value: Any) -> bool:
-    own = parameters[key]
+    own = signature.parameters[key]
     is_default = value is own.default
     return not is_default or (own.kind is not own.KEYWORD_ONLY and value is not None)
 
@@ -50,7 +50,7 @@ def named(
     *args: _P.args, **kwargs: _P.kwargs
   ) -> optax.GradientTransformationExtraArgs:
     tx = Named(*factory(*args, **kwargs))
-    bound = inspect.signature(factory).bind(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     shown = {k: v for k, v in bound.arguments.items() if is_shown(k, v)}
     tx.call = factory.__name__, shown

@@ -217,8 +217,7 @@ def _refuse_loss(
   if not lost:
     return
   lines = [
-    f"  old_state{part.path} ({', '.join(filter(None, part.fields())) or 'an array'}):"
-    f" {problems[part.path]}"
+    f"  old_state{part.path} ({part.text() or 'an array'}): {problems[part.path]}"
     for part in lost[:_LISTED]
   ]
   if len(lost) > _LISTED:
@@ -251,12 +250,11 @@ def _report(old: State, new: State, pairs: list[tuple[Part, Part]]) -> str:
   lines = []
   for before, after in pairs:
     moved = f" as {after.path}" if after.path != before.path else ""
-    fields = ", ".join(filter(None, before.fields()))
-    lines.append(f"kept      {before.path}{moved}: {fields}")
+    lines.append(f"kept      {before.path}{moved}: {before.text()}")
   begun = _left(new, [after for _, after in pairs])
   lines += [f"new       {part.path}" for part in begun]
   lost = _left(old, [before for before, _ in pairs])
-  lines += [f"left out  {x.path}: {', '.join(filter(None, x.fields()))}" for x in lost]
+  lines += [f"left out  {part.path}: {part.text()}" for part in lost]
   return "\n".join(lines)
 
 

@@ -72,6 +72,10 @@ class Part:
     """The first of the names."""
     return list(dict.fromkeys(names[0] if names else "" for names in self.values))
 
+  def text(self) -> str:
+    """The first of the names, as they are printed; none if it is one array."""
+    return ", ".join(filter(None, self.fields()))
+
 
 class State:
   """The leaves of a state, and its parts in their order."""
