@@ -19,6 +19,7 @@ import optax
 import sklearn.datasets
 
 import optax_clip
+from optax_clip.states import SkipRecord
 
 STEPS = 400
 BATCH = 32
@@ -164,6 +165,11 @@ class Run(NamedTuple):
     """Whether all parameters at all steps, and the last state, are finite."""
     # Limits are inf where nothing is limited.
     inner = getattr(self.state, "inner", self.state)
+
+    def judged(x):  # The loss of a bad step is NaN where no loss was passed.
+      return x.shown if isinstance(x, SkipRecord) else x
+
+    inner = jax.tree.map(judged, inner, is_leaf=lambda x: isinstance(x, SkipRecord))
     leaves = [*jax.tree.leaves(self.params), *jax.tree.leaves(inner)]
     return not any(np.isnan(x).any() for x in leaves) and all(
       np.isfinite(x).all() for x in jax.tree.leaves(self.params)

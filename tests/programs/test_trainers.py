@@ -587,6 +587,12 @@ def eqx_train(tx, steps, model, state, loss=None):
   return model, state, losses
 
 
+def check_metrics(state):
+  """Finite, but for limits that are off and the losses of bad steps that never were."""
+  for key, value in optax_clip.metrics(state).items():
+    assert np.isfinite(float(value)) or key.endswith(("limit", "_loss")), key
+
+
 class TestEquinox:
   @pytest.mark.parametrize(
     "name", ["layers", "skip_spikes", "all", "clippy", "stable_spam"]
@@ -596,10 +602,7 @@ class TestEquinox:
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
     model, state, losses = eqx_train(tx, 30, model, state)
     assert losses[-1] < 0.7 * losses[0]
-    assert all(
-      np.isfinite(float(x)) or k.endswith("limit")
-      for k, x in optax_clip.metrics(state).items()
-    )
+    check_metrics(state)
 
   def test_names_of_layers(self):
     tx, model = TXS["layers"](), Model.make()
@@ -817,8 +820,7 @@ class TestBigVision:
 def test_flax_nnx(name):
   _, optimizer, losses = TestTunix().trained(TXS[name](), 30)
   assert losses[-1] < 0.7 * losses[0]
-  metrics = optax_clip.metrics(optimizer)
-  assert all(np.isfinite(float(x)) or k.endswith("limit") for k, x in metrics.items())
+  check_metrics(optimizer)
 
 
 def test_flax_nnx_with_a_loss():
