@@ -12,6 +12,7 @@ from optax_clip._methods.adagc import clipped_mean
 from optax_clip._methods.stable_spam import mean_over_rms
 from optax_clip._methods.zclip import zscore
 from optax_clip._thresholds.average import average
+from optax_clip._thresholds.geometric import geometric
 from optax_clip._thresholds.limits import at_most
 from optax_clip._thresholds.limits import constant
 from optax_clip._thresholds.limits import of
@@ -26,6 +27,7 @@ __all__ = [
   "average",
   "clipped_mean",
   "constant",
+  "geometric",
   "history",
   "mean_over_rms",
   "of",

@@ -21,6 +21,8 @@ STUDIES = (
   "low_precision",
   "qk_clip",
   "update_clipping",
+  "untuned",
+  "horizon",
 )
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import optax
 
+from benchmarks.training._agreement import clip_by_agreement
 import optax_clip
 from optax_clip import actions
 from optax_clip import measures
@@ -37,6 +38,29 @@ def _soft(limit: float) -> Transformation:
   )
 
 
+def _by(
+  threshold: optax_clip.Threshold, measure: optax_clip.Measure | None = None
+) -> Transformation:
+  measure = measures.global_norm() if measure is None else measure
+  return optax_clip.clip_with(measure, threshold, actions.rescale())
+
+
+def _pair(
+  judge: optax_clip.Threshold | None,
+) -> Callable[[Transformation], Transformation]:
+  """Returns a guard around a clip and an optimizer."""
+  clip = _by(thresholds.geometric())
+  return lambda optimizer: optax_clip.skip_spikes(optax.chain(clip, optimizer), judge)
+
+
+def constant(limit: float) -> Method:
+  """Describes one more fixed limit on the global norm."""
+  return Method(_first(optax_clip.clip_by_global_norm(limit)), "#1f6fb4", ":")
+
+
+# For `skip_spikes`: a step is a spike from five times the typical norm on.
+_JUDGE = thresholds.geometric(5.0)
+
 # Constants are powers of ten, and the same ones for all; methods that learn have their
 # authors' defaults. Nobody chose a number here after a look at results.
 METHODS = {
@@ -68,5 +92,50 @@ METHODS = {
       optax.chain(optax_clip.clip_by_global_norm(float("inf")), optimizer)
     ),
     "#7f8c8d",
+  ),
+  # "early": what limits nothing while it learns is limited by `geometric` until then.
+  "history, early": Method(
+    _first(_by(thresholds.warmup(thresholds.history(), 64, thresholds.geometric()))),
+    "#b8860b",
+    "--",
+  ),
+  "zclip, early": Method(
+    _first(_by(thresholds.warmup(thresholds.zscore(), 25, thresholds.geometric()))),
+    "#c0392b",
+    ":",
+  ),
+  "adagc, early": Method(
+    _first(
+      _by(
+        thresholds.warmup(thresholds.clipped_mean(), 100, thresholds.geometric()),
+        measures.layer_norm(),
+      )
+    ),
+    "#d6569b",
+    ":",
+  ),
+  "geometric": Method(_first(_by(thresholds.geometric())), "#6b8e23"),
+  "geometric, layers": Method(
+    _first(_by(thresholds.geometric(), measures.layer_norm())), "#6b8e23", "--"
+  ),
+  "agreement": Method(_first(clip_by_agreement()), "#5b2c83"),
+  "agreement 0.2": Method(_first(clip_by_agreement(rate=0.2)), "#5b2c83", ":"),
+  "agreement, all": Method(_first(clip_by_agreement("all")), "#5b2c83", "--"),
+  "skip_spikes, geometric": Method(
+    lambda optimizer: optax_clip.skip_spikes(
+      optax.chain(optax_clip.clip_by_global_norm(float("inf")), optimizer), _JUDGE
+    ),
+    "#7f8c8d",
+    "--",
+  ),
+  # A guard and a clip.
+  "pair": Method(_pair(None), "#2c3e50"),
+  "pair, geometric": Method(_pair(_JUDGE), "#2c3e50", "--"),
+  "skip_spikes, global 1": Method(
+    lambda optimizer: optax_clip.skip_spikes(
+      optax.chain(optax_clip.clip_by_global_norm(1.0), optimizer)
+    ),
+    "#2c3e50",
+    ":",
   ),
 }
