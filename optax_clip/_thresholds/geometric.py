@@ -41,8 +41,9 @@ def geometric(
   The first norm starts the mean, and the second one already has a limit. The mean is
   that of all norms at first, and of about the last ``1 / (1 - decay)`` later. No
   constant has the units of the norms: norms times a power of two give limits times the
-  same, bit for bit. With the defaults the mean follows a rise by 30 within 10% after
-  about 150 steps. All numbers may be traced.
+  same, bit for bit. With the defaults the mean follows a rise by 10 in about 105 steps,
+  and takes as long for each further power of ten, also from a first norm that was too
+  small. All numbers may be traced.
 
   Args:
     factor: f > 0, how many times the mean a norm may be.

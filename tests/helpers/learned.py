@@ -47,6 +47,7 @@ THRESHOLDS = {
   "zscore": thresholds.zscore(warmup=5),
   "clipped_mean": thresholds.clipped_mean(warmup=5),
   "average": thresholds.average(),
+  "geometric": thresholds.geometric(),
   "mean_over_rms": thresholds.mean_over_rms(),
   "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
   "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),

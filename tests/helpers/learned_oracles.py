@@ -136,3 +136,16 @@ def clippy(u, p, r, a, s=0.0, v=None):
     bound = bound + s / np.sqrt(v)
   ratios = [b / abs(x) if x != 0 else 1.0 for x, b in zip(u, bound, strict=True)]
   return min(1.0, *ratios)
+
+
+def geometric(norms, factor=2.0, surprise=3.0, decay=0.98):
+  """A multiple of the running mean of logarithms, of the norms before each step."""
+  level, limits = None, []
+  for t, n in enumerate(norms):
+    limits.append(np.inf if level is None else factor * np.exp(level))
+    if level is None:
+      level = np.log(n)
+    else:
+      weight = max(1 - decay, 1 / (t + 1))
+      level += weight * (min(np.log(n), level + np.log(surprise)) - level)
+  return np.array(limits)
