@@ -12,6 +12,7 @@ from optax_clip._algebra.types import Threshold
 from optax_clip._guards.guard import guarded_step
 from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.loss_scale import dynamic_loss_scale
+from optax_clip._guards.protect import protect
 from optax_clip._guards.skip import skip_nonfinite
 from optax_clip._guards.skip import skip_spikes
 from optax_clip._methods.adagc import adagc
@@ -94,6 +95,7 @@ __all__ = [
   "observe",
   "per_example_global_norm_clip",
   "per_example_layer_norm_clip",
+  "protect",
   "qk_clip",
   "replay_limits",
   "skip_nonfinite",

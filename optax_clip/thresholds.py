@@ -18,6 +18,7 @@ from optax_clip._thresholds.limits import constant
 from optax_clip._thresholds.limits import of
 from optax_clip._thresholds.limits import per_group
 from optax_clip._thresholds.limits import scheduled
+from optax_clip._thresholds.limits import until_learned
 from optax_clip._thresholds.limits import warmup
 from optax_clip._thresholds.window import history
 from optax_clip._thresholds.window import percentile
@@ -34,6 +35,7 @@ __all__ = [
   "per_group",
   "percentile",
   "scheduled",
+  "until_learned",
   "warmup",
   "zscore",
 ]

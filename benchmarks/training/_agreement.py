@@ -7,8 +7,8 @@ last clipped ones, and falls where they point back::
     eta   = max(rate, a min(1, 10 / (t + 1)))   a: 1, times 0.7 after a step with c < 0
     log h = clip(log h + eta c, log least, log most)
     L     = h m,   u = g min(1, L / |g|)
-    log m = log m + max(1 - decay, 1 / (t + 1)) (min(log |g|, log m + log surprise) - log m)
-    d     = memory d + u
+    log m = log m + w (min(log |g|, log m + log surprise) - log m)
+    d     = memory d + u                        w = max(1 - decay, 1 / (t + 1))
 
 Once every step is clipped, this is normalized hypergradient descent on the limit
 (Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent,

@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.training import _regret
 from benchmarks.training import _summary
 from benchmarks.training import update_clipping
 from benchmarks.training._methods import METHODS
@@ -290,6 +291,87 @@ def _update_clipping(rows: list[Row]) -> Any:
   axes[-1].set(xscale="log", title="sparse", xlabel="learning rate")
   axes[-1].set_ylabel("squared error of rare tokens")
   figure.legend(loc="outside lower center", ncols=4, frameon=False)
+  return figure
+
+
+def _untuned(rows: list[Row]) -> Any:
+  """Shows each method's mean regret, its parts by kind of batches, and by scale."""
+  study = _regret.Study(rows)
+  _, over_all, alone, at_one = study.kept()
+  names = sorted(study.methods, key=lambda m: study.summary(m).mean)
+  figure, (left, right) = plt.subplots(
+    1, 2, figsize=(10.5, 6.4), sharey=True, layout="constrained", width_ratios=(1.6, 1)
+  )
+  faults = values(rows, "fault")
+  lines = [*names, alone, "none"]
+  marks = {"clean": "o", "heavy": "s", "early": "D", "corrupted": "^"}
+  for y, method in enumerate(lines):
+    regrets = study.all_of(method, None if method in names else [1.0])
+    color = METHODS[method].color if method in METHODS else "#1f6fb4"
+    left.barh(y, sum(r.percent for r in regrets) / len(regrets), color=color, alpha=0.8)
+    for fault in faults:
+      left.plot(
+        study.mean_of(method, fault=fault),
+        y,
+        marks[fault],
+        color="#222222",
+        markerfacecolor="white",
+        markersize=5,
+        label=fault if y == 0 else None,
+      )
+    if method in names:
+      parts = [study.all_of(method, [s]) for s in study.scales]
+      means = [sum(r.percent for r in part) / len(part) for part in parts]
+      for x, value in enumerate(means):
+        shade = min(value / 40, 1)
+        right.barh(y, 1, left=x, color=plt.cm.Blues(0.1 + 0.7 * shade))
+        ink = "white" if shade > 0.65 else "black"
+        right.text(x + 0.5, y, f"{value:.0f}", ha="center", va="center", color=ink)
+  left.axvline(at_one / 3, color="#c0392b", linewidth=1, linestyle="--", zorder=0)
+  left.axvline(over_all / 3, color="#c0392b", linewidth=1, linestyle=":", zorder=0)
+  left.legend(loc="lower right", fontsize=9, frameon=False, title="mean by batches")
+  left.set_xlabel("percent of what can be learned, lost to the best constant of a cell")
+  left.set_title("What a limit loses if nobody tunes rate or constant")
+  _rows(left, lines)
+  right.set_xticks([i + 0.5 for i in range(len(study.scales))])
+  right.set_xticklabels([f"x {s:g}" for s in study.scales])
+  right.tick_params(length=0)
+  right.spines[:].set_visible(False)
+  right.set_title("mean, by the gradients' unit")
+  return figure
+
+
+def _horizon(rows: list[Row]) -> Any:
+  """Shows mean regrets over the number of steps, for each task."""
+  study = _regret.Study(rows)
+  tasks, steps = values(rows, "task"), values(rows, "steps")
+  figure, axes = plt.subplots(
+    1, len(tasks), figsize=(10.5, 3.8), layout="constrained", sharey=True, squeeze=False
+  )
+  for axis, task in zip(axes[0], tasks, strict=True):
+    for method in [*study.methods, "none"]:
+      for fault, fill in (("clean", "white"), ("heavy", None)):
+        color = METHODS[method].color
+        axis.plot(
+          steps,
+          [study.mean_of(method, task=task, fault=fault, steps=n) for n in steps],
+          color=color,
+          linestyle=METHODS[method].line,
+          marker="o",
+          markerfacecolor=fill or color,
+          label=f"{method}, {fault}",
+        )
+    axis.set(xscale="log", title=task, xlabel="steps")
+    axis.set_xticks(steps, [str(n) for n in steps])
+    axis.set_xticks([], minor=True)
+  axes[0, 0].set_ylabel("mean regret (%)")
+  figure.legend(
+    *axes[0, 0].get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=4,
+    frameon=False,
+    fontsize=9,
+  )
   return figure
 
 

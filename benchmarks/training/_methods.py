@@ -75,18 +75,20 @@ METHODS = {
   "agc 0.01": Method(_first(optax_clip.adaptive_grad_clip(0.01)), "#2e8b57", ":"),
   "agc 0.1": Method(_first(optax_clip.adaptive_grad_clip(0.1)), "#2e8b57"),
   "autoclip": Method(_first(optax_clip.autoclip()), "#e67e22"),
-  "history": Method(_first(optax_clip.clip_by_history()), "#b8860b"),
+  "history": Method(_first(optax_clip.clip_by_history(early_factor=None)), "#b8860b"),
   "layer percentile": Method(
     _first(optax_clip.clip_by_layer_percentile()), "#e67e22", "--"
   ),
   # With the papers' constants, which are not the defaults: `zclip` never allows more
   # than a norm of 1, and `adagc` begins with one.
-  "zclip": Method(_first(optax_clip.zclip(max_norm=1.0, eps=1e-6)), "#c0392b"),
-  "zclip, no cap": Method(_first(optax_clip.zclip(eps=1e-6)), "#c0392b", "--"),
-  "adagc": Method(_first(optax_clip.adagc(warmup_norm=1.0)), "#d6569b"),
-  "adagc, no cap": Method(
-    _first(optax_clip.adagc(warmup_norm=float("inf"))), "#d6569b", "--"
+  "zclip": Method(
+    _first(optax_clip.zclip(max_norm=1.0, eps=1e-6, early_factor=None)), "#c0392b"
   ),
+  "zclip, no cap": Method(
+    _first(optax_clip.zclip(eps=1e-6, early_factor=None)), "#c0392b", "--"
+  ),
+  "adagc": Method(_first(optax_clip.adagc(warmup_norm=1.0)), "#d6569b"),
+  "adagc, no cap": Method(_first(optax_clip.adagc(early_factor=None)), "#d6569b", "--"),
   "skip_spikes": Method(
     lambda optimizer: optax_clip.skip_spikes(
       optax.chain(optax_clip.clip_by_global_norm(float("inf")), optimizer)

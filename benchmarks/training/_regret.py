@@ -163,7 +163,9 @@ class Study:
       self._median[key] = statistics.median(
         mean(
           a - b
-          for a, b in zip(scores(other), scores(self._oracle[_cell(other)]), strict=True)
+          for a, b in zip(
+            scores(other), scores(self._oracle[_cell(other)]), strict=True
+          )
         ).error
         for other in select(self._rows, task=row["task"], steps=row["steps"])
         if other is not self._oracle[_cell(other)]

@@ -5,6 +5,7 @@ Each can be harmed in the same four ways, and its score is a loss: lower is bett
 
 from collections.abc import Callable
 import functools
+import itertools
 import math
 import sys
 from typing import Any
@@ -76,7 +77,7 @@ def _dense(random: np.random.Generator, *sizes: int) -> list[tuple[Array, Array]
       jnp.float32(random.normal(size=(rows, columns)) * np.sqrt(2 / rows)),
       jnp.zeros(columns),
     )
-    for rows, columns in zip(sizes, sizes[1:], strict=False)
+    for rows, columns in itertools.pairwise(sizes)
   ]
 
 
@@ -354,7 +355,7 @@ POLES, HORIZON, DISCOUNT = 8, 16, 0.97
 
 def _pole(state: Array, force: Array) -> Array:
   """Moves carts with poles by 0.04 s (Barto, Sutton & Anderson 1983)."""
-  x, speed, angle, turn = jnp.moveaxis(state, -1, 0)
+  _, speed, angle, turn = jnp.moveaxis(state, -1, 0)
   sine, cosine = jnp.sin(angle), jnp.cos(angle)
   push = (10 * force + 0.05 * turn**2 * sine) / 1.1
   twist = (9.8 * sine - cosine * push) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))

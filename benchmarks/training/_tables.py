@@ -1,9 +1,11 @@
 """Makes the tables in docs/evidence.md, each from its study's rows."""
 
+from benchmarks.training import _regret
 from benchmarks.training import _summary
 from benchmarks.training._summary import Row
 from benchmarks.training._summary import select
 from benchmarks.training._summary import values
+from benchmarks.training.untuned import GATE
 
 USABLE = 95.0  # Percent.
 
@@ -189,6 +191,99 @@ def update_clipping(rows: list[Row]) -> str:
       ),
     ]
   )
+
+
+def untuned(rows: list[Row]) -> str:
+  """Sums up regrets over all cells, then by kind of batches, scale and task."""
+  study = _regret.Study(rows)
+  names = sorted(study.methods, key=lambda m: study.summary(m).mean)
+  kept, over_all, alone, at_one = study.kept()
+  body = []
+  for method in names:
+    found = study.summary(method)
+    solved = _solved(method)
+    body.append(
+      [
+        method,
+        f"{found.mean:.1f}",
+        f"{found.worst:.0f}",
+        f"{found.within:.0f}%",
+        f"{found.tuned:.1f}",
+        f"{found.harm:.1f}",
+        "not run" if solved is None else f"{solved} of 16",
+        "yes" if passes(study, method) else "no",
+      ]
+    )
+  one = study.all_of("none", [1.0])
+  head = ["mean", "worst", "within 2", "own rate", "harm", "temporal order", "passes"]
+  fixed = markdown(
+    ["without learning", "mean regret"],
+    [
+      ["the best constant of each cell", "0, by definition"],
+      [f"{kept}, kept over all cells", f"{over_all:.1f}"],
+      [f"{alone}, kept over the cells of scale 1", f"{at_one:.1f}"],
+      ["no clipping", f"{sum(r.percent for r in one) / len(one):.1f}"],
+    ],
+  )
+  faults, scales = values(rows, "fault"), study.scales
+  tasks = values(rows, "task")
+  cells = len(study.cells)
+  parts = [
+    [
+      method,
+      *(f"{study.mean_of(method, fault=x):.0f}" for x in faults),
+      *(
+        f"{sum(r.percent for r in study.all_of(method, [x])) / cells:.0f}"
+        for x in scales
+      ),
+      *(f"{study.mean_of(method, task=x):.0f}" for x in tasks),
+    ]
+    for method in [*names, alone, "none"]
+  ]
+  columns = [*faults, *(f"x {s:g}" for s in scales), *tasks]
+  return "\n\n".join(
+    [markdown(["method", *head], body), fixed, markdown(["method", *columns], parts)]
+  )
+
+
+def horizon(rows: list[Row]) -> str:
+  """Lists mean regrets by the number of steps, for each task and kind of batches."""
+  study = _regret.Study(rows)
+  steps = values(rows, "steps")
+  body = [
+    [
+      f"{method}, {task}",
+      *(
+        f"{study.mean_of(method, task=task, fault=fault, steps=n):.1f}"
+        for fault in values(rows, "fault")
+        for n in steps
+      ),
+    ]
+    for method in [*study.methods, "none"]
+    for task in values(rows, "task")
+  ]
+  head = [f"{fault}, {n}" for fault in values(rows, "fault") for n in steps]
+  return markdown(["mean regret after steps", *head], body)
+
+
+def passes(study: _regret.Study, method: str) -> bool:
+  """Returns whether a method does all that `untuned.GATE` asks."""
+  found, gate = study.summary(method), GATE
+  solved = _solved(method)
+  return (
+    found.mean <= gate["regret"] * study.kept()[1]
+    and found.harm <= gate["harm"]
+    and solved is not None
+    and solved >= gate["solved"]
+  )
+
+
+def _solved(method: str) -> int | None:
+  """Returns how many seeds learn over 30 steps; `None` if that was not measured."""
+  from benchmarks import training
+
+  rows = select(training.load("temporal_order"), length=30, method=method)
+  return _summary.solved(_summary.most_solved(rows)) if rows else None
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:

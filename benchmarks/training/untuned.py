@@ -49,10 +49,10 @@ LEARNED = (
   "pair",
   "pair, geometric",
 )
-# A method passes if all hold: its mean regret over all cells is at most this part of that
-# of the best constant kept over all cells; on no clean cell is it worse than no clipping
-# by more percent than this; and so many of 16 seeds of the temporal-order problem of
-# length 30 learn at its best rate.
+# A method passes if all hold: its mean regret over all cells is at most this part of
+# that of the best constant kept over all cells; on no clean cell is it worse than no
+# clipping by more percent than this; and so many of 16 seeds of the temporal-order
+# problem of length 30 learn at its best rate.
 GATE = {"regret": 1 / 3, "harm": 3.0, "solved": 12}
 
 

@@ -12,6 +12,7 @@ from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Threshold
 from optax_clip._repr import named
+from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import memory as _memory
 from optax_clip._trees import axes as _axes
 from optax_clip._types import AxisName
@@ -125,6 +126,7 @@ def adagc(
   decay: Scalar = 0.98,
   warmup: Scalar = 100,
   warmup_norm: Scalar | None = None,
+  early_factor: Scalar | None = 2.0,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -154,8 +156,10 @@ def adagc(
     decay: beta, from 0 to below 1.
     warmup: how many steps to learn from first, at least 1. The paper counts steps
       from 1: its T_start is ``warmup + 1``.
-    warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. `None`
-      clips nothing in the warm-up.
+    warmup_norm: lambda_abs > 0, in the units of the updates; the paper has 1. With
+      `None` the first norms of each leaf bound its warm-up.
+    early_factor: how, as in `zclip`; of no use with a `warmup_norm`. `None`: nothing is
+      clipped in the warm-up.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, record, name: as in `clip_with`.
     axis_name, specs, stacked: as in `optax_clip.measures`.
@@ -197,7 +201,10 @@ def adagc(
   """
   return clip_with(
     measures.layer_norm(ord=ord, axis_name=axis_name, specs=specs, stacked=stacked),
-    clipped_mean(ratio, decay, warmup, warmup_norm, ord),
+    _geometric.early(
+      clipped_mean(ratio, decay, warmup, warmup_norm, ord),
+      early_factor if warmup_norm is None else None,
+    ),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
     record=record,

@@ -6,6 +6,7 @@ from optax_clip import actions
 from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._repr import named
+from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import window as _window
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
@@ -18,6 +19,7 @@ from optax_clip._types import Specs
 def clip_by_history(
   sigmas: Scalar = 3.0,
   window: int = 128,
+  early_factor: Scalar | None = 2.0,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -39,8 +41,9 @@ def clip_by_history(
 
   Args:
     sigmas: k >= 0, in standard deviations. May be traced.
-    window: W >= 2, how many norms to remember; it clips none before the window is
-      half full. Static, as in `autoclip`.
+    window: W >= 2, how many norms to remember; they set the limit as soon as the window
+      is half full. Static, as in `autoclip`.
+    early_factor: before that, as in `zclip`. `None`: nothing is clipped until then.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, record, name: as in `clip_with`.
     axis_name, specs: as in `optax_clip.measures`.
@@ -55,7 +58,7 @@ def clip_by_history(
   =====================  =====================================================
   input                  result
   =====================  =====================================================
-  the first W / 2 steps  unchanged
+  the first step         unchanged
   all zero               unchanged, not remembered
   a NaN or inf element   as `nonfinite` says, not remembered
   equal norms            unchanged, bit for bit
@@ -80,7 +83,7 @@ def clip_by_history(
   """
   return clip_with(
     measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
-    _window.history(sigmas, window),
+    _geometric.early(_window.history(sigmas, window), early_factor),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
     record=record,

@@ -14,6 +14,7 @@ from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Threshold
 from optax_clip._repr import named
+from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import limits as _limits
 from optax_clip._thresholds import memory as _memory
 from optax_clip._types import AxisName
@@ -131,6 +132,7 @@ def zclip(
   clip_factor: Scalar = 1.0,
   skip_update_on_spike: bool = False,
   eps: Scalar = 0.0,
+  early_factor: Scalar | None = 2.0,
   *,
   ord: float | None = None,
   nonfinite: Nonfinite = "propagate",
@@ -161,14 +163,17 @@ def zclip(
   Args:
     z_threshold: z >= 0, in standard deviations.
     decay: alpha, from 0 to below 1.
-    warmup: how many steps to learn from first, above 0. Only `max_norm` clips them.
+    warmup: how many steps to learn from first, above 0.
     max_norm: c >= 0, in the units of the updates: a float, a schedule or a traced
-      scalar; the paper has 1. Not remembered. With `None` nothing bounds the warm-up.
+      scalar; the paper has 1. Not remembered. `None`: no cap.
     mode: T of a spike: "adaptive_scaling", as above; "mean", mu; "percentile",
       mu + z sigma, for all norms above that.
     clip_factor: f > 0, multiplies T of a spike.
     skip_update_on_spike: whether to remember nothing of a spike.
     eps: epsilon >= 0, in the units of the updates. The paper has 1e-6.
+    early_factor: in the warm-up a norm may be this many times the geometric mean of
+      those before it (`thresholds.geometric`). `None`: only `max_norm` bounds the
+      warm-up, as the paper has it.
     ord, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, name: as in `clip_with`.
     record: as in `clip_with`; without a spike the limit is the norm that would be one.
@@ -183,7 +188,7 @@ def zclip(
   =======================  ================================================
   input                    result
   =======================  ================================================
-  the first steps          clipped to `max_norm`, or unchanged without one
+  the first step           clipped to `max_norm`, or unchanged without one
   all zero                 unchanged, not remembered
   a NaN or inf element     as `nonfinite` says, not remembered
   equal norms, sigma = 0   unchanged, bit for bit
@@ -210,6 +215,7 @@ def zclip(
   threshold = zscore(
     z_threshold, decay, warmup, mode, clip_factor, skip_update_on_spike, eps
   )
+  threshold = _geometric.early(threshold, early_factor)
   if max_norm is not None:
     _validate.limit(max_norm=max_norm)
     threshold = _limits.at_most(threshold, max_norm)

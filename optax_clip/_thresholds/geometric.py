@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from optax_clip import _validate
 from optax_clip._algebra.types import Threshold
+from optax_clip._thresholds import limits as _limits
 from optax_clip._thresholds import memory as _memory
 from optax_clip._types import Scalar
 
@@ -86,3 +87,11 @@ def geometric(
     return jnp.where(known, factor * unit, _INF), GeometricMemory(new)
 
   return _memory.remembering(lambda n: GeometricMemory(jnp.zeros_like(n)), rule)
+
+
+def early(threshold: Threshold, factor: Scalar | None) -> Threshold:
+  """Bounds what has not learned yet by what the first norms say, unless `None`."""
+  if factor is None:
+    return threshold
+  _validate.positive(early_factor=factor)
+  return _limits.until_learned(threshold, geometric(factor))

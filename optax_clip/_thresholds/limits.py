@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import math
 from typing import Any
 from typing import NamedTuple
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from optax_clip._types import Scalar
 from optax_clip._types import ScalarOrSchedule
 
 Array = jax.Array
+# What users may pass as a limit.
+Limit: TypeAlias = ScalarOrSchedule | Threshold
 
 
 class ScheduleState(NamedTuple):
@@ -39,8 +42,8 @@ class PairState(NamedTuple):
     cap: the state of the cap.
   """
 
-  threshold: ScalarOrSchedule
-  cap: ScalarOrSchedule
+  threshold: Any
+  cap: Any
 
 
 class WarmupState(NamedTuple):
@@ -54,8 +57,20 @@ class WarmupState(NamedTuple):
   """
 
   seen: Array
-  threshold: ScalarOrSchedule
-  limit: ScalarOrSchedule
+  threshold: Any
+  limit: Any
+
+
+class EarlyState(NamedTuple):
+  """Holds the state of `until_learned`.
+
+  Attributes:
+    threshold: the state of the threshold.
+    early: the state of the limit until then.
+  """
+
+  threshold: Any
+  early: Any
 
 
 def constant(limit: ScalarOrSchedule) -> Threshold:
@@ -114,7 +129,7 @@ def per_group(limits: Sequence[Any]) -> Threshold:
   )
 
 
-def at_most(threshold: Threshold, cap: ScalarOrSchedule) -> Threshold:
+def at_most(threshold: Threshold, cap: Limit) -> Threshold:
   """Takes the smaller of two limits; the threshold does not learn of the cap.
 
   Args:
@@ -139,9 +154,7 @@ def at_most(threshold: Threshold, cap: ScalarOrSchedule) -> Threshold:
   return Threshold(init, update)
 
 
-def warmup(
-  threshold: Threshold, steps: Scalar, limit: ScalarOrSchedule = math.inf
-) -> Threshold:
+def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Threshold:
   """Sets another limit, or none, for the first steps; the threshold still learns.
 
   Args:
@@ -176,7 +189,34 @@ def warmup(
   return Threshold(init, update)
 
 
-def of(limit: ScalarOrSchedule | None) -> Threshold:
+def until_learned(threshold: Threshold, limit: Limit) -> Threshold:
+  """Sets another limit as long as the threshold has none; both learn all the time.
+
+  Unlike `warmup` it counts no steps: a limit of inf says that there is none yet.
+
+  Args:
+    threshold: one that learns, and whose limit is inf until it has.
+    limit: until then: a non-negative float, a schedule, a traced scalar or a
+      `Threshold`, as `geometric`, which has a limit from the second norm on.
+  """
+  first = of(limit)
+  kind = _validate.Kind("this threshold")
+
+  def init(norms: Array) -> EarlyState:
+    return EarlyState(threshold.init(norms), first.init(norms))
+
+  def update(
+    norms: Array, state: EarlyState, **extra_args: Any
+  ) -> tuple[Array, EarlyState]:
+    kind.check(state, lambda: init(norms))
+    limits, memory = threshold.update(norms, state.threshold, **extra_args)
+    early, other = first.update(norms, state.early, **extra_args)
+    return jnp.where(jnp.isinf(limits), early, limits), EarlyState(memory, other)
+
+  return Threshold(init, update)
+
+
+def of(limit: Limit | None) -> Threshold:
   """Makes a threshold of what users pass: a number, an array or a schedule.
 
   Args:

@@ -16,19 +16,19 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 # that make its warm-up short, and the steps after which it limits.
 METHODS = {
   "autoclip": (optax_clip.autoclip, {"window": 50}, 1),
-  "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 10),
+  "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 1),
   "zclip_mean": (
     optax_clip.zclip,
     {"warmup": 10, "max_norm": None, "mode": "mean"},
-    10,
+    1,
   ),
   "zclip_percentile": (
     optax_clip.zclip,
     {"warmup": 10, "max_norm": None, "mode": "percentile"},
-    10,
+    1,
   ),
-  "adagc": (optax_clip.adagc, {"warmup": 10}, 10),
-  "clip_by_history": (optax_clip.clip_by_history, {"window": 32}, 16),
+  "adagc": (optax_clip.adagc, {"warmup": 10}, 1),
+  "clip_by_history": (optax_clip.clip_by_history, {"window": 32}, 1),
   "clip_by_layer_percentile": (optax_clip.clip_by_layer_percentile, {"window": 50}, 1),
   "adaclip": (optax_clip.adaclip, {}, 1),
   "adagn": (optax_clip.adagn, {}, 0),
@@ -50,6 +50,9 @@ THRESHOLDS = {
   "geometric": thresholds.geometric(),
   "mean_over_rms": thresholds.mean_over_rms(),
   "at_most": thresholds.at_most(thresholds.zscore(warmup=5), 1.5),
+  "until_learned": thresholds.until_learned(
+    thresholds.history(window=10), thresholds.geometric()
+  ),
   "warmup": thresholds.warmup(thresholds.percentile(50.0, 20), 3, 0.7),
 }
 

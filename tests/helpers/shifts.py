@@ -20,7 +20,7 @@ METHODS = {
   'zclip, mode="percentile"': thresholds.zscore(mode="percentile"),
   "adagc": thresholds.clipped_mean(warmup_norm=1e9),
   "adaclip": thresholds.average(),
-  "`thresholds.geometric`": thresholds.geometric(),
+  "thresholds.geometric": thresholds.geometric(),
 }
 
 BEFORE, AFTER = 2000, 8000

@@ -57,7 +57,7 @@ def test_zclip(keywords, at_5, at_10):
 
 
 def test_zclip_moments():
-  tx = optax_clip.zclip(warmup=3, eps=1e-6)
+  tx = optax_clip.zclip(warmup=3, eps=1e-6, early_factor=None)
   _, _, state = drive(tx, NORMS[:3])
   mean, std = state.threshold.memory
   np.testing.assert_allclose(mean, 1.0, rtol=1e-6)
@@ -69,8 +69,10 @@ def test_zclip_moments():
 
 
 def test_zclip_max_norm_is_applied_and_not_remembered():
-  limits, lengths, capped = drive(optax_clip.zclip(warmup=3, max_norm=1.0), NORMS)
-  _, _, free = drive(optax_clip.zclip(warmup=3, eps=1e-6), NORMS)
+  limits, lengths, capped = drive(
+    optax_clip.zclip(warmup=3, max_norm=1.0, early_factor=None), NORMS
+  )
+  _, _, free = drive(optax_clip.zclip(warmup=3, eps=1e-6, early_factor=None), NORMS)
   np.testing.assert_allclose(lengths, np.minimum(NORMS, 1.0), rtol=1e-6)
   assert np.all(limits <= 1)
   mine, reference = capped.threshold.threshold.memory, free.threshold.memory
@@ -80,10 +82,11 @@ def test_zclip_max_norm_is_applied_and_not_remembered():
 
 def test_zclip_skip_update_on_spike():
   _, _, state = drive(
-    optax_clip.zclip(warmup=3, eps=1e-6, skip_update_on_spike=True), NORMS
+    optax_clip.zclip(warmup=3, eps=1e-6, early_factor=None, skip_update_on_spike=True),
+    NORMS,
   )
   _, _, without = drive(
-    optax_clip.zclip(warmup=3, eps=1e-6), [n for n in NORMS if n < 2]
+    optax_clip.zclip(warmup=3, eps=1e-6, early_factor=None), [n for n in NORMS if n < 2]
   )
   np.testing.assert_array_equal(
     state.threshold.memory.mean, without.threshold.memory.mean
