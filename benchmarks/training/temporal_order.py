@@ -37,8 +37,23 @@ NAMES = (
   "zclip, no cap",
   "adagc",
 )
+# These are at the shortest length only, which `untuned` asks for.
+MORE = (
+  "agreement",
+  "agreement 0.2",
+  "agreement, all",
+  "geometric",
+  "geometric, layers",
+  "adagc, early",
+  "layer percentile",
+  "zclip, early",
+)
 # The methods at each length. The longest is costly: "none", and three that did well.
-LENGTHS = {30: NAMES, 50: NAMES, 100: ("none", "global 1", "layer 1", "adagc")}
+LENGTHS = {
+  30: (*NAMES, *MORE),
+  50: NAMES,
+  100: ("none", "global 1", "layer 1", "adagc"),
+}
 
 
 def sequences(key: Array, count: int, length: int) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
 from optax_clip._norms import mesh as _mesh
 from optax_clip._repr import named
+from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import memory as _memory
 from optax_clip._thresholds import window as _window
 from optax_clip._types import GuardRecording
@@ -63,6 +64,8 @@ class LossMemory(NamedTuple):
 
 # The loss's level is its mean over about the last 100 steps taken.
 _LEVEL_DECAY = 0.99
+# So many times the usual norm is a spike where the default judge has not learned yet.
+_EARLY_FACTOR = 5.0
 # The smallest normal float32.
 _LEAST_DISTANCE = 2.0**-126
 
@@ -179,8 +182,10 @@ def skip_spikes(
 
   The threshold learns the limit :math:`L` from the steps *taken*: by default the mean
   plus 6 standard deviations of the last 128 norms, as soon as there are 64 (as in OLMo,
-  MaxText and Levanter, which learn from skipped steps too). A step is skipped whole, as
-  by `skip_nonfinite`, whose test is part of this one.
+  MaxText and Levanter, which learn from skipped steps too). Until then it is 5 times
+  the geometric mean of the norms, from the second step on; with the loss as a signal
+  there is none. A step is skipped whole, as by `skip_nonfinite`, whose test is part of
+  this one.
 
   A lasting rise of the level looks like spikes that do not end. After `max_consecutive`
   such spikes the threshold therefore starts afresh: it remembers only the step at hand,
@@ -188,6 +193,7 @@ def skip_spikes(
 
   Args:
     threshold: the judge, from `optax_clip.thresholds`: one that learns, or a constant.
+      The default is ``until_learned(history(6), geometric(5))``, of these.
       Ordinary steps should stay below its limit: take a high percentile, or a low one
       with a `factor`.
     signals: ``("norm",)``, ``("loss",)`` or both. Pass the loss to ``update`` or
@@ -241,7 +247,11 @@ def skip_spikes(
   _validate.nonnegative(warmup=warmup, cooldown=cooldown)
   if max_consecutive is not None:
     _validate.nonnegative(max_consecutive=max_consecutive)
-  threshold = _window.history(sigmas=6.0) if threshold is None else threshold
+  if threshold is None:
+    threshold = _window.history(sigmas=6.0)
+    # Distances of the loss have small ones among them by chance: no measure of others.
+    if "loss" not in signals:
+      threshold = _geometric.early(threshold, _EARLY_FACTOR)
   _validate.instance(Threshold, "optax_clip.thresholds", threshold=threshold)
   measuring = Measuring.of(measure, record)
   by_norm, by_loss = "norm" in signals, "loss" in signals

@@ -221,3 +221,28 @@ class TestLimitsFromTheStepsBefore:
     assert 31 in skips
     assert places(found) == [skips]
     np.testing.assert_allclose(shown, limits, rtol=1e-5)
+
+
+def early(signals, spike_at, steps=20):
+  """Which steps are skipped of a run with one norm of 100, where others are 1."""
+  tx = optax_clip.skip_spikes(optax.sgd(0.1), signals=signals)
+  grads = {"w": jnp.ones(steps).at[spike_at].set(100.0)[:, None]}
+  loss = jnp.linspace(2.0, 1.0, steps)
+
+  def step(state, x):
+    g, loss = x
+    updates, state = tx.update(g, state, loss=loss)
+    return state, updates["w"][0] == 0
+
+  state = tx.init({"w": jnp.zeros(1)})
+  return jax.jit(lambda: jax.lax.scan(step, state, (grads, loss))[1])()
+
+
+@pytest.mark.parametrize("place", [1, 2, 9])
+def test_an_early_spike_is_skipped_by_default(place):
+  (skipped,) = np.nonzero(early(("norm",), place))
+  assert skipped.tolist() == [place]
+
+
+def test_with_the_loss_as_a_signal_nothing_is_judged_early():
+  assert not np.any(early(("norm", "loss"), 9))

@@ -152,3 +152,64 @@ def test_a_clip_by_it_never_lengthens():
   found, _ = learned.run(tx, jax.tree.map(jnp.asarray, grads))
   for key, g in grads.items():
     assert np.all(np.abs(np.asarray(found[key])) <= np.abs(g))
+
+
+def spiked(place, steps=40, size=100.0):
+  norms = np.ones(steps, np.float32)
+  norms[place] = size
+  return {"a": norms[:, None]}
+
+
+EARLY = {
+  "zclip": optax_clip.zclip,
+  "clip_by_history": optax_clip.clip_by_history,
+  "adagc": optax_clip.adagc,
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+@pytest.mark.parametrize("place", [1, 3, 15])
+def test_an_early_spike_is_bounded_by_the_first_norms(name, place):
+  found, _ = learned.run(EARLY[name](), jax.tree.map(jnp.asarray, spiked(place)))
+  np.testing.assert_allclose(found["a"][place], 2, rtol=1e-6)
+  np.testing.assert_array_equal(np.delete(found["a"], place), 1)
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_without_a_factor_nothing_bounds_the_warm_up(name):
+  tx = EARLY[name](early_factor=None)
+  updates = jax.tree.map(jnp.asarray, spiked(3, steps=20))
+  found, state = learned.run(tx, updates)
+  np.testing.assert_array_equal(found["a"], updates["a"])
+  # The state is that of the paper's threshold alone.
+  assert state.threshold._fields == ("seen", "memory")
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_after_the_warm_up_it_is_the_papers_limit(name):
+  keywords = {"window": 30} if name == "clip_by_history" else {"warmup": 15}
+  norms = learned.trace(3, 60, spikes=0)[:, None]
+  ours = EARLY[name](**keywords, early_factor=1e9)
+  theirs = EARLY[name](**keywords, early_factor=None)
+  found, _ = learned.run(ours, {"a": jnp.asarray(norms)})
+  wanted, _ = learned.run(theirs, {"a": jnp.asarray(norms)})
+  np.testing.assert_array_equal(found["a"][15:], wanted["a"][15:])
+
+
+def test_a_warm_up_norm_is_the_papers_and_takes_no_early_factor():
+  tx = optax_clip.adagc(warmup_norm=5.0)
+  found, state = learned.run(tx, jax.tree.map(jnp.asarray, spiked(3)))
+  np.testing.assert_allclose(found["a"][3], 5, rtol=1e-6)
+  assert state.threshold._fields == ("seen", "memory")
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, np.nan])
+def test_early_factors_that_mean_nothing(factor):
+  with pytest.raises(ValueError, match="early_factor must be positive"):
+    optax_clip.zclip(early_factor=factor)
+
+
+def test_until_learned_takes_over_when_the_threshold_has_a_limit():
+  threshold = thresholds.until_learned(thresholds.history(3, 8), 0.25)
+  found, _ = learned.limits(threshold, np.ones(10, np.float32))
+  np.testing.assert_allclose(found, [0.25] * 4 + [1] * 6)
