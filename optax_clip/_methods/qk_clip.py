@@ -16,6 +16,7 @@ from optax_clip import actions
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
+from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaf as _leaf
 from optax_clip._trees import paths as _paths
 from optax_clip._types import Params
@@ -291,13 +292,13 @@ def _places(tree: Any, count: int, head_axis: HeadAxis) -> list[_Place]:
     found = [head_axis] * len(leaves)
   places = []
   for path, leaf, axis in zip(paths, leaves, found, strict=True):
-    axes = _axes(path, leaf, axis, count)
+    axes = _head_axes(path, leaf, axis, count)
     sizes = tuple(jnp.shape(leaf)[i] for i in axes)
     places.append(_Place(path, path.split("/")[0] == "key", axes, sizes))
   return places
 
 
-def _axes(path: str, leaf: Any, axis: Any, count: int) -> tuple[int, ...]:
+def _head_axes(path: str, leaf: Any, axis: Any, count: int) -> tuple[int, ...]:
   """The axes of one leaf, checked."""
   if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
     raise TypeError(
@@ -311,14 +312,7 @@ def _axes(path: str, leaf: Any, axis: Any, count: int) -> tuple[int, ...]:
       f"head_axis must have one axis of {path} for each of the {count} of max_logits,"
       f" got {axis!r}. Layers that are stacked have one more, as in (0, -2)."
     )
-  if not all(-len(shape) <= a < len(shape) for a in axes):
-    raise ValueError(
-      f"head_axis={axis!r} is out of range for {path}, which has the shape {shape}."
-    )
-  distinct = tuple(a % len(shape) for a in axes)
-  if len(set(distinct)) < count:
-    raise ValueError(f"head_axis={axis!r} names an axis of {path} twice.")
-  return distinct
+  return _axes.distinct(axis if count else (), shape, "head_axis", path)
 
 
 def _widths(

@@ -25,15 +25,7 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
   """
   rank = len(shape)
   if axis is not None:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    if not all(-rank <= a < rank for a in axes):
-      raise ValueError(
-        f"axis={axis!r} is out of range for a leaf of shape {tuple(shape)}."
-      )
-    distinct = {a % rank for a in axes}
-    if len(distinct) < len(axes):
-      raise ValueError(f"axis={axis!r} names an axis twice.")
-    return tuple(sorted(distinct))
+    return tuple(sorted(distinct(axis, shape, "axis", "a leaf")))
   if sum(n != 1 for n in shape) <= 1:
     return tuple(range(rank))
   if rank <= 3:
@@ -44,6 +36,25 @@ def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
     f"A leaf of shape {tuple(shape)} has rank {rank}; units are known up to"
     " rank 5. Pass axis= to say which axes belong to one unit."
   )
+
+
+def distinct(
+  axis: int | Sequence[int], shape: Sequence[int], name: str, leaf: str
+) -> tuple[int, ...]:
+  """Returns axes counted from the front, in their order.
+
+  Raises:
+    ValueError: if one is out of range, or named twice.
+  """
+  axes, rank = (axis,) if isinstance(axis, int) else tuple(axis), len(shape)
+  if not all(-rank <= a < rank for a in axes):
+    raise ValueError(
+      f"{name}={axis!r} is out of range for {leaf}, which has the shape {tuple(shape)}."
+    )
+  found = tuple(a % rank for a in axes)
+  if len(set(found)) < len(found):
+    raise ValueError(f"{name}={axis!r} names an axis of {leaf} twice.")
+  return found
 
 
 def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:

@@ -142,7 +142,10 @@ def test_a_state_of_another_transformation_of_the_package(name, other):
 
 def test_a_state_of_another_window_is_still_said_to_be_that():
   for tx, state in (
-    (spikes(), spikes(thresholds.history(6, window=32)).init(G)),
+    (
+      spikes(thresholds.history(6)),
+      spikes(thresholds.history(6, window=32)).init(G),
+    ),
     (optax_clip.autoclip(window=16), optax_clip.autoclip(window=32).init(G)),
   ):
     assert_says(
