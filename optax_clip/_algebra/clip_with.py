@@ -191,7 +191,15 @@ def clip_with(
       sizes = found.sizes()
     limits, memory = _limited(threshold, found.layout, sizes, memory, extra_args)
     pairs = list(zip(found.blocks, limits, strict=True))
-    coefficients = _scalars.each(action.weigh, pairs, is_last=True)
+
+    def weighed(norm: Extended, limit: Array) -> tuple[Extended, Any]:
+      coefficient = action.weigh(norm, limit)
+      # What the record shows, from the same kernels.
+      shown = _factor_and_norm(norm, coefficient) if stateful else None
+      return coefficient, shown
+
+    weights = _scalars.each(weighed, pairs, last=len(Extended._fields))
+    coefficients, applied = [x for x, _ in weights], [x for _, x in weights]
     clipped = _applied(action, found.layout, coefficients, limits, updates)
     if nonfinite == "zero":
       clipped = jax.tree.map(lambda x: _where_finite(finite, x), clipped)
@@ -200,7 +208,7 @@ def clip_with(
       zeroed = nonfinite == "zero"
       state = ClipState(
         memory,
-        _noted(state.record, found, seen, sizes, limits, coefficients, finite, zeroed),
+        _noted(state.record, found, seen, sizes, limits, applied, finite, zeroed),
       )
     return _leaves.restored(clipped, given_updates), state
 
@@ -253,14 +261,12 @@ def _noted(
   layers: LayerNorms | None,
   sizes: Sequence[Array],
   limits: Sequence[Array],
-  coefficients: Sequence[Extended],
+  applied: Sequence[Any],
   finite: Array,
   zeroed: bool,
 ) -> dict[str, Any]:
   """Notes one more step in the records; `zeroed`: if it is not finite, it is zero."""
   layout = found.layout
-  pairs = list(zip(found.blocks, coefficients, strict=True))
-  applied = _scalars.each(_factor_and_norm, pairs)
   if zeroed:
     stays = jnp.stack([jnp.asarray(True), finite])
     applied = [

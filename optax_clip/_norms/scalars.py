@@ -60,7 +60,7 @@ def _by_entries(table: Array) -> list[list[Array]]:
 
 
 def each(
-  f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, is_last: bool = False
+  f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, last: int = 0
 ) -> list[Any]:
   """Returns ``[f(*x) for x in arguments]``; one GPU computes like shapes at once.
 
@@ -71,7 +71,7 @@ def each(
   Args:
     f: a function from trees of arrays to such a tree; like shapes give like shapes.
     arguments: the arguments of each call.
-    is_last: whether leaves are multiplied by the results.
+    last: how many arrays of a result, the first ones, will multiply leaves.
   """
   arrays = jax.tree.leaves(arguments)
 
@@ -79,13 +79,17 @@ def each(
     return [f(*x) for x in arguments]
 
   def written(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return jax.tree.map(_written, one_by_one(arguments))
+    def kept(result: Any) -> Any:
+      found, treedef = jax.tree.flatten(result)
+      return jax.tree.unflatten(treedef, [*map(_written, found[:last]), *found[last:]])
+
+    return list(map(kept, one_by_one(arguments)))
 
   def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return in_stacks(jax.vmap(f), f, arguments, is_last)
+    return in_stacks(jax.vmap(f), f, arguments, last)
 
   alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
-  cpu = written if is_last and any(x.ndim > 1 for x in arrays) else one_by_one
+  cpu = written if last and any(x.ndim > 1 for x in arrays) else one_by_one
   gpu = together if alike else one_by_one
   return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=one_by_one)
 
@@ -104,7 +108,7 @@ def in_stacks(
   of_stack: Callable[..., Any],
   of_one: Callable[..., Any],
   arguments: Sequence[tuple[Any, ...]],
-  is_last: bool = False,
+  last: int = 0,
 ) -> list[Any]:
   """Calls a function on stacks of like arguments, and takes the results apart.
 
@@ -112,7 +116,7 @@ def in_stacks(
     of_stack: the function for arguments with one more axis in front.
     of_one: the function for arguments unlike all others.
     arguments: the arguments of each call.
-    is_last: whether leaves are multiplied by the results.
+    last: as in `each`.
   """
   results: list[Any] = [None] * len(arguments)
   for members in by_shape(arguments):
@@ -121,9 +125,11 @@ def in_stacks(
       continue
     stacks = jax.tree.map(lambda *x: jnp.stack(x), *(arguments[i] for i in members))
     arrays, treedef = jax.tree.flatten(of_stack(*stacks))
-    parts = columns(arrays) if is_last else zip(*map(_entries, arrays), strict=True)
-    for i, own in zip(members, parts, strict=True):
-      results[i] = jax.tree.unflatten(treedef, own)
+    own = columns(arrays[:last]) if last else [[] for _ in members]
+    for table in arrays[last:]:
+      own = [[*row, x] for row, x in zip(own, _entries(table), strict=True)]
+    for i, row in zip(members, own, strict=True):
+      results[i] = jax.tree.unflatten(treedef, row)
   return results
 
 
