@@ -128,9 +128,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def write(
   rows: list[dict[str, Any]], about: dict[str, Any], path: pathlib.Path
 ) -> None:
-  """Writes results as JSON."""
+  """Writes results as JSON, a row a line."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+  lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+  head = json.dumps(about)
+  path.write_text(f'{{\n "about": {head},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def _subject(row: dict[str, Any]) -> str:

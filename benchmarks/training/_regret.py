@@ -43,6 +43,8 @@ class Summary(NamedTuple):
     within: the share of cells within two standard errors, in percent.
     harm: by how much it was worse than no clipping on the clean cell where that is
       most, in percent of what can be learned.
+    harmed: on how many clean cells that is more than the gate allows, and more than two
+      standard errors.
     tuned: the mean regret at each method's own best rate.
   """
 
@@ -50,6 +52,7 @@ class Summary(NamedTuple):
   worst: float
   within: float
   harm: float
+  harmed: int
   tuned: float
 
 
@@ -108,7 +111,7 @@ class Study:
     harms = [
       self._difference(
         self._row(method, cell, scale), self._row("none", cell, 1.0), cell
-      ).percent
+      )
       for cell in self.cells
       if self._oracle[cell]["fault"] == "clean"
       for scale in self.scales
@@ -125,7 +128,8 @@ class Study:
       mean=statistics.fmean(r.percent for r in regrets),
       worst=max(r.percent for r in regrets),
       within=100 * statistics.fmean(r.percent <= 2 * r.error for r in regrets),
-      harm=max(harms),
+      harm=max(x.percent for x in harms),
+      harmed=sum(x.percent > max(untuned.GATE["harm"], 2 * x.error) for x in harms),
       tuned=statistics.fmean(best),
     )
 

@@ -210,12 +210,22 @@ def untuned(rows: list[Row]) -> str:
         f"{found.within:.0f}%",
         f"{found.tuned:.1f}",
         f"{found.harm:.1f}",
+        str(found.harmed),
         "not run" if solved is None else f"{solved} of 16",
         "yes" if passes(study, method) else "no",
       ]
     )
   one = study.all_of("none", [1.0])
-  head = ["mean", "worst", "within 2", "own rate", "harm", "temporal order", "passes"]
+  head = [
+    "mean",
+    "worst",
+    "within 2",
+    "own rate",
+    "harm",
+    "harmed",
+    "temporal order",
+    "passes",
+  ]
   fixed = markdown(
     ["without learning", "mean regret"],
     [
