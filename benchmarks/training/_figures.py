@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.training import _regret
 from benchmarks.training import _summary
+from benchmarks.training import untuned
 from benchmarks.training import update_clipping
 from benchmarks.training._methods import METHODS
 from benchmarks.training._summary import Row
@@ -295,49 +296,41 @@ def _update_clipping(rows: list[Row]) -> Any:
 
 
 def _untuned(rows: list[Row]) -> Any:
-  """Shows each method's mean regret, its parts by kind of batches, and by scale."""
+  """Shows each method's mean regret, by kind of batches and by task."""
   study = _regret.Study(rows)
-  _, over_all, alone, at_one = study.kept()
-  names = sorted(study.methods, key=lambda m: study.summary(m).mean)
+  constant, over_all, *_ = study.kept()
+  learned = sorted(study.methods, key=lambda m: study.summary(m).mean)
+  names = [*learned, constant, "none"]
   figure, (left, right) = plt.subplots(
-    1, 2, figsize=(10.5, 6.4), sharey=True, layout="constrained", width_ratios=(1.6, 1)
+    1, 2, figsize=(11.5, 6.2), sharey=True, layout="constrained", width_ratios=(1.3, 1)
   )
-  faults = values(rows, "fault")
-  lines = [*names, alone, "none"]
   marks = {"clean": "o", "heavy": "s", "early": "D", "corrupted": "^"}
-  for y, method in enumerate(lines):
-    regrets = study.all_of(method, None if method in names else [1.0])
+  for y, method in enumerate(names):
     color = METHODS[method].color if method in METHODS else "#1f6fb4"
-    left.barh(y, sum(r.percent for r in regrets) / len(regrets), color=color, alpha=0.8)
-    for fault in faults:
+    left.barh(y, study.mean_of(method), color=color, alpha=0.75, height=0.7)
+    for fault, mark in marks.items():
       left.plot(
         study.mean_of(method, fault=fault),
         y,
-        marks[fault],
+        mark,
         color="#222222",
         markerfacecolor="white",
         markersize=5,
         label=fault if y == 0 else None,
       )
-    if method in names:
-      parts = [study.all_of(method, [s]) for s in study.scales]
-      means = [sum(r.percent for r in part) / len(part) for part in parts]
-      for x, value in enumerate(means):
-        shade = min(value / 40, 1)
-        right.barh(y, 1, left=x, color=plt.cm.Blues(0.1 + 0.7 * shade))
-        ink = "white" if shade > 0.65 else "black"
-        right.text(x + 0.5, y, f"{value:.0f}", ha="center", va="center", color=ink)
-  left.axvline(at_one / 3, color="#c0392b", linewidth=1, linestyle="--", zorder=0)
-  left.axvline(over_all / 3, color="#c0392b", linewidth=1, linestyle=":", zorder=0)
-  left.legend(loc="lower right", fontsize=9, frameon=False, title="mean by batches")
-  left.set_xlabel("percent of what can be learned, lost to the best constant of a cell")
-  left.set_title("What a limit loses if nobody tunes rate or constant")
-  _rows(left, lines)
-  right.set_xticks([i + 0.5 for i in range(len(study.scales))])
-  right.set_xticklabels([f"x {s:g}" for s in study.scales])
-  right.tick_params(length=0)
-  right.spines[:].set_visible(False)
-  right.set_title("mean, by the gradients' unit")
+  gate = over_all * untuned.GATE["regret"]
+  left.axvline(gate, color="#c0392b", linewidth=1.2, linestyle="--")
+  left.text(gate + 0.6, len(names) - 1.5, "gate", color="#c0392b", va="center")
+  left.legend(loc="upper right", fontsize=9, frameon=False, title="mean by batches")
+  left.set_xlabel("lost to the best constant of each cell, % of what can be learned")
+  left.set_title("If nobody tunes the rate or the limit")
+  tasks = values(rows, "task")
+  means = [[study.mean_of(m, task=t) for t in tasks] for m in names]
+  labels = [task.replace("_", "-") for task in tasks]
+  _heat(right, names, labels, means, "{:.0f}", (0, 60))
+  right.set_title("the same, by task (%)")
+  right.tick_params(axis="x", rotation=25)
+  _rows(left, names)
   return figure
 
 

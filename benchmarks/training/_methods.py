@@ -45,11 +45,11 @@ def _by(
   return optax_clip.clip_with(measure, threshold, actions.rescale())
 
 
-def _pair(
-  judge: optax_clip.Threshold | None,
+def _spikes(
+  judge: optax_clip.Threshold | None, clip: Transformation | None = None
 ) -> Callable[[Transformation], Transformation]:
-  """Returns a guard around a clip and an optimizer."""
-  clip = _by(thresholds.geometric())
+  """Returns a guard around a clip, or around what only counts, and an optimizer."""
+  clip = optax_clip.clip_by_global_norm(float("inf")) if clip is None else clip
   return lambda optimizer: optax_clip.skip_spikes(optax.chain(clip, optimizer), judge)
 
 
@@ -58,8 +58,9 @@ def constant(limit: float) -> Method:
   return Method(_first(optax_clip.clip_by_global_norm(limit)), "#1f6fb4", ":")
 
 
-# For `skip_spikes`: a step is a spike from five times the typical norm on.
-_JUDGE = thresholds.geometric(5.0)
+# For `skip_spikes`: what judged before it had an early limit, and one that has no
+# history: a step is a spike from five times the typical norm on.
+_HISTORY, _JUDGE = thresholds.history(6.0), thresholds.geometric(5.0)
 
 # Constants are powers of ten, and the same ones for all; methods that learn have their
 # authors' defaults. Nobody chose a number here after a look at results.
@@ -89,33 +90,11 @@ METHODS = {
   ),
   "adagc": Method(_first(optax_clip.adagc(warmup_norm=1.0)), "#d6569b"),
   "adagc, no cap": Method(_first(optax_clip.adagc(early_factor=None)), "#d6569b", "--"),
-  "skip_spikes": Method(
-    lambda optimizer: optax_clip.skip_spikes(
-      optax.chain(optax_clip.clip_by_global_norm(float("inf")), optimizer)
-    ),
-    "#7f8c8d",
-  ),
-  # "early": what limits nothing while it learns is limited by `geometric` until then.
-  "history, early": Method(
-    _first(_by(thresholds.warmup(thresholds.history(), 64, thresholds.geometric()))),
-    "#b8860b",
-    "--",
-  ),
-  "zclip, early": Method(
-    _first(_by(thresholds.warmup(thresholds.zscore(), 25, thresholds.geometric()))),
-    "#c0392b",
-    ":",
-  ),
-  "adagc, early": Method(
-    _first(
-      _by(
-        thresholds.warmup(thresholds.clipped_mean(), 100, thresholds.geometric()),
-        measures.layer_norm(),
-      )
-    ),
-    "#d6569b",
-    ":",
-  ),
+  "skip_spikes": Method(_spikes(_HISTORY), "#7f8c8d"),
+  # "early", the default: until a method has learned, the first norms bound a step.
+  "history, early": Method(_first(optax_clip.clip_by_history()), "#b8860b", "--"),
+  "zclip, early": Method(_first(optax_clip.zclip()), "#c0392b", ":"),
+  "adagc, early": Method(_first(optax_clip.adagc()), "#d6569b", ":"),
   "geometric": Method(_first(_by(thresholds.geometric())), "#6b8e23"),
   "geometric, layers": Method(
     _first(_by(thresholds.geometric(), measures.layer_norm())), "#6b8e23", "--"
@@ -123,21 +102,14 @@ METHODS = {
   "agreement": Method(_first(clip_by_agreement()), "#5b2c83"),
   "agreement 0.2": Method(_first(clip_by_agreement(rate=0.2)), "#5b2c83", ":"),
   "agreement, all": Method(_first(clip_by_agreement("all")), "#5b2c83", "--"),
-  "skip_spikes, geometric": Method(
-    lambda optimizer: optax_clip.skip_spikes(
-      optax.chain(optax_clip.clip_by_global_norm(float("inf")), optimizer), _JUDGE
-    ),
-    "#7f8c8d",
-    "--",
-  ),
+  "skip_spikes, geometric": Method(_spikes(_JUDGE), "#7f8c8d", "--"),
+  "skip_spikes, early": Method(_spikes(None), "#7f8c8d", ":"),
   # A guard and a clip.
-  "pair": Method(_pair(None), "#2c3e50"),
-  "pair, geometric": Method(_pair(_JUDGE), "#2c3e50", "--"),
+  "pair": Method(_spikes(_HISTORY, _by(thresholds.geometric())), "#2c3e50"),
+  "pair, geometric": Method(
+    _spikes(_JUDGE, _by(thresholds.geometric())), "#2c3e50", "--"
+  ),
   "skip_spikes, global 1": Method(
-    lambda optimizer: optax_clip.skip_spikes(
-      optax.chain(optax_clip.clip_by_global_norm(1.0), optimizer)
-    ),
-    "#2c3e50",
-    ":",
+    _spikes(_HISTORY, optax_clip.clip_by_global_norm(1.0)), "#2c3e50", ":"
   ),
 }

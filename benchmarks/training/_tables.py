@@ -235,7 +235,7 @@ def untuned(rows: list[Row]) -> str:
       ["no clipping", f"{sum(r.percent for r in one) / len(one):.1f}"],
     ],
   )
-  faults, scales = values(rows, "fault"), study.scales
+  faults, scales = values(rows, "fault"), sorted(study.scales)
   tasks = values(rows, "task")
   cells = len(study.cells)
   parts = [
@@ -248,7 +248,7 @@ def untuned(rows: list[Row]) -> str:
       ),
       *(f"{study.mean_of(method, task=x):.0f}" for x in tasks),
     ]
-    for method in [*names, alone, "none"]
+    for method in [*names, kept, "none"]
   ]
   columns = [*faults, *(f"x {s:g}" for s in scales), *tasks]
   return "\n\n".join(

@@ -59,6 +59,9 @@ NAMES = (
   "zclip",
   "adagc",
   "skip_spikes",
+  "skip_spikes, global 1",
+  "geometric",
+  "agreement",
 )
 
 

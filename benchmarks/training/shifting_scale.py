@@ -49,6 +49,13 @@ NAMES = (
   "adagc",
   "adagc, no cap",
   "skip_spikes",
+  "history, early",
+  "zclip, early",
+  "adagc, early",
+  "geometric",
+  "geometric, layers",
+  "agreement",
+  "pair, geometric",
 )
 
 

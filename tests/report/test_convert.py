@@ -352,7 +352,7 @@ class TestLosses:
     inner = optax.adam(0.1)
     for guard, part in (
       (optax_clip.dynamic_loss_scale, ".memory (dynamic_loss_scale)"),
-      (optax_clip.skip_spikes, ".memory.threshold (seen, memory)"),
+      (optax_clip.skip_spikes, ".memory.threshold (early)"),
     ):
       assert part in refused(inner, used(guard(inner)))
       state = optax_clip.convert_state(
