@@ -13,15 +13,20 @@ pytest.importorskip("sklearn")
 
 from benchmarks import _marked
 from benchmarks import training
+from benchmarks.training import _agreement
 from benchmarks.training import _page
+from benchmarks.training import _regret
+from benchmarks.training import _small_tasks
 from benchmarks.training import _summary
 from benchmarks.training import _sweep
 from benchmarks.training import batch_range
+from benchmarks.training import horizon
 from benchmarks.training import language
 from benchmarks.training import low_precision
 from benchmarks.training import qk_clip
 from benchmarks.training import shifting_scale
 from benchmarks.training import temporal_order
+from benchmarks.training import untuned
 from benchmarks.training import update_clipping
 
 # The studies are measured as users would run them, not under the rules of the tests.
@@ -134,6 +139,162 @@ def test_update_clipping_runs():
   assert [len(row["course"]) for row in rows[:2]] == [2, 2]
   assert all(0 < row["worst"][0] < 100 for row in rows[:2])
   assert 0 < rows[2]["rare"][0] < 2
+
+
+def test_untuned_runs():
+  rows = list(
+    untuned.run(
+      tasks=("regression",), names=("geometric",), constants=(1.0,), seeds=2, steps=6
+    )
+  )
+  assert len(rows) == 4 * 4 * (2 + 3)
+  assert {row["method"]: len({row["scale"]}) for row in rows}.keys() == {
+    "none",
+    "constant 1",
+    "geometric",
+  }
+  for row in rows:
+    assert len(row["score"]) == 2
+    assert all(x is None or x > 0 for x in row["score"])
+  # A limit without a unit sees no scale, but for rounding (0.01 is no power of two).
+  scores = {
+    (row["fault"], row["rate"], row["scale"]): row["score"]
+    for row in rows
+    if row["method"] == "geometric"
+  }
+  for (fault, rate, _), found in scores.items():
+    np.testing.assert_allclose(found, scores[fault, rate, 1.0], rtol=1e-3)
+
+
+def test_horizon_runs():
+  rows = list(
+    horizon.run(names=("geometric",), tasks=("regression",), times=(1,), seeds=1)
+  )
+  assert len(rows) == 2 * 4 * (2 + len(horizon.CONSTANTS))
+  assert {row["steps"] for row in rows} == {horizon.STEPS}
+
+
+@pytest.mark.parametrize("name", _small_tasks.TASKS)
+def test_the_faults_of_a_task(name):
+  """Clean gradients are finite; a heavy batch is a hundred times a clean one."""
+  import jax
+
+  task = _small_tasks.TASKS[name]()
+  swept, params = _small_tasks.swept(task), task.init(0)
+  key = jax.random.key(3)
+
+  def gradient(fault, step):
+    member = {"fault": jax.numpy.int32(_small_tasks.FAULTS.index(fault))}
+    return swept.gradient(params, member, key, step)
+
+  clean, early = (gradient(f, _small_tasks.EARLY) for f in ("clean", "early"))
+  later = gradient("early", _small_tasks.EARLY + 1)
+  for x, y, z in zip(*map(jax.tree.leaves, (clean, early, later)), strict=True):
+    assert np.all(np.isfinite(x))
+    np.testing.assert_allclose(y, 100 * x, rtol=1e-3, atol=1e-4 * np.max(np.abs(y)))
+    np.testing.assert_array_equal(x, z)
+  assert any(np.any(x) for x in jax.tree.leaves(clean))
+  # Who has learned nothing yet has at least the score of whoever knows nothing.
+  assert float(task.score(params)) > 0.9 * task.nothing
+  normal = task.loss(params, jax.random.key(0), False)
+  corrupted = task.loss(params, jax.random.key(0), True)
+  assert float(normal) != float(corrupted)
+
+
+def rows_by_hand():
+  """One task, one fault, two rates: what each limit scores, with two seeds."""
+  scores = {
+    ("none", 1.0): ([4, 4], [10, None]),
+    ("constant 0.01", 1.0): ([8, 8], [8, 8]),
+    ("constant 1", 1.0): ([2, 4], [6, 6]),
+    ("constant 100", 1.0): ([4, 4], [9, 9]),
+    ("ours", 1.0): ([2, 5], [3, 5]),
+    ("ours", 100.0): ([2, 4], [10, 10]),
+  }
+  return [
+    {"task": "t", "fault": "clean", "steps": 5, "rate": rate, "nothing": 10.0}
+    | {"method": method, "scale": scale, "score": row}
+    for (method, scale), both in scores.items()
+    for rate, row in zip((0.1, 1.0), both, strict=True)
+  ]
+
+
+def test_regrets():
+  study = _regret.Study(rows_by_hand())
+  assert study.methods == ["ours"]
+  low, high = study.cells
+  # Best constants: 1 with 3 at the low rate, 1 with 6 at the high one, so that 7 can be
+  # learned. (100 and 0.01 are no constants of the oracle.)
+  assert study.regret("constant 1", low).percent == 0
+  assert study.regret("ours", low).percent == pytest.approx(100 * 0.5 / 7)
+  assert study.regret("ours", high).percent == pytest.approx(100 * -2 / 7)
+  assert study.regret("ours", high, 100.0).percent == pytest.approx(100 * 4 / 7)
+  found = study.summary("ours")
+  assert found.mean == pytest.approx(100 * (0.5 - 2 + 0 + 4) / 7 / 4)
+  assert found.worst == pytest.approx(100 * 4 / 7)
+  # None of it is worse than no clipping, with 4 and 10.
+  assert found.harm == pytest.approx(0)
+  assert found.harmed == 0
+  assert found.tuned == pytest.approx(100 * (0.5 + 0) / 7 / 2)
+
+
+def test_a_constant_at_another_scale_is_another_constant():
+  study = _regret.Study(rows_by_hand())
+  low, _ = study.cells
+  # At the scale 100 a limit of 1 is one of 0.01, with 8; the best has 3.
+  assert study.regret("constant 1", low, 100.0).percent == pytest.approx(500 / 7)
+  assert study.regret("none", low, 100.0) == study.regret("none", low, 1.0)
+  # A limit above all that were measured is none.
+  assert study.regret("constant 100", low, 0.01) == study.regret("none", low)
+
+
+def agreement_by_hand(grads, rate=0.3):
+  """The equations of `_agreement`, in float64 and for one vector."""
+  log, norm = np.log, np.linalg.norm
+  h, a, m, d, seen, updates = log(1e-3), 1.0, None, 0.0, 0, []
+  for g in np.asarray(grads, np.float64):
+    n = norm(g)
+    if not np.isfinite(n) or n == 0:
+      updates.append(np.zeros_like(g))
+      continue
+    cosine = g @ d / (n * norm(d)) if seen else 0.0
+    if seen:
+      speed = max(rate, a * min(1, 10 / (seen + 1)))
+      h = np.clip(h + speed * cosine, log(1e-5), log(2))
+    else:
+      m = log(n)
+    u = g * min(1, np.exp(h + m - log(n)))
+    m += max(0.05, 1 / (seen + 1)) * (min(log(n), m + log(3)) - m)
+    a *= 0.7 if cosine < 0 else 1.0
+    d, seen = 0.9 * d + u, seen + 1
+    updates.append(u)
+  return np.stack(updates)
+
+
+@pytest.mark.parametrize("by", ["leaf", "all"])
+def test_agreement_is_that_of_its_equations(by):
+  import jax
+
+  random = np.random.default_rng(0)
+  drift = 2 * np.sin(np.arange(400) / 40)[:, None]
+  sizes = np.exp(random.normal(size=(400, 1)))
+  grads = np.float32((random.normal(size=(400, 7)) + drift) * sizes)
+  grads[50], grads[70], grads[90] = np.nan, 0, np.inf
+  tree = {"a": grads[:, :3], "b": grads[:, 3:]}
+  tx = _agreement.clip_by_agreement(by)
+
+  def step(state, g):
+    updates, state = tx.update(g, state)
+    return state, updates
+
+  start = tx.init(jax.tree.map(lambda x: jax.numpy.zeros(x.shape[1:]), tree))
+  _, found = jax.jit(lambda g: jax.lax.scan(step, start, g))(tree)
+  parts = {k: agreement_by_hand(v) for k, v in tree.items()}
+  whole = agreement_by_hand(grads)
+  wanted = parts if by == "leaf" else {"a": whole[:, :3], "b": whole[:, 3:]}
+  for key, x in found.items():
+    scale = np.linalg.norm(wanted[key], axis=1, keepdims=True) + 1e-30
+    np.testing.assert_allclose(x / scale, wanted[key] / scale, atol=2e-5)
 
 
 def test_padding_has_no_gradient():
