@@ -6,8 +6,9 @@ cell, says what was possible there; a method's regret is what it loses to that.
 
 Fixed before the first run, and not changed after it: tasks, cells, the methods in
 `LEARNED`, all their constants, and `GATE`, what a method must do before this library
-recommends it to people without a threshold. The rates, and no more, follow from runs without a clip, at scale 1
-and with other seeds: the best of them is neither the lowest nor the highest.
+recommends it to people without a threshold. The rates, and no more, follow from runs
+without a clip, at scale 1 and with other seeds: the best of them is neither the lowest
+nor the highest.
 """
 
 from collections.abc import Callable

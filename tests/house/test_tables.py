@@ -56,7 +56,32 @@ def test_the_table_of_methods_has_every_method():
   assert set(names) >= ROWS | PER_EXAMPLE | {"observe"}
   assert set(names) <= set(optax_clip.__all__)
   guards = table("| guard | does not take |\n")
-  assert set(guards) == set(registry.AROUND) - {"observe"} | {"guarded_step"}
+  others = {"guarded_step", "protect"}
+  assert set(guards) == set(registry.AROUND) - {"observe"} | others
+
+
+def test_the_table_of_defaults_has_every_default():
+  """Of what learns: each number in a signature stands in its row."""
+  header = "| call | a constant in units of gradients | free of units | first limit |"
+  text = (
+    (ROOT / "docs" / "learned.md").read_text().partition(header)[2].partition("\n\n")[0]
+  )
+  lines = [line for line in text.splitlines() if line.startswith("| `")]
+  calls = {
+    name: line
+    for line in lines
+    for name in re.findall(r"`(?:thresholds\.)?(\w+)\(", line.split("|")[1])
+  }
+  assert set(calls) >= LEARN | {"geometric", "skip_spikes", "clippy"}
+  for name in sorted(LEARN | {"geometric", "clippy"}):
+    made = getattr(optax_clip, name, None) or getattr(thresholds, name)
+    numbers = re.findall(r"[\d.,]*\d(?:e-\d+)?", calls[name])
+    known = {float(x.replace(",", "")) for x in numbers}
+    for parameter in inspect.signature(made).parameters.values():
+      value = parameter.default
+      # 0 and 1 are how an argument says that it does nothing.
+      if type(value) in (int, float) and value not in (0, 1):
+        assert value in known, (name, parameter)
 
 
 def test_the_compiled_suite_has_every_transformation():
