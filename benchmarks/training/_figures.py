@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks._charts import STYLE
 from benchmarks.training import _regret
 from benchmarks.training import _summary
 from benchmarks.training import untuned
@@ -17,14 +18,6 @@ from benchmarks.training._summary import Row
 from benchmarks.training._summary import select
 from benchmarks.training._summary import values
 
-STYLE = {
-  "font.size": 10,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.titlesize": 11,
-  "axes.titlelocation": "left",
-  "figure.facecolor": "white",
-}
 WORST = 3.0  # Larger losses stand as text: drawn, they would leave no room for others.
 TAUS = {None: "#444444", 100.0: "#1f6fb4", 30.0: "#e67e22"}
 LIBRARIES = {"none": "#444444", "optax": "#c0392b", "optax_clip": "#1f6fb4"}
@@ -43,16 +36,21 @@ def draw(study: str, rows: list[Row], path: pathlib.Path) -> None:
 def _temporal_order(rows: list[Row]) -> Any:
   """Shows solved seeds for each method and rate; the best rate with its interval."""
   lengths = values(rows, "length")
+  counts = [len(values(select(rows, length=n), "method")) for n in lengths]
   figure, axes = plt.subplots(
-    len(lengths), 2, figsize=(9.5, 3.6 * len(lengths)), layout="constrained"
+    len(lengths),
+    2,
+    figsize=(9.5, 0.27 * sum(counts) + 0.9 * len(lengths)),
+    layout="constrained",
+    height_ratios=[n + 1 for n in counts],
   )
   for row_of_axes, length in zip(np.atleast_2d(axes), lengths, strict=True):
     mine = select(rows, length=length)
     methods = values(mine, "method")
     seeds = len(mine[0]["solved_at"])
-    counts = [[_summary.solved(r) for r in select(mine, method=m)] for m in methods]
+    solved = [[_summary.solved(r) for r in select(mine, method=m)] for m in methods]
     left, right = row_of_axes
-    _heat(left, methods, values(mine, "rate"), counts, "{:.0f}", (0, seeds))
+    _heat(left, methods, values(mine, "rate"), solved, "{:.0f}", (0, seeds))
     left.set_title(f"length {length}: seeds of {seeds} that solved it")
     left.set_xlabel("learning rate")
     for y, method in enumerate(methods):
@@ -171,10 +169,12 @@ def _low_precision(rows: list[Row]) -> Any:
   half, many = select(rows, part="float16"), select(rows, part="bfloat16")
   batches, scales = values(half, "batch"), values(half, "loss_scale")
   names = [f"mean x {scale:g}" if scale else "sum" for scale in scales]
-  figure, axes = plt.subplots(
-    1, 4, figsize=(12.5, 3.6), layout="constrained", width_ratios=(1, 1, 1, 1.5)
-  )
-  for axis, method in zip(axes, LIBRARIES, strict=False):
+  figure = plt.figure(figsize=(7.4, 6.2), layout="constrained")
+  above, below = figure.subfigures(2, 1, height_ratios=(1, 0.95))
+  above.suptitle("float16: test accuracy (%) by loss and batch", x=0.01, ha="left")
+  for axis, method in zip(
+    above.subplots(1, len(LIBRARIES), sharey=True), LIBRARIES, strict=True
+  ):
     means = [
       [
         _summary.mean(
@@ -185,11 +185,13 @@ def _low_precision(rows: list[Row]) -> Any:
       for s in scales
     ]
     _heat(axis, names, batches, means, "{:.0f}", (10, 100))
-    axis.set(xlabel="batch", title=f"float16, {method}")
+    axis.set(xlabel="batch", title=method)
+  below.suptitle("bfloat16: 2,000 leaves", x=0.01, ha="left")
+  axis = below.subplots()
   for method, color in LIBRARIES.items():
     mine = select(many, method=method)
     means = [_summary.mean(row["accuracy"]) for row in mine]
-    axes[3].errorbar(
+    axis.errorbar(
       values(mine, "rate"),
       [m.value for m in means],
       [m.error for m in means],
@@ -199,12 +201,11 @@ def _low_precision(rows: list[Row]) -> Any:
       capsize=3,
       label=method,
     )
-  axes[3].set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
+  axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
   rates = values(many, "rate")
-  axes[3].set_xticks(rates, [f"{rate:g}" for rate in rates])
-  axes[3].set_xticks([], minor=True)
-  axes[3].set_title("bfloat16, 2,000 leaves")
-  axes[3].legend(frameon=False, fontsize=9)
+  axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+  axis.set_xticks([], minor=True)
+  axis.legend(frameon=False, loc="lower left")
   return figure
 
 
