@@ -161,6 +161,7 @@ def as_users_run_it(monkeypatch, tmp_path):
     yield
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("page", [page for page, found in RUN.items() if found])
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_page_runs(page):

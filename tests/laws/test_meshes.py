@@ -249,7 +249,7 @@ def test_jit_collects_once_for_each_set_of_axes(method, count, kind):
   assert not re.search(r"\b(all-gather|all-to-all|collective-permute)", text)
 
 
-@pytest.mark.parametrize("count", [2, 40, 400])
+@pytest.mark.parametrize("count", [2, 100])
 @pytest.mark.parametrize("method", ["clip_by_global_norm", "adaptive_grad_clip"])
 def test_one_collective_for_each_set_of_axes(method, count):
   """Whatever the number of leaves; and no gradient is gathered."""
