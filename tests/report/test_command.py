@@ -18,7 +18,7 @@ from optax_clip._report import events
 from optax_clip._report import logs
 
 # Optax promotes dtypes and ranks implicitly.
-# A program for people with a log; its numbers are those of tests/report/test_observe.py.
+# A whole program; its numbers are those of tests/report/test_observe.py.
 pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
 
