@@ -64,9 +64,13 @@ class Study:
     self._rows = rows
     self._found = {(_cell(row), row["method"], row["scale"]): row for row in rows}
     self.cells = list(dict.fromkeys(map(_cell, rows)))
-    self.methods = [m for m in values(rows, "method") if m not in _fixed(rows)]
+    names = values(rows, "method")
+    self._constants = {
+      m: float(m.split()[1]) for m in names if m.startswith("constant ")
+    }
+    self.methods = [m for m in names if m != "none" and m not in self._constants]
     self.scales = values(rows, "scale")
-    known = [m for m in ORACLE if m in values(rows, "method")]
+    known = [m for m in ORACLE if m in names]
     self._oracle = {
       cell: min(
         (self._found[cell, name, 1.0] for name in known),
@@ -74,14 +78,11 @@ class Study:
       )
       for cell in self.cells
     }
-    self._least = {
-      cell: min(
-        mean(scores(row)).value
-        for other, row in self._oracle.items()
-        if _without_rate(other) == _without_rate(cell)
-      )
-      for cell in self.cells
-    }
+    least: dict[Cell, float] = {}
+    for cell, row in self._oracle.items():
+      group, value = _without_rate(cell), mean(scores(row)).value
+      least[group] = min(least.get(group, value), value)
+    self._least = {cell: least[_without_rate(cell)] for cell in self.cells}
     self._median: dict[Any, float] = {}
 
   def regret(self, method: str, cell: Cell, scale: float = 1.0) -> Regret:
@@ -135,22 +136,20 @@ class Study:
 
   def kept(self) -> tuple[str, float, str, float]:
     """Returns the best constant over all scales, and that at scale 1, with regrets."""
-    found = [m for m in _fixed(self._rows) if m != "none"]
+    found = list(self._constants)
     whole = {m: statistics.fmean(r.percent for r in self.all_of(m)) for m in found}
     one = {m: statistics.fmean(r.percent for r in self.all_of(m, [1.0])) for m in found}
     best, alone = min(whole, key=whole.__getitem__), min(one, key=one.__getitem__)
     return best, whole[best], alone, one[alone]
 
   def _row(self, method: str, cell: Cell, scale: float) -> Row:
-    if method.startswith("constant "):
+    if method in self._constants:
       # Gradients times s, clipped to c: as gradients clipped to c / s.
-      limit = float(method.split()[1]) / scale
-      name = min(
-        _fixed(self._rows)[1:],
-        key=lambda m: abs(math.log(float(m.split()[1]) / limit)),
-      )
-      above = limit > 1.5 * max(float(m.split()[1]) for m in _fixed(self._rows)[1:])
-      method, scale = "none" if above else name, 1.0
+      limit = self._constants[method] / scale
+      sizes = self._constants
+      near = min(sizes, key=lambda m: abs(math.log(sizes[m] / limit)))
+      method = "none" if limit > 1.5 * max(sizes.values()) else near
+      scale = 1.0
     return self._found[cell, method, 1.0 if method == "none" else scale]
 
   def _difference(self, row: Row, base: Row, cell: Cell) -> Regret:
@@ -200,9 +199,3 @@ def _cell(row: Row) -> Cell:
 
 def _without_rate(cell: Cell) -> Cell:
   return cell[:3]
-
-
-def _fixed(rows: list[Row]) -> list[str]:
-  """Lists what does not learn: no limit, and constants."""
-  names = values(rows, "method")
-  return [m for m in names if m == "none" or m.startswith("constant ")]

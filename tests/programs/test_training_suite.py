@@ -166,7 +166,8 @@ def test_untuned_runs():
     np.testing.assert_allclose(found, scores[fault, rate, 1.0], rtol=1e-3)
 
 
-def test_horizon_runs():
+def test_horizon_runs(monkeypatch):
+  monkeypatch.setattr(horizon, "CONSTANTS", (1.0,))
   rows = list(
     horizon.run(names=("geometric",), tasks=("regression",), times=(1,), seeds=1)
   )

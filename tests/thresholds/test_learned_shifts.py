@@ -32,6 +32,7 @@ BOUNDS = {
   'zclip, mode="percentile"': (60, 400, 100),
   "adagc": (3500, 300, 3000),
   "adaclip": (2500, 6000, 2500),
+  "thresholds.geometric": (230, 200, 100),
 }
 
 

@@ -58,7 +58,7 @@ def custom(norms: jax.Array) -> tuple[Measure, Threshold, Action]:
 def train(params: Tree, grads: Tree, loss: jax.Array) -> tuple[Tree, float]:
   """One step, and what there is to read after it."""
   clip = optax_clip.clip_with(*custom(jnp.ones(1)))
-  inner = optax.chain(clip, optax.adamw(1e-3))
+  inner = optax_clip.protect(optax.adamw(1e-3), clip, guard=None)
   inner = optax_clip.skip_nonfinite(inner, record="layers")
   spikes = optax_clip.skip_spikes(inner, signals=("norm", "loss"), name="spikes")
   tx = optax_clip.observe(optax_clip.dynamic_loss_scale(spikes), window=100)
