@@ -51,6 +51,10 @@ SEARCHES = {
   "skip": "skipping",
   "cost": "costs",
   "privacy": "which",
+  "skip step": "skipping",
+  "resume checkpoint": "resuming",
+  "BatchNorm": "skipping",
+  "learning rate too high": "notebooks/untuned",
 }
 
 # The contrast of text with what is behind it, as WCAG 2 has it, of each element that
