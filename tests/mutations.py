@@ -262,9 +262,9 @@ FAULTS = (
   ),
   Fault(
     "a guard counts steps that were taken as skipped",
-    "_guards/guard.py",
-    "skipped = (~verdict.take).astype(jnp.int32)",
-    "skipped = verdict.take.astype(jnp.int32)",
+    "_guards/record.py",
+    'counted(skipped, old["steps_skipped"])',
+    'counted(~skipped, old["steps_skipped"])',
     "skip",
     "count or Contract or record",
   ),

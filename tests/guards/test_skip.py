@@ -677,3 +677,15 @@ class TestBadInput:
       tx.update(gradient(), state)
     with pytest.raises(ValueError, match="loss must be a scalar"):
       tx.update(gradient(), state, loss=jnp.ones(3))
+
+
+def test_a_guard_counts_what_it_skipped():
+  tx = optax_clip.skip_nonfinite(optax.sgd(0.1))
+  state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
+  seen = []
+  for g in (1.0, jnp.nan, 1.0, jnp.inf, jnp.nan):
+    _, state = update({"w": jnp.array([g])}, state)
+    found = optax_clip.metrics(state)
+    names = ("skipped", "consecutive", "steps", "steps_skipped")
+    seen.append([int(found[f"skip_nonfinite/{name}"]) for name in names])
+  assert seen == [[0, 0, 1, 0], [1, 1, 2, 1], [0, 0, 3, 1], [1, 1, 4, 2], [1, 2, 5, 3]]
