@@ -300,8 +300,7 @@ def _untuned(rows: list[Row]) -> Any:
   """Shows each method's mean regret, by kind of batches and by task."""
   study = _regret.Study(rows)
   constant, over_all, *_ = study.kept()
-  learned = sorted(study.methods, key=lambda m: study.summary(m).mean)
-  names = [*learned, constant, "none"]
+  names = [*study.ranked(), constant, "none"]
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(11.5, 6.2), sharey=True, layout="constrained", width_ratios=(1.3, 1)
   )

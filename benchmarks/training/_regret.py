@@ -11,7 +11,6 @@ from typing import Any
 from typing import NamedTuple
 
 from benchmarks.training import untuned
-from benchmarks.training._summary import Mean
 from benchmarks.training._summary import Row
 from benchmarks.training._summary import mean
 from benchmarks.training._summary import select
@@ -134,6 +133,10 @@ class Study:
       tuned=statistics.fmean(best),
     )
 
+  def ranked(self) -> tuple[str, ...]:
+    """Returns the methods that learn by their mean regret, the least first."""
+    return tuple(sorted(self.methods, key=self.mean_of))
+
   def kept(self) -> tuple[str, float, str, float]:
     """Returns the best constant over all scales, and that at scale 1, with regrets."""
     found = list(self._constants)
@@ -180,17 +183,6 @@ def scores(row: Row) -> list[float]:
   """Returns each seed's score, at most that of knowing nothing."""
   most = row["nothing"]
   return [most if x is None else min(x, most) for x in row["score"]]
-
-
-def ranked(rows: list[Row]) -> tuple[str, ...]:
-  """Returns the methods that learn by their mean regret, the least first."""
-  study = Study(rows)
-  return tuple(sorted(study.methods, key=lambda m: study.summary(m).mean))
-
-
-def average(row: Row) -> Mean:
-  """Returns a row's mean score."""
-  return mean(scores(row))
 
 
 def _cell(row: Row) -> Cell:

@@ -183,6 +183,27 @@ def _unigram() -> float:
   return float(-np.sum(share * np.log(share)))
 
 
+def _language(
+  init: Callable[[int], Any],
+  logits: Callable[[Any, Array], Array],
+  optimizer: Callable[[Any], optax.GradientTransformation],
+  rates: tuple[float, ...],
+) -> SmallTask:
+  """Makes the task of a language model, from its logits for symbols."""
+
+  def of(params: Any, windows: Array) -> Array:
+    return _cross_entropy(logits(params, windows[:, :-1]), windows[:, 1:])
+
+  return SmallTask(
+    init,
+    lambda params, key, corrupted: of(params, _windows(key, 8, corrupted)),
+    lambda params: of(params, jnp.asarray(_text()[1])),
+    _unigram(),
+    optimizer,
+    rates,
+  )
+
+
 def _recurrent_logits(params: Any, symbols: Array) -> Array:
   def step(hidden: Array, symbol: Array) -> Any:
     inward = params["in"][symbol] + hidden @ params["inside"] + params["bias"]
@@ -208,17 +229,7 @@ def _recurrent() -> SmallTask:
       "out_bias": jnp.zeros(LETTERS),
     }
 
-  def of(params: Any, windows: Array) -> Array:
-    return _cross_entropy(_recurrent_logits(params, windows[:, :-1]), windows[:, 1:])
-
-  return SmallTask(
-    init,
-    lambda params, key, corrupted: of(params, _windows(key, 8, corrupted)),
-    lambda params: of(params, jnp.asarray(_text()[1])),
-    _unigram(),
-    optax.sgd,
-    (0.1, 0.46, 2.2, 10.0),
-  )
+  return _language(init, _recurrent_logits, optax.sgd, (0.1, 0.46, 2.2, 10.0))
 
 
 def _normal(x: Array) -> Array:
@@ -255,16 +266,8 @@ def _attention() -> SmallTask:
       "head": draw(width, LETTERS, 0.3),
     }
 
-  def of(params: Any, windows: Array) -> Array:
-    return _cross_entropy(_attention_logits(params, windows[:, :-1]), windows[:, 1:])
-
-  return SmallTask(
-    init,
-    lambda params, key, corrupted: of(params, _windows(key, 8, corrupted)),
-    lambda params: of(params, jnp.asarray(_text()[1])),
-    _unigram(),
-    optax.contrib.muon,
-    (0.002, 0.0093, 0.043, 0.2),
+  return _language(
+    init, _attention_logits, optax.contrib.muon, (0.002, 0.0093, 0.043, 0.2)
   )
 
 

@@ -54,5 +54,5 @@ def _best() -> tuple[str, ...]:
   from benchmarks import training
   from benchmarks.training import _regret
 
-  best = _regret.ranked(training.load("untuned"))[:3]
+  best = _regret.Study(training.load("untuned")).ranked()[:3]
   return best if "geometric" in best else (*best, "geometric")

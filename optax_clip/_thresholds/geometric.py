@@ -48,7 +48,7 @@ def geometric(
 
   Args:
     factor: f > 0, how many times the mean a norm may be.
-    surprise: s >= 1, how many times the mean a norm counts at most: one norm of 1e30
+    surprise: s > 1, how many times the mean a norm counts at most: one norm of 1e30
       raises the mean by 2%.
     decay: beta, from 0 to below 1.
 
