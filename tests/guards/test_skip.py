@@ -5,6 +5,7 @@ import functools
 from flax import nnx
 import flax.linen as nn
 from flax.training import train_state
+from helpers.programs import planned
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -265,7 +266,10 @@ class TestContract:
     for tree in ({}, {"w": None}, {"w": optax.MaskedNode(), "b": jnp.ones(2)}):
       for make in GUARDS.values():
         tx = make(optax.identity())
-        updates, _ = tx.update(tree, tx.init(tree), tree, **LOSS)
+        state = tx.init(tree)
+        updates, _ = jax.eval_shape(
+          functools.partial(tx.update, **LOSS), tree, state, tree
+        )
         assert jax.tree.structure(updates) == jax.tree.structure(tree)
 
 
@@ -550,7 +554,7 @@ class TestCost:
       return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(tx.init, shapes)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(shapes, state, shapes).compile()
+    return planned(jax.jit(step, donate_argnums=(0, 1)).lower(shapes, state, shapes))
 
   def figures(self, compiled):
     memory = compiled.memory_analysis().temp_size_in_bytes

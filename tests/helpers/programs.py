@@ -20,7 +20,12 @@ def compiled_step(tx, params):
     return optax.apply_updates(params, updates), state
 
   state = jax.eval_shape(tx.init, params)
-  return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+  return planned(jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params))
+
+
+def planned(lowered):
+  """Compiles what is only looked at: as for users, but for LLVM's own optimisation."""
+  return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
 def temporary(compiled):

@@ -19,6 +19,7 @@ def test_the_tables_of_the_page_are_that_of_the_results():
   assert costs.updated(text) == text
 
 
+@pytest.mark.programs
 @pytest.mark.foreign  # optax mixes dtypes.
 def test_overhead_of_a_small_model():
   rows = overhead.run(
@@ -33,6 +34,7 @@ def test_overhead_of_a_small_model():
     assert row["added_over_reads"] == pytest.approx(row["added_ms"] / 1e3 / read)
 
 
+@pytest.mark.programs
 @pytest.mark.foreign
 def test_collectives_of_a_mesh(monkeypatch):
   kept = ("none", "clip_by_global_norm", "adaptive_grad_clip")
@@ -68,6 +70,7 @@ ENTRY %main (p: pred[], x: f32[]) -> f32[] {
   assert mesh._count(text.replace("conditional", "call"), "all-reduce") == 2
 
 
+@pytest.mark.programs
 def test_results_are_drawn_and_written(tmp_path, monkeypatch):
   monkeypatch.setenv("COLUMNS", "80")
   few = dict(list(precision.CASES.items())[:1] + list(precision.CASES.items())[-2:])

@@ -62,6 +62,7 @@ def as_users_run_it():
 # --- Docstrings ---------------------------------------------------------------
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("name", EVERY)
 def test_examples_of_public_names(name):
   run_examples(name, EVERY[name])

@@ -100,30 +100,27 @@ def on_mesh(make, trees, sizes, names, specs, mode):
   manual = mode in ("checked", "unchecked")
   tx = make(specs=specs) if manual else make()
 
-  def steps(*trees):
-    state = tx.init(trees[0])
-    for grads in trees:
-      updates, state = tx.update(grads, state, trees[0])
-    return updates, state
+  def put(x, spec):
+    return jax.device_put(x, jax.NamedSharding(mesh, spec))
 
   with jax.set_mesh(mesh):
+    state, update = jax.jit(tx.init)(trees[0]), tx.update
+    whole = jax.tree.map(lambda x: jax.P(), state)
+    state = jax.tree.map(put, state, whole)
     if manual:
-      state = jax.tree.map(lambda x: jax.P(), jax.eval_shape(tx.init, trees[0]))
-      steps = jax.shard_map(
-        steps,
+      update = jax.shard_map(
+        update,
         mesh=mesh,
-        in_specs=(specs,) * len(trees),
-        out_specs=(specs, state),
+        in_specs=(specs, whole, specs),
+        out_specs=(specs, whole),
         check_vma=mode == "checked",
       )
     else:
-      trees = [
-        jax.tree.map(
-          lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), t, specs
-        )
-        for t in trees
-      ]
-    return jax.jit(steps)(*trees)
+      trees = [jax.tree.map(put, t, specs) for t in trees]
+    update = jax.jit(update)
+    for grads in trees:
+      updates, state = update(grads, state, trees[0])
+  return updates, state
 
 
 def close(found, expected):
@@ -141,7 +138,7 @@ MODES = ("checked", "unchecked", "jit", "explicit")
 
 
 @pytest.mark.parametrize("mode", MODES)
-@hypothesis.settings(max_examples=4)
+@hypothesis.settings(max_examples=3)
 @hypothesis.given(
   name=st.sampled_from(sorted(METHODS)), mesh=meshes(), seed=st.integers(0, 100)
 )
@@ -173,25 +170,20 @@ def by_pmap(make, trees, devices, specs):
     # The parts along a new first axis, or as many copies.
     for dim, entry in enumerate(spec):
       if entry is not None:
-        return jnp.stack(jnp.split(x, devices, axis=dim))
-    return jnp.stack([x] * devices)
+        return np.stack(np.split(np.asarray(x), devices, axis=dim))
+    return np.stack([x] * devices)
 
   def whole(x, spec):
     for dim, entry in enumerate(spec):
       if entry is not None:
-        return jnp.concatenate(list(x), axis=dim)
+        return np.concatenate(list(np.asarray(x)), axis=dim)
     return x[0]
 
-  def steps(*trees):
-    state = tx.init(trees[0])
-    for grads in trees:
-      updates, state = tx.update(grads, state, trees[0])
-    return updates, state
-
   parts = [jax.tree.map(cut, t, specs) for t in trees]
-  updates, state = jax.pmap(steps, axis_name="m0", devices=jax.devices()[:devices])(
-    *parts
-  )
+  state = jax.tree.map(lambda x: np.stack([x] * devices), tx.init(trees[0]))
+  update = jax.pmap(tx.update, axis_name="m0", devices=jax.devices()[:devices])
+  for grads in parts:
+    updates, state = update(grads, state, parts[0])
   return jax.tree.map(whole, updates, specs), jax.tree.map(lambda x: x[0], state)
 
 
@@ -222,11 +214,11 @@ def test_pmap_gives_what_one_device_gives(name):
   ("method", "count"),
   [
     ("clip_by_global_norm", 2),
-    ("clip_by_global_norm", 40),
+    ("clip_by_global_norm", 20),
     # A minute to compile.
     pytest.param("clip_by_global_norm", 400, marks=pytest.mark.slow),
     ("adagc", 2),
-    ("adagc", 40),
+    ("adagc", 20),
   ],
 )
 def test_jit_collects_once_for_each_set_of_axes(method, count, kind):
@@ -249,7 +241,7 @@ def test_jit_collects_once_for_each_set_of_axes(method, count, kind):
   assert not re.search(r"\b(all-gather|all-to-all|collective-permute)", text)
 
 
-@pytest.mark.parametrize("count", [2, 100])
+@pytest.mark.parametrize("count", [2, 40])
 @pytest.mark.parametrize("method", ["clip_by_global_norm", "adaptive_grad_clip"])
 def test_one_collective_for_each_set_of_axes(method, count):
   """Whatever the number of leaves; and no gradient is gathered."""

@@ -311,8 +311,11 @@ def assert_sums(got, expected, terms, dtype):
 def test_per_example_functions_promote_nothing_implicitly():
   with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
     for dtype in DTYPES:
-      optax_clip.per_example_global_norm_clip(batch(dtype), 1.0)
-      optax_clip.per_example_layer_norm_clip(batch(dtype), 1.0)
+      for clip in (
+        optax_clip.per_example_global_norm_clip,
+        optax_clip.per_example_layer_norm_clip,
+      ):
+        jax.eval_shape(lambda x, clip=clip: clip(x, 1.0), batch(dtype))
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 3.0, 1e3])

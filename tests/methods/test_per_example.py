@@ -1,5 +1,7 @@
 """Examples whose norms are not finite: left out of sums, counts and derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,15 +36,21 @@ def kept(grads):
   return [x[np.flatnonzero(GOOD)] for x in grads]
 
 
+@functools.cache
+def compiled(function, **keywords):
+  """From gradients and a limit to sums and counts: one program for all tests."""
+  return jax.jit(functools.partial(function, **keywords))
+
+
 @both
 @every_bad
 @every_dtype
 @pytest.mark.parametrize("limit", [0.5, 3.0, float("inf")])
 def test_the_others_are_summed_as_if_it_were_not_there(function, bad, dtype, limit):
   grads = batch(dtype)
-  call = jax.jit(lambda g: function(g, limit, nonfinite="zero"))
-  sums, counts = call(spoiled(grads, bad))
-  wanted, wanted_counts = function(kept(grads), limit)
+  limit = np.float32(limit)
+  sums, counts = compiled(function, nonfinite="zero")(spoiled(grads, bad), limit)
+  wanted, wanted_counts = compiled(function)(kept(grads), limit)
   for new, exact, x in zip(sums, wanted, grads, strict=True):
     assert new.dtype == x.dtype
     exact = np.asarray(exact, np.float64)
@@ -109,33 +117,33 @@ def test_an_example_is_left_out_of_all_leaves(bad):
   assert np.max(np.abs(alone[0] - wanted[0])) > 1e-3
 
 
+@functools.cache
+def derivative(function, mode):
+  """Of the squares of the sums; forward along the first element of each example."""
+
+  def total(grads):
+    sums, _ = function(grads, 1.0, nonfinite="zero")
+    return sum(jnp.sum(x * x) for x in sums)
+
+  def forward(grads):
+    firsts = [(i, b) for i, x in enumerate(grads) for b in range(len(x))]
+    along = [np.zeros((len(firsts), *x.shape), np.float32) for x in grads]
+    for direction, (i, b) in enumerate(firsts):
+      along[i][direction, b].flat[0] = 1
+    slopes = jax.lax.map(lambda dots: jax.jvp(total, (grads,), (dots,))[1], along)
+    return jnp.split(slopes, len(grads))
+
+  return jax.jit(jax.grad(total) if mode == "reverse" else forward)
+
+
 @both
 @every_bad
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_derivatives_are_those_of_the_others(function, bad, mode):
   """Of what is left out they are 0."""
   grads = batch()
-
-  def total(grads):
-    sums, _ = function(grads, 1.0, nonfinite="zero")
-    return sum(jnp.sum(x * x) for x in sums)
-
-  def derivative(grads):
-    if mode == "reverse":
-      return jax.grad(total)(grads)
-    zeros = [jnp.zeros_like(x) for x in grads]
-
-    def along(leaf, index):
-      dots = [z.at[index].set(1) if i == leaf else z for i, z in enumerate(zeros)]
-      return jax.jvp(total, (grads,), (dots,))[1]
-
-    return [
-      jnp.stack([along(i, (b, *[0] * (x.ndim - 1))) for b in range(len(x))])
-      for i, x in enumerate(grads)
-    ]
-
-  found = derivative(spoiled(grads, bad))
-  wanted = derivative(kept(grads))
+  found = derivative(function, mode)(spoiled(grads, bad))
+  wanted = derivative(function, mode)(kept(grads))
   for new, exact in zip(found, wanted, strict=True):
     np.testing.assert_allclose(new[np.flatnonzero(GOOD)], exact, rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(new[np.flatnonzero(~GOOD)], 0)

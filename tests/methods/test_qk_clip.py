@@ -160,7 +160,7 @@ def test_heads_within_tau_stay_bit_for_bit(dtype):
   query = query.at[0, 2].set(jnp.asarray([-0.0, tiny, jnp.nan], dtype))
   key = key.at[0, 1].set(jnp.asarray([-0.0, -tiny, jnp.inf], dtype))
   most = jnp.asarray([50.0, 3.0, 10.0, -4.0])
-  new_query, new_key = optax_clip.qk_clip(query, key, most, TAU)
+  new_query, new_key = compiled(query, key, most, TAU)
   oracles.assert_identical(query[:, 1:], new_query[:, 1:])
   oracles.assert_identical(key[:, 1], new_key[:, 1])
   assert (new_query[:, 0] != query[:, 0]).all()
@@ -171,7 +171,7 @@ def test_neighbours_in_a_group_shrink_with_their_key_and_keep_their_weights():
   query, key = random_weights(0, 1, heads=4)
   x = tokens(0)
   most = jnp.asarray([40.0, 20.0, 8.0, -1.0])
-  new_query, new_key = optax_clip.qk_clip(query, key, most, TAU)
+  new_query, new_key = compiled(query, key, most, TAU)
   # The key by 1/2; the second head has nothing left to do, the third neither.
   np.testing.assert_allclose(new_key, key / 2, rtol=MARGIN)
   np.testing.assert_allclose(new_query[:, 0], query[:, 0] / 2, rtol=MARGIN)
@@ -184,7 +184,7 @@ def test_neighbours_in_a_group_shrink_with_their_key_and_keep_their_weights():
 def test_with_an_alpha_of_1_neighbours_keep_their_logits():
   query, key = random_weights(0, 1, heads=4)
   most = jnp.asarray([40.0, 20.0, 8.0, -1.0])
-  new_query, new_key = optax_clip.qk_clip(query, key, most, TAU, alpha=1)
+  new_query, new_key = compiled(query, key, most, TAU, alpha=1)
   oracles.assert_identical(key, new_key)
   oracles.assert_identical(query[:, 2:], new_query[:, 2:])
   np.testing.assert_allclose(new_query[:, 0], query[:, 0] / 4, rtol=MARGIN)
@@ -194,7 +194,7 @@ def test_with_an_alpha_of_1_neighbours_keep_their_logits():
 def test_with_an_alpha_of_0_queries_stay():
   query, key = random_weights(0, 4, heads=4)
   most = jnp.asarray([40.0, 20.0, 8.0, -1.0])
-  new_query, new_key = optax_clip.qk_clip(query, key, most, TAU, alpha=0)
+  new_query, new_key = compiled(query, key, most, TAU, alpha=0)
   oracles.assert_identical(query, new_query)
   oracles.assert_identical(key[:, 2:], new_key[:, 2:])
   np.testing.assert_allclose(new_key[:, 0], key[:, 0] / 4, rtol=MARGIN)
@@ -213,8 +213,8 @@ def test_no_weight_ever_grows(alpha):
 def test_a_second_time_changes_nothing():
   query, key = random_weights(3, 2)
   x = tokens(3)
-  new = optax_clip.qk_clip(query, key, np.float32(largest_of(query, key, x)), TAU)
-  again = optax_clip.qk_clip(*new, np.float32(largest_of(*new, x)), TAU)
+  new = compiled(query, key, np.float32(largest_of(query, key, x)), TAU)
+  again = compiled(*new, np.float32(largest_of(*new, x)), TAU)
   oracles.assert_identical(new, again)
 
 
@@ -234,7 +234,7 @@ def test_what_never_scales(size, tau):
 def test_what_is_not_finite_hides_no_neighbour():
   query, key = jnp.ones((4, 1)), jnp.ones((2, 1))
   most = jnp.asarray([np.nan, 40.0, np.inf, 40.0])
-  new_query, new_key = optax_clip.qk_clip(query, key, most, TAU)
+  new_query, new_key = compiled(query, key, most, TAU)
   np.testing.assert_allclose(new_key[:, 0], [0.5, 0.5], rtol=MARGIN)
   np.testing.assert_allclose(new_query[:, 0], [1, 0.5, 1, 0.5], rtol=MARGIN)
 
@@ -246,7 +246,7 @@ def test_what_is_not_finite_hides_no_neighbour():
 def test_the_whole_range_of_floats(size, tau, alpha):
   """Tau over S is no float, and the weights are not lost."""
   query, key = jnp.full((1, 1), 1e30), jnp.full((1, 1), 1e30)
-  new = optax_clip.qk_clip(query, key, jnp.full(1, size), tau, alpha=alpha)
+  new = compiled(query, key, jnp.full(1, size), tau, alpha=alpha)
   gamma = np.float64(np.float32(tau)) / np.float64(np.float32(size))
   for x, share in zip(new, (alpha, 1 - alpha), strict=True):
     # The exponents are in the hundreds: so is the error of a power, in epsilons.
@@ -272,7 +272,7 @@ def test_tau_and_alpha_may_be_traced():
   )
   for tau, alpha in ((10.0, 0.5), (2.0, 1.0), (5.0, 0.0)):
     got = clip(tau, alpha)
-    want = optax_clip.qk_clip(query, key, most, tau, alpha=alpha)
+    want = compiled(query, key, most, tau, alpha=alpha)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=MARGIN), got, want)
 
 
@@ -299,9 +299,9 @@ LAYOUTS = ["heads first", "heads last", "fused", "fused first"]
 def test_layouts(layout, key_heads):
   query, key = random_weights(1, key_heads)
   most = np.float32(largest_of(query, key, tokens(1)))
-  want = optax_clip.qk_clip(query, key, most, TAU)
+  want = compiled(query, key, most, TAU)
   laid = [spread(x, layout) for x in (query, key)]
-  got = optax_clip.qk_clip(
+  got = compiled(
     laid[0][0], laid[1][0], most, TAU, head_axis=laid[0][1], fused=laid[0][2]
   )
   for x, y in zip(want, got, strict=True):
@@ -311,9 +311,9 @@ def test_layouts(layout, key_heads):
 def test_a_bias_is_scaled_with_its_kernel():
   query, key = random_weights(1, 4)
   most = np.float32(largest_of(query, key, tokens(1)))
-  want = optax_clip.qk_clip(query, key, most, TAU)
+  want = compiled(query, key, most, TAU)
   trees = [{"kernel": x, "bias": x[0]} for x in (query, key)]
-  got = optax_clip.qk_clip(*trees, most, TAU)
+  got = compiled(*trees, most, TAU)
   for new, alone in zip(got, want, strict=True):
     oracles.assert_identical(new, {"kernel": alone, "bias": alone[0]})
 
@@ -321,7 +321,7 @@ def test_a_bias_is_scaled_with_its_kernel():
 def test_axes_by_path():
   query, key = random_weights(1, 4)
   most = np.float32(largest_of(query, key, tokens(1)))
-  want = optax_clip.qk_clip(query, key, most, TAU)
+  want = compiled(query, key, most, TAU)
   turned = jnp.transpose(key, (1, 0, 2))
   for axis in (
     {"^query": 1, "^key": 0},
@@ -335,7 +335,7 @@ def test_axes_by_path():
 def layers():
   stacks = [random_weights(seed, 2) for seed in range(3)]
   most = np.float32([largest_of(*w, tokens(i)) for i, w in enumerate(stacks)])
-  want = [optax_clip.qk_clip(*w, m, TAU) for w, m in zip(stacks, most, strict=True)]
+  want = [compiled(*w, m, TAU) for w, m in zip(stacks, most, strict=True)]
   query, key = (jnp.stack(side) for side in zip(*stacks, strict=True))
   return query, key, most, [jnp.stack(side) for side in zip(*want, strict=True)]
 
@@ -345,7 +345,7 @@ def test_layers_that_are_stacked(place):
   query, key, most, want = layers()
   query, key = (jnp.moveaxis(x, 0, place) for x in (query, key))
   heads = 1 if place > 1 else 2
-  got = optax_clip.qk_clip(query, key, most, TAU, head_axis=(place, heads))
+  got = compiled(query, key, most, TAU, head_axis=(place, heads))
   for x, y in zip(want, got, strict=True):
     oracles.assert_identical(jnp.moveaxis(x, 0, place), y)
 
@@ -353,7 +353,7 @@ def test_layers_that_are_stacked(place):
 def test_layers_that_are_stacked_and_fused():
   query, key, most, want = layers()
   flat = [x.reshape(*x.shape[:2], -1) for x in (query, key)]
-  got = optax_clip.qk_clip(*flat, most, TAU, head_axis=(0, -1), fused=True)
+  got = compiled(*flat, most, TAU, head_axis=(0, -1), fused=True)
   for x, y in zip(want, got, strict=True):
     oracles.assert_identical(x.reshape(*x.shape[:2], -1), y)
 
@@ -392,10 +392,8 @@ def test_multi_head_latent_attention():
 
   most = largest(content_query, content_key, rotary_query, rotary_key)
   tau = float(np.median(most))
-  new_query, new_key = optax_clip.qk_clip(
-    content_query, content_key, np.float32(most), tau
-  )
-  new_rotary, nothing = optax_clip.qk_clip(rotary_query, None, np.float32(most), tau)
+  new_query, new_key = compiled(content_query, content_key, np.float32(most), tau)
+  new_rotary, nothing = compiled(rotary_query, None, np.float32(most), tau)
   assert nothing is None
   gamma = np.minimum(1, tau / most)[:, None]
   np.testing.assert_allclose(
@@ -422,7 +420,7 @@ def test_multi_head_latent_attention():
 def test_sharded_weights(kind, fused, key_heads):
   query, key = random_weights(1, key_heads)
   most = np.float32(largest_of(query, key, tokens(1)))
-  want = optax_clip.qk_clip(query, key, most, TAU)
+  want = compiled(query, key, most, TAU)
   axis, spec = (-1, P(None, "model")) if fused else (-2, P(None, "model", None))
   if fused:
     query, key = (x.reshape(EMBED, -1) for x in (query, key))
@@ -462,7 +460,7 @@ def test_shard_map_with_heads_on_eight_devices():
   )(query, key, batch)
   exact = np.max([largest_of(query, key, x) for x in batch], axis=0)
   np.testing.assert_allclose(most, exact, rtol=1e-5)
-  want = optax_clip.qk_clip(query, key, most, TAU)
+  want = compiled(query, key, most, TAU)
   for x, y in zip(want, got, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-6)
   assert (largest_of(*got, batch.reshape(-1, EMBED)[:TOKENS]) <= TAU * 1.00001).all()

@@ -13,10 +13,10 @@ import optax_clip
 from optax_clip._norms import scalars as _scalars
 
 P = jax.sharding.PartitionSpec
-SHAPES = [(8, 16)] * 3 + [(16,), (3, 3, 4, 8), (16, 8), (8, 16), (), (5, 8)]
+SHAPES = [(8, 16)] * 2 + [(16,), (3, 3, 4, 8), (16, 8), (8, 16), (), (5, 8)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 16, 17, 256, 257, 1000])
+@pytest.mark.parametrize("count", [1, 16, 17, 256, 257, 600])
 def test_a_vector_is_taken_apart_bit_for_bit(monkeypatch, count):
   monkeypatch.setenv("OPTAX_CLIP_FORMS", "gpu")
   numbers = np.random.default_rng(0).normal(size=(2, count)).astype(np.float32)
@@ -61,7 +61,7 @@ def leaf_by_leaf(record):
   return jax.jit(clipped(record))
 
 
-@pytest.mark.parametrize("forms", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("forms", ["gpu", "tpu"])
 @pytest.mark.parametrize("record", [True, "layers"])
 def test_units_side_by_side_are_as_leaf_by_leaf(monkeypatch, forms, record):
   rng = np.random.default_rng(0)

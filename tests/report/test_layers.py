@@ -206,7 +206,7 @@ def test_layers_that_explode_or_vanish_against_the_rest():
   updates = jax.tree.map(jnp.ones_like, tree())
   updates["stack"] = updates["stack"].at[1].mul(2e3).at[3].mul(4e-4)
   updates["b"] = 0 * updates["b"]
-  _, state = tx.update(updates, tx.init(updates))
+  _, state = jax.jit(tx.update)(updates, tx.init(updates))
   report = layer_metrics(state, updates)
   assert report.exploding == ["stack[1]"]
   assert report.vanishing == ["b", "stack[3]"]
@@ -282,15 +282,12 @@ def test_donation_scan_and_vmap():
   for g in grads:
     state = step(g, state)
   stack = jax.tree.map(lambda *x: jnp.stack(x), *grads)
-  scanned, _ = jax.lax.scan(
-    lambda s, g: (tx.update(g, s)[1], None), tx.init(grads[0]), stack
-  )
+  scanned, _ = jax.lax.scan(lambda s, g: (step(g, s), None), tx.init(grads[0]), stack)
   ours, theirs = (layer_metrics(s, grads[0]) for s in (state, scanned))
   assert list(ours.layers) == list(theirs.layers)
   for path, layer in ours.layers.items():
     np.testing.assert_allclose(layer, theirs.layers[path], rtol=1e-6)
-  members = jax.vmap(tx.init)(stack)
-  _, members = jax.vmap(tx.update)(stack, members)
+  members = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g))[1]))(stack)
   with pytest.raises(ValueError, match=r"ensemble of shape \[3\]"):
     layer_metrics(members, grads[0])
   one = layer_metrics(jax.tree.map(lambda x: x[2], members), grads[0])
@@ -311,6 +308,7 @@ def costly(record):
   }
 
 
+@pytest.mark.optimized
 @pytest.mark.foreign  # AdamW of optax mixes dtypes.
 @pytest.mark.usefixtures("no_rescue")
 @pytest.mark.parametrize("name", costly(True))
@@ -322,6 +320,7 @@ def test_recording_layers_reads_no_gradient_again(name):
   assert sorted(large) == [x.size for x in LARGE]
 
 
+@pytest.mark.optimized
 @pytest.mark.foreign
 @pytest.mark.usefixtures("no_rescue")
 def test_norms_of_layers_serve_the_guard_and_the_clip_inside():

@@ -62,7 +62,7 @@ def split(rules):
     1.0, adam_learning_rate=0.0, muon_weight_dimension_numbers=rules
   )
   params = tree()
-  updates, _ = tx.update(tree(1), tx.init(params), params)
+  updates, _ = jax.jit(tx.update)(tree(1), tx.init(params), params)
   return jax.tree.map(lambda x: "muon" if np.any(x) else "adam", updates)
 
 
