@@ -14,6 +14,15 @@ from optax_clip import actions
 from optax_clip import measures
 
 methods = pytest.mark.parametrize("name", learned.METHODS)
+# What does not depend on the method is tested with each kind of memory by default.
+KINDS = ("autoclip", "zclip", "adagc")
+each_kind = pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+    for name in learned.METHODS
+  ],
+)
 
 
 # Of most sequences, so that a method is compiled once for them.
@@ -53,17 +62,7 @@ def test_memory_is_float32_whatever_the_updates_are(name, dtype):
     assert described(found) == described(updates)
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(
-      name,
-      # One of each kind of memory; the contract tests have `vmap` for all.
-      marks=() if name in ("autoclip", "zclip", "adagc") else pytest.mark.slow,
-    )
-    for name in learned.METHODS
-  ],
-)
+@each_kind
 def test_an_ensemble_is_its_members(name):
   tx = learned.make(name)
   updates = sequence(0, leading=(4,))
@@ -77,7 +76,7 @@ def test_an_ensemble_is_its_members(name):
       np.testing.assert_allclose(x[:, i], y, rtol=1e-5, atol=1e-7)
 
 
-@methods
+@each_kind
 @pytest.mark.foreign
 def test_multi_steps_learns_once_per_step(name):
   updates = jax.tree.map(np.asarray, sequence(0, 3 * STEPS))
@@ -133,7 +132,7 @@ def test_a_traced_window_says_what_to_do(name):
     optax.inject_hyperparams(factory)(**defaults).init({"w": jnp.ones(1)})
 
 
-@methods
+@each_kind
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.foreign
 def test_a_restored_checkpoint_continues_bit_for_bit(name, tmp_path):
@@ -183,9 +182,7 @@ def test_another_window_is_a_clear_error():
 MEASURES = {
   "global": measures.global_norm(),
   "layers": measures.layer_norm(),
-  "rms": measures.layer_rms(),
   "groups": measures.group_norm({"a": "x", "b": "y"}, ["x", "y"]),
-  "units": measures.unit_norm(),
   "relative": measures.relative(measures.unit_norm()),
 }
 
