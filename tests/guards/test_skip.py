@@ -179,13 +179,11 @@ class TestContract:
     name = "dynamic_loss_scale" if guard == "both" else guard
     np.testing.assert_array_equal(record[f"{name}/skipped"], [0, 1, 0])
 
+  # Of explicit axes `test_mixed_meshes.py` has such a test.
   @guards
-  @pytest.mark.parametrize(
-    "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
-  )
-  def test_sharded_steps_are_those_of_one_device(self, guard, kind):
+  def test_sharded_steps_are_those_of_one_device(self, guard):
     tx, _, local = compiled(guard)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = {"w": jax.P("d"), "b": jax.P()}
 
     def put(tree):
@@ -560,16 +558,10 @@ class TestCost:
     memory = compiled.memory_analysis().temp_size_in_bytes
     return memory, compiled.cost_analysis()["bytes accessed"]
 
-  @pytest.fixture(scope="class")
-  def alone(self, shapes):
-    return self.figures(self.compiled(inner(), shapes))
-
   @guards
-  def test_a_whole_step_reads_and_holds_what_clipping_alone_does(
-    self, guard, shapes, alone
-  ):
+  def test_a_whole_step_reads_and_holds_what_clipping_alone_does(self, guard, shapes):
     size = sum(x.size for x in jax.tree.leaves(shapes)) * 4
-    memory, read = alone
+    memory, read = self.figures(self.compiled(inner(), shapes))
     ours, ours_read = self.figures(
       self.compiled(GUARDS[guard](inner()), shapes, whole=True)
     )

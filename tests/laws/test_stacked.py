@@ -112,6 +112,7 @@ def scaled(leaf, factor):
   return np.asarray(leaf) * factors.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
+@pytest.mark.programs
 @pytest.mark.foreign
 class TestScannedTransformer:
   """One of the scanned layers explodes, and only that one is scaled."""
