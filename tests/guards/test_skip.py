@@ -46,6 +46,11 @@ def compiled(guard):
   return tx, jax.jit(tx.update), whole
 
 
+@functools.cache
+def without_guard():
+  return jax.jit(inner().update)
+
+
 def params():
   return {"w": jnp.ones((8, 4)), "b": jnp.full(4, 0.5)}
 
@@ -104,7 +109,7 @@ class TestContract:
   @guards
   def test_healthy_steps_are_those_of_the_transformation_inside(self, guard):
     tx, update, _ = compiled(guard)
-    alone = jax.jit(inner().update)
+    alone = without_guard()
     scale = 4 if guard in ("dynamic_loss_scale", "both") else 1
     state, plain = tx.init(params()), inner().init(params())
     p = params()
@@ -248,10 +253,9 @@ class TestContract:
     g = {"w": jnp.array([1.0, -2.0], dtype)}
     for make in GUARDS.values():
       tx = make(optax_clip.clip_by_global_norm(0.5))
-      update = jax.jit(tx.update)
-      for grads in (g, {"w": g["w"] * NAN}):
-        updates, _ = update(grads, tx.init(g), g, **LOSS)
-        assert updates["w"].dtype == dtype
+      update = functools.partial(tx.update, **LOSS)
+      updates, _ = jax.eval_shape(update, g, tx.init(g), g)
+      assert updates["w"].dtype == dtype
 
   def test_the_largest_finite_gradient_is_no_reason_to_skip(self):
     tx = optax_clip.skip_nonfinite(optax_clip.clip_by_global_norm(1.0))

@@ -202,7 +202,7 @@ def test_clip_tree_of_huge_values():
 @pytest.mark.parametrize("shape", RANKS, ids=str)
 def test_unitwise_norm(shape, dtype):
   x = normal(0, shape, dtype)
-  got = optax_clip.unitwise_norm(x)
+  got = jax.jit(optax_clip.unitwise_norm)(x)
   square = np.square(wide(x)).sum(axis=UNITS[shape], keepdims=True)
   assert got.dtype == jnp.float32
   assert got.shape == shape
@@ -215,7 +215,8 @@ def test_unitwise_norm_over_given_axes(axis):
   x = normal(1, (2, 3, 4))
   square = np.square(wide(x)).sum(axis=axis, keepdims=True)
   expected = np.broadcast_to(np.sqrt(square), x.shape)
-  np.testing.assert_allclose(optax_clip.unitwise_norm(x, axis), expected, rtol=1e-6)
+  got = jax.jit(optax_clip.unitwise_norm, static_argnums=1)(x, axis)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_unitwise_norm_of_units_of_very_different_size():
@@ -292,6 +293,11 @@ def clipped_sum(leaves, limit):
   return sums, int((norms > limit).sum())
 
 
+# Compiled once for all limits.
+example_global = jax.jit(optax_clip.per_example_global_norm_clip)
+example_layer = jax.jit(optax_clip.per_example_layer_norm_clip, static_argnums=2)
+
+
 def batch(dtype, scale=1.0):
   return [normal(i, shape, dtype, scale) for i, shape in enumerate(SHAPES)]
 
@@ -322,7 +328,7 @@ def test_per_example_functions_promote_nothing_implicitly():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_per_example_global(dtype, limit):
   grads = batch(dtype)
-  got, count = optax_clip.per_example_global_norm_clip(grads, limit)
+  got, count = example_global(grads, limit)
   expected, clipped = clipped_sum(grads, limit)
   assert_sums(got, expected, grads, dtype)
   assert count == clipped
@@ -333,7 +339,7 @@ def test_per_example_global(dtype, limit):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_per_example_layer(dtype, uniform):
   grads = batch(dtype)
-  got, counts = optax_clip.per_example_layer_norm_clip(grads, 1.5, uniform)
+  got, counts = example_layer(grads, 1.5, uniform)
   sizes = np.array([3, 8, 1])
   shares = np.full(3, 1 / 3) if uniform else sizes / sizes.sum()
   for new, count, x, share in zip(got, counts, grads, shares, strict=True):
@@ -344,7 +350,7 @@ def test_per_example_layer(dtype, uniform):
 
 def test_per_example_global_of_trees():
   grads = {"a": normal(0, (4, 3)), "b": {"c": normal(1, (4, 2))}}
-  got, _ = optax_clip.per_example_global_norm_clip(grads, 1.0)
+  got, _ = example_global(grads, 1.0)
   assert jax.tree.structure(got) == jax.tree.structure(grads)
   assert got["a"].shape == (3,)
 
@@ -353,7 +359,7 @@ def test_per_example_global_of_trees():
 def test_per_example_of_any_magnitude(scale):
   """Squares are no floats; sums are."""
   grads = batch("float32", scale)
-  got, count = optax_clip.per_example_global_norm_clip(grads, 0.5 * scale)
+  got, count = example_global(grads, 0.5 * scale)
   expected, clipped = clipped_sum([wide(x) / scale for x in grads], 0.5)
   for new, exact in zip(got, expected, strict=True):
     np.testing.assert_allclose(wide(new) / scale, exact, rtol=0, atol=1e-6)
@@ -363,14 +369,14 @@ def test_per_example_of_any_magnitude(scale):
 def test_per_example_of_both_ends_of_the_range():
   """An example of 3e38 beside one of 1e-30, and one of zeros."""
   grads = [jnp.array([[3e38, 3e38], [1e-30, 0.0], [0.0, 0.0]])]
-  (got,), count = optax_clip.per_example_global_norm_clip(grads, 1.0)
+  (got,), count = example_global(grads, 1.0)
   np.testing.assert_allclose(got, [0.5**0.5] * 2, rtol=5e-7)
   assert count == 1
 
 
 def test_per_example_of_float16_whose_square_overflows():
   grads = [jnp.array([[300.0, 400.0], [0.3, 0.4]], jnp.float16)]
-  (got,), count = optax_clip.per_example_global_norm_clip(grads, 1.0)
+  (got,), count = example_global(grads, 1.0)
   np.testing.assert_allclose(wide(got), [0.9, 1.2], rtol=2.0**-11 * 1.01)
   assert count == 1
 
@@ -378,23 +384,23 @@ def test_per_example_of_float16_whose_square_overflows():
 def test_per_example_sum_is_accumulated_in_float32():
   """In bfloat16, 256 + 1 is 256."""
   grads = [jnp.ones((1000, 1), jnp.bfloat16)]
-  (got,), _ = optax_clip.per_example_global_norm_clip(grads, 1.0)
+  (got,), _ = example_global(grads, 1.0)
   assert got == 1000
 
 
 def test_per_example_of_zeros():
   grads = [jnp.zeros((3, 2)), jnp.zeros((3,))]
   for limit in (0.0, 1.0):
-    got, count = optax_clip.per_example_global_norm_clip(grads, limit)
+    got, count = example_global(grads, limit)
     assert all((x == 0).all() for x in got)
     assert count == 0
-    got, counts = optax_clip.per_example_layer_norm_clip(grads, limit)
+    got, counts = example_layer(grads, limit)
     assert all((x == 0).all() for x in got)
     assert all(count == 0 for count in counts)
 
 
 def test_per_example_of_an_empty_batch():
-  got, count = optax_clip.per_example_global_norm_clip([jnp.zeros((0, 2))], 1.0)
+  got, count = example_global([jnp.zeros((0, 2))], 1.0)
   np.testing.assert_array_equal(got[0], [0, 0])
   assert count == 0
 
@@ -402,10 +408,10 @@ def test_per_example_of_an_empty_batch():
 def test_per_example_with_a_nan_example():
   """It is seen, not hidden, and only in the leaves that share its norm."""
   grads = [jnp.array([[np.nan, 1.0], [3.0, 4.0]]), jnp.ones((2, 1))]
-  got, count = optax_clip.per_example_global_norm_clip(grads, 1.0)
+  got, count = example_global(grads, 1.0)
   assert all(jnp.isnan(x).all() for x in got)
   assert count == 1
-  got, counts = optax_clip.per_example_layer_norm_clip(grads, 1.0)
+  got, counts = example_layer(grads, 1.0)
   assert jnp.isnan(got[0]).all()
   assert jnp.isfinite(got[1]).all()
   assert counts[0] == 1
@@ -423,7 +429,7 @@ def test_per_example_under_jit_and_with_a_traced_limit():
 
 def test_per_example_of_complex():
   grads = [jnp.array([[3 + 4j, 0], [0.3j, 0.4]], jnp.complex64)]
-  (got,), count = optax_clip.per_example_global_norm_clip(grads, 1.0)
+  (got,), count = example_global(grads, 1.0)
   np.testing.assert_allclose(got, [0.6 + 1.1j, 0.4], rtol=1e-6)
   assert count == 1
 
@@ -431,7 +437,7 @@ def test_per_example_of_complex():
 def test_per_example_keeps_float64():
   with jax.enable_x64(True):
     grads = [jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))]
-    got, _ = optax_clip.per_example_global_norm_clip(grads, 0.7)
+    got, _ = example_global(grads, 0.7)
     expected, _ = clipped_sum(grads, 0.7)
     assert got[0].dtype == jnp.float64
     np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=1e-14)
