@@ -1,7 +1,10 @@
 """How a training step is compiled for devices that need not be there."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
+import hashlib
 import math
+import re
 import time
 from typing import Any
 from typing import NamedTuple
@@ -43,6 +46,41 @@ class Compiled(NamedTuple):
     }
 
 
+def _stepped(tx: Any, whole: bool) -> Callable[[Any, Any, Any], Any]:
+  """Returns the step from parameters, state and gradients."""
+
+  def stepped(params: Any, state: Any, grads: Any) -> Any:
+    if whole:
+      return optax_clip.guarded_step(tx, grads, state, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return stepped
+
+
+def digest(
+  tx: optax.GradientTransformation,
+  shapes: Sequence[tuple[int, ...]],
+  dtype: Any,
+  whole: bool = False,
+) -> str:
+  """Hashes what a step computes, in the forms of all backends: traced, not compiled.
+
+  Names, comments and modules do not change it, nor does what the step does not use.
+  Versions of JAX and optax do, and the number of devices that JAX has.
+  """
+  tx = optax.with_extra_args_support(tx)
+  params = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+  state = jax.eval_shape(tx.init, params)
+  traced = jax.make_jaxpr(_stepped(tx, whole))(params, state, params)
+  # Functions print with their names and addresses.
+  text = re.sub(r"<.*? at 0x[0-9a-f]+>", "", str(traced.jaxpr))
+  found = hashlib.sha256(re.sub(r"\bname=\w+", "", text).encode())
+  for array in traced.consts:
+    found.update(np.asarray(array).tobytes())
+  return found.hexdigest()[:16]
+
+
 def step(
   tx: optax.GradientTransformation,
   shapes: Sequence[tuple[int, ...]],
@@ -78,18 +116,12 @@ def step(
   if len(devices) > 1:
     state = optax.tree.map_params(tx, placed, state, specs)
 
-  def stepped(params: Any, state: Any, grads: Any) -> Any:
-    if whole:
-      return optax_clip.guarded_step(tx, grads, state, params)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
   like = jax.tree.map(lambda x: x.sharding, (params, state))
   begin = time.perf_counter()
   # Donated in the order of the results, by which XLA pairs them.
-  lowered = jax.jit(stepped, donate_argnums=(0, 1), out_shardings=like).lower(
-    params, state, params
-  )
+  lowered = jax.jit(
+    _stepped(tx, whole), donate_argnums=(0, 1), out_shardings=like
+  ).lower(params, state, params)
   between = time.perf_counter()
   program = lowered.compile()
   end = time.perf_counter()

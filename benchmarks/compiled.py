@@ -187,6 +187,11 @@ def methods() -> dict[str, Method]:
   return found
 
 
+def is_ours(method: str) -> bool:
+  """Returns whether a method has a clip or a guard of this library."""
+  return method != "none" and "optax." not in method
+
+
 def cells() -> list[Cell]:
   """Lists all programs, with those to compare in a row."""
   layers = (_LAYER, "clip_by_layer_norm")
@@ -199,6 +204,19 @@ def cells() -> list[Cell]:
     found += [Cell(name, model) for name in (*_FEW, *layers)]
   # Minutes each.
   return found + [Cell(name, "2,000 leaves") for name in _FEW[1:]]
+
+
+def digest(cell: Cell) -> str:
+  """Hashes what a cell computes: what its figures are of.
+
+  The process has to have as many devices as the cell.
+  """
+  from benchmarks import _compiling
+  from benchmarks import overhead
+
+  method = methods()[cell.method]
+  tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
+  return _compiling.digest(tx, MODELS[cell.model][0], cell.dtype, method.whole)
 
 
 def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
@@ -233,10 +251,7 @@ def run(
     devices: 1 or 8; JAX has to have as many.
     note: a function to tell what compiles.
   """
-  from benchmarks import _sources
-
   compile_for = _targets.devices(target, devices)
-  sources = _sources.digest()
   peers: dict[Cell, dict[str, Any]] = {}
 
   def found(cell: Cell) -> dict[str, Any]:
@@ -266,7 +281,7 @@ def run(
         else None
         for key in ("kernels", "bytes", "lower_s", "compile_s")
       },
-      "sources": sources,
+      **({} if quick else {"program": digest(cell)}),
     }
 
 

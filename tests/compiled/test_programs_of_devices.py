@@ -14,7 +14,7 @@ from benchmarks import compiled
 QUICK = {"quick": True}
 
 # The clips and guards of this library.
-OURS = [name for name in compiled.methods() if name != "none" and "optax." not in name]
+OURS = list(filter(compiled.is_ours, compiled.methods()))
 GUARDS = [
   f"{how}, {guard}"
   for how in ("guarded_step", "update")

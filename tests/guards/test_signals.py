@@ -158,7 +158,7 @@ SIZES = np.array([50.0, 1e3, 1e6, 1e30])
 
 
 class TestLimitsFromTheStepsBefore:
-  """No threshold, whatever it counts, may be asked about a norm it has learnt."""
+  """No threshold, whatever it counts, may be asked about a norm it has learned."""
 
   @pytest.mark.parametrize(
     ("threshold", "factor"),

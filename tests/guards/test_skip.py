@@ -342,7 +342,7 @@ class TestSkipSpikes:
   def test_cooldown(self):
     values = [*self.CALM, 50, 50, 50, 1, 50]
     assert self.limits(values)[0] == [8, 9, 10, 12]
-    # What is not skipped is learnt: the window then holds the spikes.
+    # What is not skipped is learned: the window then holds the spikes.
     assert self.limits(values, cooldown=2)[0] == [8]
     tight = thresholds.constant(2.0)
     assert self.limits(values, threshold=tight, cooldown=1)[0] == [8, 10, 12]

@@ -1,10 +1,15 @@
 """What is read from a compiled program, and that committed figures are up to date."""
 
+import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -13,7 +18,6 @@ from benchmarks import _charts
 from benchmarks import _compiling
 from benchmarks import _programs
 from benchmarks import _report
-from benchmarks import _sources
 from benchmarks import _targets
 from benchmarks import compiled
 from benchmarks import costs
@@ -222,42 +226,86 @@ def environment(monkeypatch):
     monkeypatch.setenv(name, "")
 
 
-class TestSources:
-  def digest(self, tmp_path, text):
-    (tmp_path / "a.py").write_text(text)
-    return _sources.digest(tmp_path)
+DIGESTS = """
+import json
+from benchmarks import _targets
+_targets.prepare({devices})
+from benchmarks import compiled
+print(json.dumps([
+  [*cell, compiled.digest(cell)]
+  for cell in compiled.cells()
+  if cell.devices == {devices} and compiled.is_ours(cell.method)
+]))
+"""
 
-  def test_words_do_not_count(self, tmp_path):
-    first = self.digest(
-      tmp_path, '"""One."""\ndef f(x):\n  if x:\n    raise ValueError("x")\n  return x'
+
+@pytest.fixture(scope="module")
+def programs():
+  """What our cells compute, traced in processes with as many devices as each."""
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  found = {}
+  for devices in {cell.devices for cell in compiled.cells()}:
+    run = subprocess.run(
+      [sys.executable, "-c", DIGESTS.format(devices=devices)],
+      env=environment,
+      cwd=costs.ROOT,
+      capture_output=True,
+      text=True,
+      check=True,
     )
-    second = self.digest(
-      tmp_path,
-      '"""Two."""\ndef f(x):  # Why.\n  """Returns."""\n  if x:\n    raise TypeError\n'
-      "  return x",
+    rows = json.loads(run.stdout.splitlines()[-1])
+    found |= {compiled.Cell(*cell): digest for *cell, digest in rows}
+  return found
+
+
+class TestDigests:
+  def digest(self, function):
+    def update(updates, state, params=None):
+      return [function(x) for x in updates], state
+
+    tx = optax.GradientTransformation(lambda params: (), update)
+    return _compiling.digest(tx, [(3,)], "float32")
+
+  def test_words_do_not_count(self):
+    def named(value):
+      """Doubles."""
+      two = 2.0
+      return value * two
+
+    assert self.digest(named) == self.digest(lambda x: x * 2.0)
+
+  def test_what_is_computed_counts(self):
+    programs = (
+      lambda x: x * 2.0,
+      lambda x: x * 3.0,
+      lambda x: x + 2.0,
+      lambda x: x * np.float32([1, 2, 3]),
+      lambda x: x * np.float32([1, 2, 4]),
     )
-    assert first == second
+    assert len({*map(self.digest, programs)}) == len(programs)
 
-  def test_code_counts(self, tmp_path):
-    first = self.digest(tmp_path, "x = 1")
-    assert first != self.digest(tmp_path, "x = 2")
-    assert first != self.digest(tmp_path, "x = '1'")
-    assert first == self.digest(tmp_path, "x = 1  # One.")
-
+  @pytest.mark.programs
   @pytest.mark.parametrize("target", _targets.TARGETS)
-  def test_committed_figures_are_of_these_sources(self, target):
+  def test_committed_figures_are_of_these_programs(self, target, programs):
     path = costs.RESULTS / f"compiled-{target}.json"
-    if not path.exists():
-      pytest.skip(f"there is no {path.name}")
-    now = _sources.digest()
+    results = json.loads(path.read_text())
+    for package in ("jax", "optax"):
+      if results["about"][package] != importlib.metadata.version(package):
+        pytest.skip(f"{path.name} is of another {package}, whose programs differ")
+    rows = {
+      compiled.Cell(*(row[key] for key in compiled.Cell._fields)): row["program"]
+      for row in results["rows"]
+    }
+    assert rows.keys() & programs.keys()
     old = [
-      row["method"]
-      for row in json.loads(path.read_text())["rows"]
-      if row["sources"] != now
+      cell.text()
+      for cell, digest in rows.items()
+      if compiled.is_ours(cell.method) and programs.get(cell) != digest
     ]
     assert not old, (
-      f"{path.name} is of other sources in {len(old)} rows. Compile them again, in an"
+      f"{path.name} is of other programs in {len(old)} rows. Compile them again, in an"
       f" environment as CONTRIBUTING.md says: python -m benchmarks --suite compiled"
       f" --target {target} --json {path.relative_to(costs.ROOT)}"
       f" --png {path.relative_to(costs.ROOT).with_suffix('.png')}"
+      f" --only {'|'.join(map(re.escape, old[:3]))!r}"
     )

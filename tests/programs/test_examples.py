@@ -83,7 +83,7 @@ def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
   params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
   state = tx.init(params)
   update = jax.jit(tx.update)
-  # All have learnt by now, when the spike comes.
+  # All have learned by now, when the spike comes.
   for size in (*(1 + step % 7 for step in range(130)), 10_000):
     grads = jax.tree.map(lambda p, size=size: 0.01 * size * p, params)
     updates, state = update(grads, state, params)

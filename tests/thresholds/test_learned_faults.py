@@ -1,4 +1,4 @@
-"""Steps that nothing may be learnt from, at every age of a memory.
+"""Steps that nothing may be learned from, at every age of a memory.
 
 A step with NaN or inf, and one of zeros, leave a memory bit for bit as it was. The
 element rule of SPAM is the exception: zeros are values of its elements, as they
@@ -143,7 +143,7 @@ def test_other_layers_learn_while_one_is_zero(name):
 
 
 @methods
-def test_nothing_is_learnt_from_faulty_steps_alone(name):
+def test_nothing_is_learned_from_faulty_steps_alone(name):
   bad = jax.tree.map(lambda x: np.concatenate([x] * 3), faulty("10 NaN"))
   found, state = learned.play(name, (bad, True), nonfinite="zero")
   start = learned.make(name).init(jax.tree.map(lambda x: jnp.asarray(x[0]), bad))
