@@ -38,13 +38,13 @@ class SpikeMemory(NamedTuple):
   Attributes:
     threshold: the memory of the threshold, or a `LossMemory` if the loss is a signal;
       changes with steps taken.
-    learnt: i32[], steps taken since the start, or since the last fresh start.
+    learned: i32[], steps taken since the start, or since the last fresh start.
     spikes: i32[], how many spikes were skipped since the last step taken.
     calm: i32[], for how many more steps nothing counts as a spike.
   """
 
   threshold: Any
-  learnt: Array
+  learned: Array
   spikes: Array
   calm: Array
 
@@ -290,11 +290,11 @@ def skip_spikes(
       # Half the range, so that a difference between two is a float.
       bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
       # The loss may have any sign and offset: judge its distance from the level.
-      distance = jnp.where(memory.learnt > 0, bounded - level, 0)
+      distance = jnp.where(memory.learned > 0, bounded - level, 0)
       # At least the rounding error: the threshold would not learn a distance of 0.
       least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
-      size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learnt > 0, least, 0))
-      weight = _memory.debiasing(_LEVEL_DECAY, memory.learnt)
+      size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learned > 0, least, 0))
+      weight = _memory.debiasing(_LEVEL_DECAY, memory.learned)
       new_level = level + weight * (bounded - level)
       values = jnp.concatenate([values, size[None].astype(values.dtype)])
       signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
@@ -304,7 +304,7 @@ def skip_spikes(
     limits = jnp.broadcast_to(limits, values.shape)
     limits = limits * jnp.asarray(factor, limits.dtype)
     above = (values > limits * (1 + _memory.NOISE)) & (signs > 0)
-    judged = finite & (memory.learnt >= warmup) & (memory.calm == 0)
+    judged = finite & (memory.learned >= warmup) & (memory.calm == 0)
     norm_spike = judged & jnp.any(above[:count])
     loss_spike = judged & jnp.any(above[count:])
     spike = norm_spike | loss_spike
@@ -318,7 +318,7 @@ def skip_spikes(
     # After a lasting shift the memory holds this step alone.
     blank = jnp.zeros_like(values)
     _, afresh = threshold.update(values, threshold.init(blank))
-    learnt = jax.tree.map(
+    learned = jax.tree.map(
       lambda new, now, old: jnp.where(shift, new, jnp.where(take, now, old)),
       afresh,
       later,
@@ -326,7 +326,7 @@ def skip_spikes(
     )
     if by_loss:
       now = jnp.where(shift, bounded, jnp.where(take, new_level, level))
-      learnt = LossMemory(learnt, now)
+      learned = LossMemory(learned, now)
     reasons = (
       (~finite_norm, SkipReason.NONFINITE_NORM),
       (~finite, SkipReason.NONFINITE_LOSS),
@@ -347,8 +347,8 @@ def skip_spikes(
       norm=norm,
       limit=limit,
       memory=SpikeMemory(
-        threshold=learnt,
-        learnt=jnp.where(shift, 1, counted(take, memory.learnt)),
+        threshold=learned,
+        learned=jnp.where(shift, 1, counted(take, memory.learned)),
         spikes=jnp.where(take, 0, counted(skipped, memory.spikes)),
         calm=jnp.where(
           skipped,

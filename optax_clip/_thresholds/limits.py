@@ -3,6 +3,7 @@
 The functions are public as `optax_clip.thresholds`.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -136,22 +137,7 @@ def at_most(threshold: Threshold, cap: Limit) -> Threshold:
     threshold: any threshold.
     cap: a non-negative float, a schedule, a traced scalar or a `Threshold`.
   """
-  other = of(cap)
-
-  kind = _validate.Kind("this threshold")
-
-  def init(norms: Array) -> PairState:
-    return PairState(threshold.init(norms), other.init(norms))
-
-  def update(
-    norms: Array, state: PairState, **extra_args: Any
-  ) -> tuple[Array, PairState]:
-    kind.check(state, lambda: init(norms))
-    limits, memory = threshold.update(norms, state.threshold, **extra_args)
-    caps, cap = other.update(norms, state.cap, **extra_args)
-    return jnp.minimum(limits, caps), PairState(memory, cap)
-
-  return Threshold(init, update)
+  return _beside(threshold, cap, PairState, jnp.minimum)
 
 
 def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Threshold:
@@ -182,7 +168,7 @@ def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Thre
     early, other = first.update(norms, state.limit, **extra_args)
     warm = state.seen.astype(jnp.float32) < steps
     limits = jnp.where(warm.reshape(norms.shape), early, later)
-    more = _memory.learnt(norms.ravel())
+    more = _memory.learned(norms.ravel())
     seen = jnp.where(more, optax.safe_increment(state.seen), state.seen)
     return limits, WarmupState(seen, memory, other)
 
@@ -199,19 +185,32 @@ def until_learned(threshold: Threshold, limit: Limit) -> Threshold:
     limit: until then: a non-negative float, a schedule, a traced scalar or a
       `Threshold`, as `geometric`, which has a limit from the second norm on.
   """
-  first = of(limit)
+
+  def joined(limits: Array, early: Array) -> Array:
+    return jnp.where(jnp.isinf(limits), early, limits)
+
+  return _beside(threshold, limit, EarlyState, joined)
+
+
+def _beside(
+  threshold: Threshold,
+  limit: Limit,
+  state: Callable[[Any, Any], Any],
+  joined: Callable[[Array, Array], Array],
+) -> Threshold:
+  """Joins two limits, which learn each on its own; the state holds both of theirs."""
+  other = of(limit)
   kind = _validate.Kind("this threshold")
 
-  def init(norms: Array) -> EarlyState:
-    return EarlyState(threshold.init(norms), first.init(norms))
+  def init(norms: Array) -> Any:
+    return state(threshold.init(norms), other.init(norms))
 
-  def update(
-    norms: Array, state: EarlyState, **extra_args: Any
-  ) -> tuple[Array, EarlyState]:
-    kind.check(state, lambda: init(norms))
-    limits, memory = threshold.update(norms, state.threshold, **extra_args)
-    early, other = first.update(norms, state.early, **extra_args)
-    return jnp.where(jnp.isinf(limits), early, limits), EarlyState(memory, other)
+  def update(norms: Array, states: Any, **extra_args: Any) -> tuple[Array, Any]:
+    kind.check(states, lambda: init(norms))
+    mine, theirs = states
+    limits, mine = threshold.update(norms, mine, **extra_args)
+    others, theirs = other.update(norms, theirs, **extra_args)
+    return joined(limits, others), state(mine, theirs)
 
   return Threshold(init, update)
 

@@ -93,7 +93,7 @@ def remembering(
     n = jnp.where(finite, jnp.minimum(exact, LARGEST), 0).astype(jnp.float32)
     limits, memory = rule(n, state.memory, state.seen)
 
-    keep = learnt(exact)
+    keep = learned(exact)
 
     def kept(new: Array, old: Array) -> Array:
       mask = keep.reshape(keep.shape + (1,) * (old.ndim - 1))
@@ -110,7 +110,7 @@ def remembering(
   return Threshold(init, update)
 
 
-def learnt(exact: Array) -> Array:
+def learned(exact: Array) -> Array:
   """Returns which norms of a step are to be learned from: bool[norms]."""
   return jnp.all(jnp.isfinite(exact)) & (exact > 0)
 

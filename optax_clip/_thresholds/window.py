@@ -50,12 +50,12 @@ def percentile(q: Scalar = 10.0, window: int = 1000) -> Threshold:
 
   def rule(n: Array, memory: WindowMemory, count: Array) -> tuple[Array, WindowMemory]:
     _same_window(memory.window, size)
-    learnt = _inserted(memory.window, n, count)
+    learned = _inserted(memory.window, n, count)
     # A norm of 0 is not remembered, and leaves the window as it was.
-    values = jnp.where((n > 0)[:, None], learnt, memory.window)
+    values = jnp.where((n > 0)[:, None], learned, memory.window)
     # In this order: the count may be the largest integer.
     total = jnp.minimum(jnp.minimum(count, size) + (n > 0).astype(count.dtype), size)
-    return _percentile(values, total, q), WindowMemory(learnt)
+    return _percentile(values, total, q), WindowMemory(learned)
 
   return _memory.remembering(start, rule)
 
