@@ -66,6 +66,14 @@ def pytest_configure(config):
   config.addinivalue_line("filterwarnings", "error")
 
 
+def pytest_ignore_collect(collection_path, config):
+  """Imports no file without a test that is asked for by its mark alone."""
+  mark = config.option.markexpr
+  if mark not in _ASKED_FOR or not collection_path.name.startswith("test_"):
+    return None
+  return f"mark.{mark}" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(config, items):
   """Leaves tests out that run only if `-m` says something about them."""
   asked = [name for name in _ASKED_FOR if name in config.option.markexpr]

@@ -547,7 +547,8 @@ def assert_close(a, b, rtol=1e-6):
 class TestTransforms:
   """Law 8: under `jit`, `scan`, `vmap` and `pmap` as without them."""
 
-  @every_row
+  # The tests of learned thresholds scan all that learn.
+  @each_kind
   def test_scan_over_steps(self, row):
     tx, update = updater(row)
     params = tree(1)
@@ -582,7 +583,7 @@ class TestTransforms:
     assert_close(new, expected)
     assert_close(state, expected_state)
 
-  @every_row
+  @each_kind
   def test_pmap_clips_each_device_on_its_own(self, row):
     tx = row.make()
     count = jax.device_count()

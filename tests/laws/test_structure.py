@@ -173,4 +173,4 @@ class TestCompilation:
       state = jax.eval_shape(tx.init, leaves)
       return len(kernels(planned(jax.jit(tx.update).lower(leaves, state, leaves))))
 
-    assert number(10) <= number(4) + 5
+    assert number(6) <= number(2) + 5
