@@ -9,7 +9,6 @@ other libraries, tables of the guide.
 
 import gc
 import os
-import re
 
 # Before jax is imported: meshes need devices. The flag of the user wins.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -90,24 +89,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """Has one process run all tests of a file that compile the same programs.
-
-  These are the tests of one transformation, or of the whole file.
-  """
+  """Has one process run all tests of a file: they compile the same programs."""
   if config.option.dist != "load":
     return None  # The user asked for another order.
-  from helpers import registry
-  from xdist.scheduler import LoadScopeScheduling
+  from xdist.scheduler import LoadFileScheduling
 
-  transformations = set(registry.names(registry.ROWS))
-
-  class BySharedPrograms(LoadScopeScheduling):
-    def _split_scope(self, nodeid):
-      file, _, test = nodeid.partition("::")
-      found = transformations.intersection(re.split(r"[\[\]-]", test))
-      return f"{file} {min(found, default='')}"
-
-  return BySharedPrograms(config, log)
+  return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
