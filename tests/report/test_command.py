@@ -18,8 +18,7 @@ from optax_clip._report import events
 from optax_clip._report import logs
 
 # Optax promotes dtypes and ranks implicitly.
-# A whole program; its numbers are those of tests/report/test_observe.py.
-pytestmark = [pytest.mark.foreign, pytest.mark.programs]
+pytestmark = pytest.mark.foreign
 
 
 def history(steps=300):

@@ -20,7 +20,7 @@ import optax_clip
 from optax_clip import thresholds
 
 # optax, Flax and Orbax promote implicitly.
-pytestmark = [pytest.mark.foreign, pytest.mark.programs]
+pytestmark = pytest.mark.foreign
 
 PARAMS = {
   "w": jnp.full((4, 3), 0.5),
