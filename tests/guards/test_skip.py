@@ -254,8 +254,9 @@ class TestContract:
     for make in GUARDS.values():
       tx = make(optax_clip.clip_by_global_norm(0.5))
       update = functools.partial(tx.update, **LOSS)
-      updates, _ = jax.eval_shape(update, g, tx.init(g), g)
-      assert updates["w"].dtype == dtype
+      for grads in (g, {"w": g["w"] * NAN}):
+        updates, _ = jax.eval_shape(update, grads, tx.init(g), g)
+        assert updates["w"].dtype == dtype
 
   def test_the_largest_finite_gradient_is_no_reason_to_skip(self):
     tx = optax_clip.skip_nonfinite(optax_clip.clip_by_global_norm(1.0))

@@ -83,12 +83,12 @@ def test_bfloat16_sum_over_many_leaves():
 
 def test_bfloat16_result_above_its_limit():
   rng = np.random.default_rng(0)
-  tree = [jnp.asarray(rng.normal(size=8), jnp.bfloat16) for _ in range(1000)]
+  tree = [jnp.asarray(rng.normal(size=8), jnp.bfloat16) for _ in range(2000)]
   ours = clipped(optax_clip, "clip_by_global_norm", tree, 1.0)
   # Two units in the last place of bfloat16.
   assert float64_norm(ours) <= 1.008
   theirs = clipped(optax, "clip_by_global_norm", tree, 1.0)
-  is_wrong(float64_norm(theirs) > 1.3)
+  is_wrong(float64_norm(theirs) > 1.5)
 
 
 def test_float16_whose_squares_underflow():

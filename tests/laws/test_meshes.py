@@ -138,7 +138,7 @@ MODES = ("checked", "unchecked", "jit", "explicit")
 
 
 @pytest.mark.parametrize("mode", MODES)
-@hypothesis.settings(max_examples=3)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(
   name=st.sampled_from(sorted(METHODS)), mesh=meshes(), seed=st.integers(0, 100)
 )

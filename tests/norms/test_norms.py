@@ -231,7 +231,7 @@ def clip_of(strict=False):
 
 class TestClipped:
   @every_dtype
-  @pytest.mark.parametrize("shapes", [TREES["mixed"], TREES["33 by 31"], TREES["long"]])
+  @pytest.mark.parametrize("shapes", TREES.values(), ids=TREES)
   @given(
     seed=seeds,
     high=st.floats(0.3, 1.0),

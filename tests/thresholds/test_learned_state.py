@@ -183,7 +183,9 @@ def test_another_window_is_a_clear_error():
 MEASURES = {
   "global": measures.global_norm(),
   "layers": measures.layer_norm(),
+  "rms": measures.layer_rms(),
   "groups": measures.group_norm({"a": "x", "b": "y"}, ["x", "y"]),
+  "units": measures.unit_norm(),
   "relative": measures.relative(measures.unit_norm()),
 }
 
@@ -199,7 +201,7 @@ def test_every_threshold_works_with_every_measure(threshold):
   params = jax.tree.map(jnp.ones_like, first(updates))
   every = {
     name: optax_clip.clip_with(
-      measure, learned.THRESHOLDS[threshold], actions.rescale(), record=False
+      measure, learned.THRESHOLDS[threshold], actions.rescale()
     )
     for name, measure in MEASURES.items()
   }
