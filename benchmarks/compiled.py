@@ -212,11 +212,16 @@ def digest(cell: Cell) -> str:
   The process has to have as many devices as the cell.
   """
   from benchmarks import _compiling
+
+  whole = methods()[cell.method].whole
+  return _compiling.digest(_optimizer(cell), MODELS[cell.model][0], cell.dtype, whole)
+
+
+def _optimizer(cell: Cell) -> Any:
+  """Makes the optimizer with the clip or the guard of a cell."""
   from benchmarks import overhead
 
-  method = methods()[cell.method]
-  tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
-  return _compiling.digest(tx, MODELS[cell.model][0], cell.dtype, method.whole)
+  return methods()[cell.method].make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
 
 
 def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
@@ -224,13 +229,11 @@ def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, An
   import jax
 
   from benchmarks import _compiling
-  from benchmarks import overhead
 
-  method = methods()[cell.method]
-  tx = method.make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
+  tx, whole = _optimizer(cell), methods()[cell.method].whole
   shapes = MODELS[cell.model][quick]
   try:
-    return _compiling.step(tx, shapes, cell.dtype, devices, method.whole).row()
+    return _compiling.step(tx, shapes, cell.dtype, devices, whole).row()
   except jax.errors.JaxRuntimeError as error:
     return {"error": str(error)}
 

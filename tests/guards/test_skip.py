@@ -184,11 +184,13 @@ class TestContract:
     name = "dynamic_loss_scale" if guard == "both" else guard
     np.testing.assert_array_equal(record[f"{name}/skipped"], [0, 1, 0])
 
-  # Of explicit axes `test_mixed_meshes.py` has such a test.
   @guards
-  def test_sharded_steps_are_those_of_one_device(self, guard):
+  @pytest.mark.parametrize(
+    "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
+  )
+  def test_sharded_steps_are_those_of_one_device(self, guard, kind):
     tx, _, local = compiled(guard)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
     specs = {"w": jax.P("d"), "b": jax.P()}
 
     def put(tree):

@@ -17,6 +17,11 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 METHODS = {
   "autoclip": (optax_clip.autoclip, {"window": 50}, 1),
   "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 1),
+  "zclip_mean": (
+    optax_clip.zclip,
+    {"warmup": 10, "max_norm": None, "mode": "mean"},
+    1,
+  ),
   "zclip_percentile": (
     optax_clip.zclip,
     {"warmup": 10, "max_norm": None, "mode": "percentile"},

@@ -1,7 +1,6 @@
 """The laws that every transformation keeps, over the registry of them all."""
 
 import functools
-import itertools
 import math
 
 from helpers import oracles
@@ -805,16 +804,9 @@ def placed(tree, mesh):
 class TestSharding:
   """Laws 1 and 10: sharded equals unsharded, and stays sharded as it was."""
 
-  # `test_meshes.py` has random meshes of both kinds of axes for all methods.
-  @pytest.mark.parametrize(
-    ("row", "kind"),
-    [
-      pytest.param(row, kind, id=f"{row.name}-{kind.name}")
-      for row, kind in zip(
-        KIND, itertools.cycle([AxisType.Auto, AxisType.Explicit]), strict=False
-      )
-    ],
-  )
+  # `test_meshes.py` has random meshes for all methods.
+  @each_kind
+  @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
   def test_on_a_mesh(self, row, kind):
     tx, update = updater(row)
     mesh = mesh_of(kind)

@@ -92,10 +92,8 @@ class OnMesh:
     self.entered.__exit__(*error)
 
 
-@pytest.mark.parametrize(
-  ("kind", "where"),
-  [*((kind, "outside") for kind in MESHES), ("explicit, auto", "inside")],
-)
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize(
   ("name", "step"),
   [*((name, update) for name in METHODS), *((name, whole) for name in GUARDS)],
