@@ -9,6 +9,8 @@ other libraries, tables of the guide.
 
 import gc
 import os
+import subprocess
+import sys
 
 # Before jax is imported: meshes need devices. The flag of the user wins.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -41,11 +43,36 @@ hypothesis.settings.load_profile("default")
 # What takes XLA longest on a CPU; and each program is too small to be split in parts
 # that are compiled side by side.
 _QUICKLY = (
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-  " --xla_cpu_parallel_codegen_split_count=1"
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
 )
 # Tests that run only if `-m` says something about them.
 _ASKED_FOR = ("slow", "optimized", "programs")
+
+
+def accepted(flags):
+  """Returns those of `flags` that the installed XLA knows.
+
+  XLA ends a process whose flags it does not know, without a message that pytest would
+  show. So each flag is tried in a process of its own, all at the same time.
+  """
+  tried = {
+    flag: subprocess.Popen(
+      [sys.executable, "-c", "import jax; jax.devices()"],
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    for flag in flags
+  }
+  return [flag for flag, process in tried.items() if process.wait() == 0]
+
+
+def pytest_report_header(config):
+  """Says which flags are left out, so that a slower run is explained."""
+  left_out = getattr(config, "flags_left_out", ())
+  return [f"XLA of jaxlib {jax.lib.__version__} does not know {x}" for x in left_out]
 
 
 def pytest_configure(config):
@@ -56,7 +83,10 @@ def pytest_configure(config):
   flags = os.environ["XLA_FLAGS"]
   asked = any(name in config.option.markexpr for name in ("slow", "optimized"))
   if not asked and "xla_backend_optimization_level" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {_QUICKLY}"
+    known = accepted(_QUICKLY)
+    config.flags_left_out = [flag for flag in _QUICKLY if flag not in known]
+    # Workers of pytest-xdist inherit it, and ask nothing.
+    os.environ["XLA_FLAGS"] = " ".join([flags, *known])
   config.addinivalue_line(
     "markers",
     "foreign: runs code of others, which promotes dtypes and ranks implicitly",
