@@ -222,7 +222,8 @@ def guarded_step(
     **extra_args: what ``tx.update`` would get, for example ``loss=``.
 
   Returns:
-    The parameters, in the dtypes they had, and the state.
+    The parameters, in the dtypes they had, and the state. Parameters whose gradient is
+    `None` or JAX's float0, as integers have it, stay.
 
   Raises:
     TypeError: if `tx` is not a guard.
@@ -252,7 +253,7 @@ def guarded_step(
     raise ValueError("params must be the parameters that the step changes, got None.")
 
   def finish(updates: Updates) -> Any:
-    return optax.apply_updates(params, updates)
+    return _leaves.applied(params, updates)
 
   return guard.step(finish, params, grads, state, params, extra_args)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_clip._types import Params
 from optax_clip._types import Updates
@@ -34,6 +35,17 @@ def restored(new: Any, updates: Updates) -> Any:
   return jax.tree.unflatten(
     treedef, [x if _is_float0(x) else next(values) for x in leaves]
   )
+
+
+def applied(params: Params, updates: Updates) -> Any:
+  """Adds updates to parameters; leaves without one, float0 or `None`, stay."""
+
+  def new(param: Any, update: Any) -> Any:
+    if update is None or _is_float0(update):
+      return param
+    return optax.apply_updates(param, update)
+
+  return jax.tree.map(new, params, updates, is_leaf=lambda node: node is None)
 
 
 def _is_float0(leaf: Any) -> bool:

@@ -207,3 +207,29 @@ def test_they_have_no_norm(kind):
   assert norm == 5
   for key, leaf in ABSENT[kind].items():
     assert_passed(clipped[key], leaf)
+
+
+@absent
+def test_a_guarded_step_keeps_leaves_that_get_no_updates(kind):
+  tx = optax_clip.skip_nonfinite(optax_clip.clip_by_global_norm(5.0))
+  model = {**MODEL, "key": jax.random.key(3)}
+  grads = {**ABSENT[kind], **FLOATS, "key": None}
+  if kind == "float0":
+    grads["key"] = np.zeros((), jax.dtypes.float0)
+  bad = {**grads, "w": jnp.float32([jnp.nan, 0.0])}
+  state = tx.init(model)
+
+  @jax.jit
+  def both(model):
+    return [optax_clip.guarded_step(tx, g, state, model)[0] for g in (grads, bad)]
+
+  taken, skipped = both(model)
+  norm = np.sqrt(np.float64(9 + 16 + 1 + 4))
+  for key, leaf in FLOATS.items():
+    np.testing.assert_allclose(taken[key], leaf * (1 + 5 / norm), rtol=1e-6)
+    np.testing.assert_array_equal(skipped[key], leaf)
+  for new in (taken, skipped):
+    for key, leaf in OTHERS.items():
+      np.testing.assert_array_equal(new[key], leaf)
+      assert new[key].dtype == leaf.dtype
+    assert jax.random.key_data(new["key"]).tolist() == [0, 3]
