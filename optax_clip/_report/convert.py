@@ -33,7 +33,7 @@ def convert_state(
   drop: Sequence[str] = (),
   report: Callable[[str], object] | None = None,
 ) -> Any:
-  r"""Makes a state for an optimizer of the state, or checkpoint, of another one.
+  r"""Builds one optimizer's state from another optimizer's state or checkpoint.
 
   .. math::
       s_i \leftarrow \begin{cases} \text{old}_j & \text{if the value } j \text{ belongs
@@ -53,10 +53,11 @@ def convert_state(
       with that as the target; or as Orbax and ``flax.serialization.msgpack_restore``
       return it without a target, as lists and dictionaries. An `Optimizer` of Flax NNX
       or a `TrainState` may be passed whole.
-    drop: paths of parts of `old_state`, as the error prints them, that may be lost if
-      they fit nowhere; each stands for all below it, and ``""`` for the whole state.
+    drop: paths in `old_state`, as the report and the error print them; each stands for
+      all below it. What it names is not taken over and begins anew, although it might
+      fit. ``""`` names what fits nowhere.
     report: called with a text that says what was kept, is new, and was left out, as
-      ``report=print``.
+      ``report=print``; of hyperparameters, the values.
 
   Returns:
     A state of `tx`, with the structure of ``tx.init(params)``. Arrays stay on their
@@ -83,6 +84,8 @@ def convert_state(
                                 ``zclip(max_norm=1.0)``
   another window or shape       `ValueError`
   without a schedule            the new one begins at step 0
+  hyperparameters, injected     their old values; by
+                                ``drop=(".hyperparams['max_norm']",)`` the new one
   a record of another name      a new record
   ============================  ===============================================
 
@@ -107,16 +110,18 @@ def convert_state(
   shapes = jax.eval_shape(tx.init, params)
   chained = _parts.chained_names(shapes)
   old, new = State(old_state, chained), State(shapes, chained)
-  pairs, problems = _pairs(old, new)
-  _refuse_loss(old, new, pairs, problems, drop)
+  dropped, may_be_lost = _dropped(old, drop)
+  pairs, problems = _pairs(old, new, dropped)
+  if not may_be_lost:
+    _refuse_loss(old, new, pairs, problems, dropped)
   if report is not None:
-    report(_report(old, new, pairs))
+    report(_report(old, new, pairs, dropped))
 
   sources: list[int | None] = [None] * len(new.leaves)
   for before, after in pairs:
     theirs = after.named()
     for names, i in before.named().items():
-      sources[theirs[names]] = i
+      sources[theirs[names]] = None if i in dropped else i
   abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in old.leaves]
   if any(abstract):
     fresh = new.leaves
@@ -130,16 +135,34 @@ def convert_state(
   return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def _pairs(old: State, new: State) -> tuple[list[tuple[Part, Part]], dict[str, str]]:
+def _dropped(old: State, drop: Sequence[str]) -> tuple[frozenset[int], bool]:
+  """The leaves that `drop` names; and whether all that fits nowhere may be lost."""
+  paths = (drop,) if isinstance(drop, str) else tuple(drop)
+  dropped: frozenset[int] = frozenset()
+  for path in filter(None, paths):
+    below = old.below(path)
+    if not below:
+      every = [x for part in old.parts for x in old.places(part)]
+      raise ValueError(
+        f"drop has {path!r}, which is no part of old_state. Its parts are"
+        f" {', '.join(map(repr, every[:_LISTED]))}."
+      )
+    dropped |= below
+  return dropped, "" in paths
+
+
+def _pairs(
+  old: State, new: State, dropped: frozenset[int]
+) -> tuple[list[tuple[Part, Part]], dict[str, str]]:
   """Parts that belong together; of the others by path, why they fit nowhere."""
-  there = _by_key(old.parts)
+  there = _by_key([part for part in old.parts if part.split(dropped)[0].values])
   here = _by_key(new.parts)
   pairs, problems = [], {}
   for key, befores in there.items():
     afters = here.get(key, [])
     if len(befores) == len(afters):
       for before, after in zip(befores, afters, strict=True):
-        misfit = _misfit(old, new, before, after)
+        misfit = _misfit(old, new, before.split(dropped)[0], after)
         if misfit is None:
           pairs.append((before, after))
         else:
@@ -176,7 +199,8 @@ def _misfit(old: State, new: State, before: Part, after: Part) -> str | None:
 def _nearest(part: Part, free: list[Part]) -> str:
   """Why a part fits nowhere: what the part that resembles it has, and has not."""
   for other in free:
-    if other.kind == part.kind and other.fields() == part.fields():
+    alike = (other.kind, other.name, other.fields())
+    if alike == (part.kind, part.name, part.fields()):
       ours, theirs = set(part.named()), set(other.named())
       texts = [
         f"{verb} {'/'.join(min(names))}"
@@ -194,38 +218,28 @@ def _refuse_loss(
   new: State,
   pairs: list[tuple[Part, Part]],
   problems: dict[str, str],
-  drop: Sequence[str],
+  dropped: frozenset[int],
 ) -> None:
   """Raises if something would be lost that may not be."""
-  drop = (drop,) if isinstance(drop, str) else tuple(drop)
-  places = {part.path: old.places(part) for part in old.parts}
-  every = [path for paths in places.values() for path in paths]
-  for above in drop:
-    if not any(_is_below(path, above) for path in every):
-      raise ValueError(
-        f"drop has {above!r}, which is no part of old_state. Its parts are"
-        f" {', '.join(map(repr, every[:_LISTED]))}."
-      )
   begun = {part.key() for part in new.parts}
   lost = [
     part
     for part in _left(old, [before for before, _ in pairs])
     if part.kind != "record"
     and not (old.only_counts(part) and part.key() not in begun)
-    and not all(any(_is_below(x, above) for above in drop) for x in places[part.path])
+    and part.split(dropped)[0].values
   ]
   if not lost:
     return
   lines = [
-    f"  old_state{part.path} ({part.text() or 'an array'}): {problems[part.path]}"
+    f"  old_state{part.path} ({old.content(part)}): {problems[part.path]}"
     for part in lost[:_LISTED]
   ]
   if len(lost) > _LISTED:
     lines.append(f"  and {len(lost) - _LISTED} more")
-  named = tuple(x for part in lost[:_LISTED] for x in places[part.path])
   fix = (
     "Give tx the transformation that it is of, or say that it may be lost:"
-    f" drop={named!r}."
+    f" drop={_named(old, lost)!r}."
   )
   if isinstance(old.state, dict) and "opt_state" in old.state:
     fix = "old_state is a whole checkpoint: pass its 'opt_state'."
@@ -236,8 +250,17 @@ def _refuse_loss(
   )
 
 
-def _is_below(path: str, above: str) -> bool:
-  return path.startswith(above) and path[len(above) :][:1] in ("", ".", "[")
+def _named(old: State, lost: list[Part]) -> tuple[str, ...]:
+  """The paths of parts; of all hyperparameters of a wrapper, the one above them."""
+  named: list[str] = []
+  for part in lost[:_LISTED]:
+    beside = [x for x in old.parts if x.where[:-1] == part.where[:-1]]
+    is_injected = part.kind in ("hyperparameter", "schedule")
+    if is_injected and all(x in lost for x in beside):
+      named.append(old.above(part))
+    else:
+      named += old.places(part)
+  return tuple(dict.fromkeys(named))
 
 
 def _left(state: State, placed: list[Part]) -> Iterator[Part]:
@@ -246,16 +269,24 @@ def _left(state: State, placed: list[Part]) -> Iterator[Part]:
   return (part for part in state.parts if part.where not in taken)
 
 
-def _report(old: State, new: State, pairs: list[tuple[Part, Part]]) -> str:
-  lines = []
+def _report(
+  old: State,
+  new: State,
+  pairs: list[tuple[Part, Part]],
+  dropped: frozenset[int],
+) -> str:
+  kept, begun, lost = [], [], []
   for before, after in pairs:
     moved = f" as {after.path}" if after.path != before.path else ""
-    lines.append(f"kept      {before.path}{moved}: {before.text()}")
-  begun = _left(new, [after for _, after in pairs])
-  lines += [f"new       {part.path}" for part in begun]
-  lost = _left(old, [before for before, _ in pairs])
-  lines += [f"left out  {part.path}: {part.text()}" for part in lost]
-  return "\n".join(lines)
+    rest, gone = before.split(dropped)
+    kept.append(f"kept      {before.path}{moved}: {old.content(rest)}")
+    if gone.values:
+      begun.append(f"new       {after.path}: {old.content(gone)}")
+      lost.append(f"left out  {before.path}: {old.content(gone)}")
+  begun += [f"new       {x.path}" for x in _left(new, [after for _, after in pairs])]
+  without = _left(old, [before for before, _ in pairs])
+  lost += [f"left out  {part.path}: {old.content(part)}" for part in without]
+  return "\n".join(kept + begun + lost)
 
 
 def _fresh(

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Names = tuple[str, ...]
 
@@ -27,6 +28,8 @@ _AROUND = frozenset(
 )
 # Those of several: which one, says the field, or the label that follows.
 _SEVERAL = {"adv_state": 1, "inner_states": 2}
+# Fields of `optax.inject_hyperparams`: each value, and each schedule, is a part.
+_INJECTED = {"hyperparams": "hyperparameter", "hyperparams_states": "schedule"}
 # Fields of our states that are parts of their own.
 _MEMORIES = ("threshold", "memory")
 _RECORD = "record"
@@ -43,8 +46,9 @@ class Part:
   Attributes:
     where: the names on the path to it.
     scope: those that it cannot leave: labels, and names in a chain.
-    kind: "state", "threshold", "memory" or "record".
-    name: of the record, if it is one.
+    kind: "state", "threshold", "memory", "record", "hyperparameter", "schedule", or
+      "injected" for what else `optax.inject_hyperparams` keeps.
+    name: of the record or the hyperparameter, if it is one.
     path: to it, as it is printed.
     values: for the names that follow, the number of the leaf.
   """
@@ -65,16 +69,19 @@ class Part:
     return self.values
 
   def key(self) -> Any:
-    """What is equal of parts that belong together."""
+    """The key by which parts of two states are matched."""
     return self.scope, self.kind, self.name, tuple(sorted(self.named()))
 
   def fields(self) -> list[str]:
     """The first of the names."""
     return list(dict.fromkeys(names[0] if names else "" for names in self.values))
 
-  def text(self) -> str:
-    """The first of the names, as they are printed; none if it is one array."""
-    return ", ".join(filter(None, self.fields()))
+  def split(self, leaves: frozenset[int]) -> tuple["Part", "Part"]:
+    """The part without some leaves, and what it has of these."""
+    without = {names: i for names, i in self.values.items() if i not in leaves}
+    of_these = {names: i for names, i in self.values.items() if i in leaves}
+    replaced = dataclasses.replace
+    return replaced(self, values=without), replaced(self, values=of_these)
 
 
 class State:
@@ -93,6 +100,9 @@ class State:
       where, path = names[:depth], jax.tree_util.keystr(self.paths[i][:depth])
       part = Part(where, scope, kind, name, path, {})
       found.setdefault(where, part).values[names[depth:]] = i
+    for part in list(found.values()):
+      if part.kind == "hyperparameter" and part.where[:-2] in found:
+        found[part.where[:-2]].kind = "injected"
     self.parts = sorted(found.values(), key=lambda part: [*map(_order, part.where)])
     self.wrappers = {
       names[:i]
@@ -122,9 +132,31 @@ class State:
     paths = (self.paths[i][:depth] for i in part.values.values())
     return list(dict.fromkeys(map(jax.tree_util.keystr, paths)))
 
+  def above(self, part: Part) -> str:
+    """The path that a part shares with those beside it, as it is printed."""
+    first = next(iter(part.values.values()))
+    return jax.tree_util.keystr(self.paths[first][: len(part.where) - 1])
+
+  def below(self, path: str) -> frozenset[int]:
+    """The leaves that a path stands for, as it is printed."""
+    paths = map(jax.tree_util.keystr, self.paths)
+    return frozenset(
+      i
+      for i, x in enumerate(paths)
+      if x.startswith(path) and x[len(path) :][:1] in ("", ".", "[")
+    )
+
   def text(self, i: int) -> str:
     """A leaf by its path and type."""
     return f"{jax.tree_util.keystr(self.paths[i])} is {type_of(self.leaves[i])}"
+
+  def content(self, part: Part) -> str:
+    """The first of a part's names; of one array its value, or else its type."""
+    names = ", ".join(filter(None, part.fields()))
+    if names or len(part.values) != 1:
+      return names
+    (leaf,) = (self.leaves[i] for i in part.values.values())
+    return f"{np.asarray(leaf).item():.6g}" if _is_known(leaf) else type_of(leaf)
 
 
 def _cut(names: Names, chained: frozenset[str]) -> tuple[int, Names, str, str]:
@@ -146,6 +178,8 @@ def _cut(names: Names, chained: frozenset[str]) -> tuple[int, Names, str, str]:
     return i + 1, tuple(scope), "state", ""
   if names[i] == _RECORD and i + 1 < last:
     return i + 2, tuple(scope), "record", names[i + 1]
+  if names[i] in _INJECTED and i < last:
+    return i + 2, tuple(scope), _INJECTED[names[i]], names[i + 1]
   kind = "state"
   if names[i] in _MEMORIES and i < last:
     kind = names[i]
@@ -194,6 +228,13 @@ def _order(name: str) -> tuple[int, int, str]:
 
 def _dtype(x: Any) -> Any:
   return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _is_known(x: Any) -> bool:
+  """Whether it is a number whose value can be read here."""
+  if isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) or jnp.shape(x):
+    return False
+  return not isinstance(x, jax.Array) or x.is_fully_replicated
 
 
 def type_of(x: Any) -> str:

@@ -386,10 +386,22 @@ class TestLosses:
       assert repr(path) in message
       assert "'[1][1][0]'" in message
 
-  def test_what_fits_is_not_dropped(self):
+  def test_no_path_stands_for_what_fits_nowhere(self):
     state = used(old_chain())
     converted = optax_clip.convert_state(new_chain(), PARAMS, state, drop="")
     assert same(converted[1], state[1])
+
+  def test_what_is_dropped_begins_anew_though_it_fits(self):
+    state, tx = used(old_chain()), new_chain()
+    converted = optax_clip.convert_state(tx, PARAMS, state, drop="[1][1][0].nu")
+    assert same(converted[1][1][0].mu, state[1][1][0].mu)
+    assert same(converted[1][1][0].nu, tx.init(PARAMS)[1][1][0].nu)
+
+  def test_a_drop_says_which_is_which(self):
+    counts = optax.scale_by_schedule(SCHEDULE)
+    old = used(optax.chain(counts, optax.scale(1.0), counts))
+    converted = optax_clip.convert_state(counts, PARAMS, old, drop="[0]")
+    assert same(converted, old[2])
 
   def test_a_whole_checkpoint(self):
     state = {"params": PARAMS, "opt_state": used(old_chain())}
@@ -417,6 +429,97 @@ def test_the_report_has_everything():
     "new       .record['skip_nonfinite']\n"
     "left out  : notfinite_count, last_finite, total_notfinite"
   ]
+
+
+# --- Hyperparameters ------------------------------------------------------------
+
+
+def injected(**values):
+  """AdamW behind a clip; what is given is injected, numbers or schedules."""
+
+  def make(learning_rate=0.1, max_norm=1.0):
+    clip = optax_clip.clip_by_global_norm(max_norm, record=False)
+    return optax.chain(clip, optax.adamw(learning_rate))
+
+  static = tuple({"learning_rate", "max_norm"} - set(values))
+  return optax.inject_hyperparams(make, static_args=static)(**values)
+
+
+def stepped(tx, steps=2):
+  state = tx.init(PARAMS)
+  for _ in range(steps):
+    _, state = tx.update(PARAMS, state, PARAMS)
+  return state
+
+
+class TestHyperparameters:
+  OLD = injected(learning_rate=SCHEDULE, max_norm=1.0)
+  NEW = injected(learning_rate=SCHEDULE, max_norm=5.0)
+
+  @pytest.mark.parametrize("form", [lambda state: state, plain])
+  def test_a_new_value_by_drop(self, form):
+    old = form(stepped(self.OLD))
+    paths = (".hyperparams['max_norm']", ".hyperparams")
+    if form is plain:
+      paths = ("['hyperparams']['max_norm']", "['hyperparams']")
+    kept = optax_clip.convert_state(self.NEW, PARAMS, old)
+    assert float(kept.hyperparams["max_norm"]) == 1.0
+    for path in paths:
+      state = optax_clip.convert_state(self.NEW, PARAMS, old, drop=path)
+      assert float(state.hyperparams["max_norm"]) == 5.0
+      # Moments, and the step of the schedule, are those of the checkpoint.
+      assert same(state.inner_state, kept.inner_state)
+      assert same(state.hyperparams_states, kept.hyperparams_states)
+
+  def test_the_report_names_them_and_their_values(self):
+    old, lines = stepped(self.OLD), []
+    for drop in ((), ".hyperparams['max_norm']"):
+      optax_clip.convert_state(self.NEW, PARAMS, old, drop=drop, report=lines.append)
+    assert "kept      .hyperparams['learning_rate']: 0.0625" in lines[0]
+    assert "kept      .hyperparams['max_norm']: 1\n" in lines[0]
+    assert "kept      .hyperparams_states['learning_rate']: count" in lines[0]
+    assert "new       .hyperparams['max_norm']\n" in lines[1]
+    assert lines[1].endswith("left out  .hyperparams['max_norm']: 1")
+
+  def test_one_more_keeps_the_others(self):
+    old = stepped(injected(learning_rate=SCHEDULE))
+    state = optax_clip.convert_state(self.NEW, PARAMS, old)
+    assert float(state.hyperparams["max_norm"]) == 5.0
+    assert same(state.hyperparams_states, old.hyperparams_states)
+    assert same(state.inner_state, old.inner_state)
+    assert int(state.count) == 2
+
+  def test_one_less_is_named(self):
+    less, old = injected(learning_rate=SCHEDULE), stepped(self.OLD)
+    message = refused(less, old)
+    assert "old_state.hyperparams['max_norm'] (1): tx's state has no such" in message
+    assert message.endswith("""drop=(".hyperparams['max_norm']",).""")
+    state = optax_clip.convert_state(
+      less, PARAMS, old, drop=(".hyperparams['max_norm']",)
+    )
+    assert same(state.hyperparams_states, old.hyperparams_states)
+
+  def test_all_are_named_at_once(self):
+    wide = optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE)
+    tx = optax.adamw(0.1)
+    message = refused(tx, stepped(wide))
+    drop = (".hyperparams", ".hyperparams_states")
+    assert message.endswith(f"drop={drop!r}.")
+    state = optax_clip.convert_state(tx, PARAMS, stepped(wide), drop=drop)
+    assert int(state[0].count) == 2
+
+  def test_one_of_another_dtype(self):
+    old = stepped(self.OLD)
+    half = optax.tree_utils.tree_set(old, max_norm=jnp.float16(1))
+    message = refused(self.NEW, half)
+    assert ".hyperparams['max_norm'] is float16[], and in tx's state" in message
+
+  def test_of_shapes_alone(self):
+    lines = []
+    optax_clip.convert_state(
+      self.NEW, PARAMS, jax.eval_shape(self.OLD.init, PARAMS), report=lines.append
+    )
+    assert "kept      .hyperparams['max_norm']: float32[]\n" in lines[0]
 
 
 # --- Wrappers of optax ----------------------------------------------------------
