@@ -229,14 +229,6 @@ def _host(leaf: Any) -> np.ndarray:
   return np.asarray(value)
 
 
-def _names(params: Params) -> list[str]:
-  """Returns the leaves' paths, without the field of Flax's variables."""
-  paths = _paths.every_path(params)
-  if all(path.endswith("/value") for path in paths):
-    return [path.removesuffix("/value") for path in paths]
-  return paths
-
-
 def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
   """Names all layers; returns these names, and those of leaves without elements."""
   if stacks.ndim != 1:
@@ -244,7 +236,7 @@ def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
       f"opt_state holds an ensemble of shape {list(stacks.shape[:-1])}. Pass one"
       " member's state, as jax.tree.map(lambda x: x[0], opt_state)."
     )
-  paths, leaves = _names(params), jax.tree.leaves(params)
+  paths, leaves = _paths.every_name(params), jax.tree.leaves(params)
   if len(paths) != len(stacks):
     raise ValueError(
       f"opt_state has a record of {len(stacks)} leaves, params has {len(paths)}. Pass"

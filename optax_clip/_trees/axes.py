@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_clip._trees import paths as _paths
 
-# Path regex to axis, or a function from path and leaf to an axis or `None`.
+# Path regex to axis, or a function from a leaf's name and itself to an axis or `None`.
 Stacked = Mapping[str, int] | Callable[[str, Any], int | None] | None
 
 
@@ -69,7 +69,7 @@ def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
   """
   leaves = jax.tree.leaves(tree)
   axes = _paths.by_path(tree, stacked, "stacked")
-  for path, leaf, axis in zip(_paths.every_path(tree), leaves, axes, strict=True):
+  for path, leaf, axis in zip(_paths.every_name(tree), leaves, axes, strict=True):
     rank = jnp.ndim(leaf)
     if axis is not None and not -rank <= axis < rank:
       raise ValueError(

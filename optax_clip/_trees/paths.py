@@ -9,6 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+
+# What holds one array calls it so: Flax's variables and boxes, penzai's named arrays.
+_FIELDS = ("value", "raw_value", "data_array")
 
 
 def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
@@ -17,27 +21,33 @@ def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
   Args:
     tree: parameters or updates.
     rules: a mapping from regular expressions to values. The first expression that is
-      found in a path, such as ``blocks/attention/kernel``, counts. Or a function from
-      path and leaf to a value; or `None`, for no rules.
+      found in a path, such as ``blocks/attention/kernel``, counts; whether the path
+      names the field of a box, as ``kernel/value`` in Flax, or not, see `every_name`.
+      Or a function from that name and a leaf to a value; or `None`, for no rules.
     what: the name of the argument, for errors.
 
   Raises:
     ValueError: if an expression is found in no path; lists the paths.
   """
-  paths = every_path(tree)
+  names = every_name(tree)
   if rules is None:
-    return [None] * len(paths)
+    return [None] * len(names)
   if callable(rules):
     leaves = jax.tree.leaves(tree)
-    return [rules(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    return [rules(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+  spellings = list(zip(names, every_path(tree), strict=True))
+
+  def is_found(pattern: str, paths: tuple[str, str]) -> bool:
+    return any(re.search(pattern, path) for path in paths)
+
   for pattern in rules:
-    if paths and not any(re.search(pattern, path) for path in paths):
+    if names and not any(is_found(pattern, paths) for paths in spellings):
       raise ValueError(
-        f"{what}: {pattern!r} is found in no path. The paths are {', '.join(paths)}."
+        f"{what}: {pattern!r} is found in no path. The paths are {', '.join(names)}."
       )
   return [
-    next((value for pattern, value in rules.items() if re.search(pattern, path)), None)
-    for path in paths
+    next((value for pattern, value in rules.items() if is_found(pattern, paths)), None)
+    for paths in spellings
   ]
 
 
@@ -50,7 +60,8 @@ def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
     rules: a mapping from regular expressions to labels. The first expression that is
       found in a path, such as ``blocks/attention/kernel``, counts, so that a last
       ``""`` labels all other leaves. In Flax NNX, paths are those of
-      ``nnx.state(model, nnx.Param)``.
+      ``nnx.state(model, nnx.Param)``. Fields of boxes that hold one array may stand
+      in a path or not: ``kernel$`` and ``kernel/value$`` both find a kernel of Flax.
 
   Returns:
     A function from a tree of parameters or updates to a tree of labels.
@@ -75,7 +86,7 @@ def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
   def labels(tree: Any) -> Any:
     found = by_path(tree, {pattern: (rules[pattern],) for pattern in rules}, "rules")
     missing = [
-      p for p, label in zip(every_path(tree), found, strict=True) if label is None
+      p for p, label in zip(every_name(tree), found, strict=True) if label is None
     ]
     if missing:
       raise ValueError(
@@ -123,9 +134,10 @@ def unit_axes_by_name(
   def is_spec(node: Any) -> bool:
     return isinstance(node, jax.sharding.PartitionSpec)
 
+  specs = jax.tree.leaves(names, is_leaf=is_spec)
   found = {
-    _key(path): tuple(spec)
-    for path, spec in jax.tree_util.tree_leaves_with_path(names, is_leaf=is_spec)
+    name: tuple(spec)
+    for name, spec in zip(every_name(names, is_spec), specs, strict=True)
     if is_spec(spec)
   }
   known = {name for spec in found.values() for entry in spec for name in _each(entry)}
@@ -136,8 +148,7 @@ def unit_axes_by_name(
     )
 
   def axis(path: str, leaf: Any) -> tuple[int, ...] | None:
-    # The path of a parameter that Flax boxed with its names ends in the box's field.
-    spec = found.get(path, found.get(path.removesuffix("/value"), ()))
+    spec = found.get(path, ())
     rank = jnp.ndim(leaf)
     if rank <= 1 or not any(map(_each, spec)):
       return None
@@ -161,6 +172,49 @@ def checked_patterns(rules: Any, what: str) -> None:
 def every_path(tree: Any) -> list[str]:
   """Returns the path of each leaf, as ``blocks/attention/kernel``."""
   return [_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def every_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+  """Returns what people call each leaf: its path without fields of boxes.
+
+  A box holds nothing but one array: a variable of Flax, a named array of haliax
+  (``/0``) or penzai (``/value/data_array``). Names are right for any tree: where a
+  node has a second child, also if that is `None`, it is no box.
+  """
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
+  if not any(path and _is_field(path[-1]) for path in paths):
+    return list(map(_key, paths))
+
+  def is_child(node: Any) -> bool:
+    absent = node is None or isinstance(node, optax.MaskedNode)
+    return absent or (is_leaf is not None and is_leaf(node))
+
+  children: dict[str, set[str]] = {}
+  for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_child):
+    for depth, key in enumerate(path):
+      children.setdefault(_exact(path[:depth]), set()).add(str(key))
+
+  def named(path: Any) -> str:
+    depth = len(path)
+    # The whole tree may be a box.
+    while depth > 1 and _is_field(path[depth - 1]):
+      if len(children[_exact(path[: depth - 1])]) > 1:
+        break
+      depth -= 1
+    return _key(path[:depth])
+
+  return list(map(named, paths))
+
+
+def _is_field(key: Any) -> bool:
+  """Returns whether a key may be the field of a box."""
+  if isinstance(key, jax.tree_util.FlattenedIndexKey):
+    return True  # The class does not name its fields.
+  return isinstance(key, jax.tree_util.GetAttrKey) and key.name in _FIELDS
+
+
+def _exact(path: Any) -> str:
+  return jax.tree_util.keystr(path)
 
 
 def _each(entry: Any) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 
 import optax_clip
 from optax_clip import measures
-from optax_clip._trees.paths import every_path
+from optax_clip._trees.paths import every_name
 
 
 def tree():
@@ -238,14 +238,14 @@ class TestUnits:
     variables = Model().init(jax.random.key(0), jnp.zeros(1, jnp.int32))
     names = nn.get_partition_spec(variables)
     axis = optax_clip.unit_axes_by_name(names, {"vocab", "mlp"})
-    paths = every_path(variables)
+    paths = every_name(variables)
     leaves = jax.tree.leaves(variables)
     found = {p: axis(p, x) for p, x in zip(paths, leaves, strict=True)}
     # Rows of the embedding, columns of the kernel; the bias by rank.
     assert found == {
       "params/Dense_0/bias": None,
-      "params/Dense_0/kernel/value": (0,),
-      "params/Embed_0/embedding/value": (1,),
+      "params/Dense_0/kernel": (0,),
+      "params/Embed_0/embedding": (1,),
     }
     tx = optax_clip.adaptive_grad_clip(0.5, axis=axis)
     grads = jax.tree.map(lambda x: 10 * jnp.ones_like(x), variables)
