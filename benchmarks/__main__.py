@@ -16,11 +16,10 @@ def arguments() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--suite",
-    choices=(*SUITES, "compiled", "training", "all"),
+    choices=(*SUITES, "compiled", "all"),
     default="all",
-    help="which figures to measure (default: all but compiled and training)",
+    help="which figures to measure (default: all but compiled)",
   )
-  parser.add_argument("--study", help="of the suite training (default: all of them)")
   parser.add_argument(
     "--quick", action="store_true", help="smaller models, fewer repetitions"
   )
@@ -60,10 +59,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   if options.device:
     platform = {"gpu": "cuda"}.get(options.device, options.device)
     jax.config.update("jax_platforms", platform)
-  if options.suite == "training":
-    from benchmarks import training
-
-    return training.main(options)
   import jax.numpy as jnp
   from rich.console import Console
 

@@ -14,7 +14,7 @@ Rows = list[dict[str, Any]]
 
 _PEERS = ("optax.", "torch.", "update, optax.")
 _GREY, _BLUE = "#a0a0a0", "#1f6fb4"
-# The look of all figures, of the training studies too.
+# The look of all figures, of the studies too.
 STYLE = {
   "font.size": 10,
   "axes.spines.top": False,

@@ -278,7 +278,7 @@ def found(fault: Fault) -> bool:
   """Whether the tests fail with the fault."""
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
-    for name in ("optax_clip", "tests", "benchmarks", "examples", "demos", "docs"):
+    for name in ("optax_clip", "tests", "benchmarks", "studies", "examples", "docs"):
       shutil.copytree(ROOT / name, root / name)
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
       shutil.copy(ROOT / name, root / name)

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 
+ROOT = pathlib.Path(__file__).parents[2]
 # In seconds, for a machine that is very busy.
 LIMIT = 180
 
@@ -15,8 +17,8 @@ def processes(command, count, devices, **environment):
   """Starts all, each with so many devices; none outlives the block.
 
   Args:
-    command: from the address of process 0 and a process's index to a script and its
-      arguments.
+    command: from the address of process 0 and a process's index to the arguments of
+      Python, which starts in the root of the repository.
     count: of processes.
     devices: of each.
     **environment: variables, besides those of this process that are not JAX's.
@@ -34,6 +36,7 @@ def processes(command, count, devices, **environment):
   started = [
     subprocess.Popen(
       [sys.executable, *command(address, index)],
+      cwd=ROOT,
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,

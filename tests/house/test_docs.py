@@ -153,10 +153,10 @@ def close(shown, number):
 
 @pytest.fixture
 def as_users_run_it(monkeypatch, tmp_path):
-  """Users' JAX promotes implicitly; and they copy what demos offer for that."""
+  """Users' JAX promotes implicitly; and they copy the file that is for that."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("COLUMNS", "80")
-  monkeypatch.syspath_prepend(str(ROOT / "demos"))
+  monkeypatch.syspath_prepend(str(ROOT / "examples" / "language_model"))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
 

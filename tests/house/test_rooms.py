@@ -72,7 +72,7 @@ def test_no_comment_silences_a_tool():
   silencer = re.compile(r"#\s*(noqa|type:\s*ignore|pyright:\s*ignore|pragma|fmt:)")
   found = [
     f"{path.relative_to(ROOT)}: {line.strip()}"
-    for folder in ("optax_clip", "tests", "benchmarks", "examples", "demos")
+    for folder in ("optax_clip", "tests", "benchmarks", "studies", "examples")
     for path in (ROOT / folder).rglob("*.py")
     for line in path.read_text().splitlines()
     if silencer.search(line)
@@ -81,7 +81,7 @@ def test_no_comment_silences_a_tool():
 
 
 def test_only_tests_of_a_room_look_into_it():
-  for folder in ("tests", "benchmarks", "examples", "demos"):
+  for folder in ("tests", "benchmarks", "studies", "examples"):
     for path in (ROOT / folder).rglob("*.py"):
       for name in imported(path):
         inside = room(name)

@@ -7,7 +7,6 @@ import inspect
 import pathlib
 import re
 
-import _methods as examples
 from helpers import learned
 from helpers import registry
 from helpers import shifts
@@ -15,9 +14,10 @@ import optax
 import pytest
 
 from benchmarks import compiled
-from benchmarks.training import _methods as studies
+from examples.language_model import _methods as examples
 import optax_clip
 from optax_clip import thresholds
+from studies import _methods as studies
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

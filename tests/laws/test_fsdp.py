@@ -12,20 +12,22 @@ pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("rich")
-import _text
 from flax import nnx
-import train_lm
+
+from examples.language_model import _text
+from examples.language_model import train as language_model
 
 # Flax promotes ranks implicitly.
 pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
+ROOT = Path(__file__).parents[2]
 # As the fixture below, in a process of its own.
 QUICK = f"""
 import sys
-sys.path.insert(0, {str(Path(train_lm.__file__).parent)!r})
-import train_lm
-train_lm.HELD_OUT_BATCHES = 1
-train_lm.main(sys.argv[1:])
+sys.path.insert(0, {str(ROOT)!r})
+from examples.language_model import train as language_model
+language_model.HELD_OUT_BATCHES = 1
+language_model.main(sys.argv[1:])
 """
 # Learns, and clips each leaf.
 TINY = ("--steps=4", "--width=16", "--layers=1", "--clip=adagc", "--optimizer=adamw")
@@ -35,7 +37,7 @@ TINY = ("--steps=4", "--width=16", "--layers=1", "--clip=adagc", "--optimizer=ad
 def quick():
   """Compiles fast, not well."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lm, "HELD_OUT_BATCHES", 1)
+    patch.setattr(language_model, "HELD_OUT_BATCHES", 1)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -52,19 +54,19 @@ def measured(folder):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
   folder = tmp_path_factory.mktemp("one")
-  train_lm.main([*TINY, f"--out={folder}"])
+  language_model.main([*TINY, f"--out={folder}"])
   return measured(folder)
 
 
 def test_devices_of_one_process_train_as_one_does(tmp_path, expected, monkeypatch):
   seen = []
-  held_out = train_lm.held_out
+  held_out = language_model.held_out
   monkeypatch.setattr(
-    train_lm,
+    language_model,
     "held_out",
     lambda model, *args: seen.append(model) or held_out(model, *args),
   )
-  train_lm.main([*TINY, "--fsdp", f"--out={tmp_path}"])
+  language_model.main([*TINY, "--fsdp", f"--out={tmp_path}"])
   np.testing.assert_allclose(measured(tmp_path), expected, rtol=2e-6)
   # After the last step, each device has a part of every weight: all can be cut.
   for x in jax.tree.leaves(nnx.state(seen[0])):
@@ -91,7 +93,7 @@ def test_processes_with_different_flags_end_with_an_error(tmp_path):
   def command(address, index):
     where = (f"--coordinator={address}", "--processes=2", f"--process={index}")
     return [
-      *(train_lm.__file__, "--fsdp", *where),
+      *("-m", "examples.language_model", "--fsdp", *where),
       *(f"--seed={index}", f"--out={tmp_path}"),
     ]
 
@@ -129,20 +131,20 @@ AT = "--coordinator=localhost:1"
   ],
 )
 def test_flags_that_do_not_go_together_are_one_line(flags, words, one_line_error):
-  assert words in one_line_error(train_lm.main, flags)
+  assert words in one_line_error(language_model.main, flags)
 
 
 def test_a_batch_that_cannot_be_divided_is_one_line(monkeypatch, capsys):
-  monkeypatch.setattr(train_lm, "BATCH", jax.device_count() + 1)
+  monkeypatch.setattr(language_model, "BATCH", jax.device_count() + 1)
   with pytest.raises(SystemExit):
-    train_lm.main(["--fsdp"])
+    language_model.main(["--fsdp"])
   err = capsys.readouterr().err
   assert err.count("\n") == 1
   assert "argument --fsdp: 8 devices do not divide the batch of 9" in err
 
 
 def test_a_batch_is_the_same_however_it_is_placed(tmp_path):
-  flags = train_lm.parse(["--fsdp", f"--out={tmp_path}"])
+  flags = language_model.parse(["--fsdp", f"--out={tmp_path}"])
   (batch,) = _text.windows(flags.text.train, 1, 16, 9, seed=0)
   placed = flags.devices.batch(batch)
   assert placed.addressable_shards[0].data.shape == (16 // jax.device_count(), 9)

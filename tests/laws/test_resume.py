@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -16,14 +17,16 @@ pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("rich")
-from _checkpoint import Checkpoints
-import _text
 import orbax.checkpoint as ocp
-import train_lm
+
+from examples.language_model import _text
+from examples.language_model import train as language_model
+from examples.language_model.checkpoints import Checkpoints
 
 # Flax promotes ranks implicitly.
 pytestmark = [pytest.mark.foreign, pytest.mark.programs]
 
+ROOT = pathlib.Path(__file__).parents[2]
 EVERY = 5
 TINY = ("--width", "16", "--layers", "1", "--checkpoint-every", str(EVERY))
 
@@ -47,10 +50,11 @@ class Runs:
     out = self.folder / name
     return subprocess.Popen(
       [
-        *(sys.executable, train_lm.__file__, *TINY),
+        *(sys.executable, "-m", "examples.language_model", *TINY),
         *("--clip", ",".join(self.methods), "--steps", str(self.steps)),
         *("--out", out, "--checkpoint", out, *flags),
       ],
+      cwd=ROOT,
       env=self.environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -274,13 +278,13 @@ class TestFlags:
     text = _text.Text(np.arange(1000, dtype=np.uint8), np.arange(99, dtype=np.uint8))
     monkeypatch.setattr(_text, "load", lambda: text)
     command = ["--clip=global", f"--checkpoint={tmp_path}", f"--out={tmp_path}"]
-    flags = train_lm.parse(command)
+    flags = language_model.parse(command)
     with flags.checkpoints["global"] as checkpoints:
       train(checkpoints, 4)
 
     def run(*more, command=command):
       with pytest.raises(SystemExit) as caught:
-        train_lm.main([*command, *more])
+        language_model.main([*command, *more])
       printed = capsys.readouterr().err
       assert caught.value.code == 2
       assert printed.count("\n") == 1

@@ -12,7 +12,7 @@ import pytest
 import optax_clip
 
 ROOT = pathlib.Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
 
 pytestmark = pytest.mark.programs
 

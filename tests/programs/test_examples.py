@@ -17,13 +17,13 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
-import _methods
-import _report
-import _text
 import qk_clip
 from rich.console import Console
-import train_lm
 
+from examples.language_model import _methods
+from examples.language_model import _report
+from examples.language_model import _text
+from examples.language_model import train as language_model
 import optax_clip
 
 # Flax promotes ranks implicitly.
@@ -41,7 +41,7 @@ def quick():
   text = load_text()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_text, "load", lambda: text)
-    patch.setattr(train_lm, "HELD_OUT_BATCHES", 1)
+    patch.setattr(language_model, "HELD_OUT_BATCHES", 1)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -49,7 +49,7 @@ def quick():
 
 def run(out, *flags):
   """Runs the script; returns the rows of its CSV."""
-  train_lm.main([*TINY, "--out", str(out), *flags])
+  language_model.main([*TINY, "--out", str(out), *flags])
   assert (out / "steps.png").read_bytes().startswith(b"\x89PNG")
   with (out / "steps.csv").open() as file:
     return list(csv.DictReader(file))
@@ -74,12 +74,12 @@ def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
   assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", train_lm.METHODS)
+@pytest.mark.parametrize("name", language_model.METHODS)
 def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
   # Without the model, which takes seconds to compile for each method.
-  method = train_lm.METHODS[name]
-  flags = train_lm.parse([f"--clip={name}", f"--out={tmp_path}"])
-  tx = train_lm.transformation(method, flags)
+  method = language_model.METHODS[name]
+  flags = language_model.parse([f"--clip={name}", f"--out={tmp_path}"])
+  tx = language_model.transformation(method, flags)
   params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
   state = tx.init(params)
   update = jax.jit(tx.update)
@@ -180,21 +180,21 @@ def test_a_run_that_diverges_is_reported(tmp_path, capsys):
   ],
 )
 def test_a_bad_flag_is_one_line(one_line_error, flag, value, part):
-  err = one_line_error(train_lm.main, [f"{flag}={value}"])
+  err = one_line_error(language_model.main, [f"{flag}={value}"])
   assert f"argument {flag}: " in err
   assert part in err
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, one_line_error):
   (tmp_path / "file").touch()
-  err = one_line_error(train_lm.main, ["--out", str(tmp_path / "file")])
+  err = one_line_error(language_model.main, ["--out", str(tmp_path / "file")])
   assert "--out" in err
   assert str(tmp_path / "file") in err
 
 
 def test_the_two_precisions_exclude_each_other(capsys):
   with pytest.raises(SystemExit):
-    train_lm.main(["--bf16", "--fp16"])
+    language_model.main(["--bf16", "--fp16"])
   assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-import silent_stall
+from studies import silent_stall
 
 pytestmark = pytest.mark.programs
 

@@ -12,22 +12,22 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from benchmarks import _marked
-from benchmarks import training
-from benchmarks.training import _agreement
-from benchmarks.training import _page
-from benchmarks.training import _regret
-from benchmarks.training import _small_tasks
-from benchmarks.training import _summary
-from benchmarks.training import _sweep
-from benchmarks.training import batch_range
-from benchmarks.training import horizon
-from benchmarks.training import language
-from benchmarks.training import low_precision
-from benchmarks.training import qk_clip
-from benchmarks.training import shifting_scale
-from benchmarks.training import temporal_order
-from benchmarks.training import untuned
-from benchmarks.training import update_clipping
+import studies
+from studies import _agreement
+from studies import _page
+from studies import _regret
+from studies import _small_tasks
+from studies import _summary
+from studies import _sweep
+from studies import batch_range
+from studies import horizon
+from studies import language
+from studies import low_precision
+from studies import qk_clip
+from studies import shifting_scale
+from studies import temporal_order
+from studies import untuned
+from studies import update_clipping
 
 # The studies are measured as users would run them, not under the rules of the tests.
 pytestmark = [pytest.mark.foreign, pytest.mark.programs]
@@ -35,9 +35,9 @@ ONE = ("global 1",)
 
 
 def rows_of(study):
-  if not training.results(study).exists():
+  if not studies.results(study).exists():
     pytest.skip(f"no results of {study} here")
-  return training.load(study)
+  return studies.load(study)
 
 
 def test_temporal_order_runs():
@@ -371,24 +371,24 @@ def test_a_diverged_run_is_worth_a_guess():
   assert _summary.diverged(row) == 2
 
 
-@pytest.mark.parametrize("study", training.STUDIES)
+@pytest.mark.parametrize("study", studies.STUDIES)
 def test_the_page_has_the_tables_of_the_results(study):
   rows = rows_of(study)
   assert _marked.between(_page.PAGE.read_text(), study) == _page.tables(study, rows)
 
 
-@pytest.mark.parametrize("study", training.STUDIES)
+@pytest.mark.parametrize("study", studies.STUDIES)
 def test_the_results_say_what_they_depend_on(study):
   rows_of(study)
-  about = json.loads(training.results(study).read_text())["about"]
+  about = json.loads(studies.results(study).read_text())["about"]
   assert about["study"] == study
   assert not about["quick"]
   assert {"device", "date", "jax", "optax", "optax_clip", "wall_s"} <= set(about)
 
 
-@pytest.mark.parametrize("study", training.STUDIES)
+@pytest.mark.parametrize("study", studies.STUDIES)
 def test_the_page_has_the_command_and_the_figure(study):
   page = _page.PAGE.read_text()
-  assert f"python -m benchmarks --suite training --study {study}\n" in page
+  assert f"python -m studies {study}\n" in page
   assert re.search(rf"!\[[^]]+\]\(figures/{study}\.png\)", page)
   assert (_page.FIGURES / f"{study}.png").exists()

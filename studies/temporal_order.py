@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.training import _sweep
-from benchmarks.training._methods import METHODS
+from studies import _sweep
+from studies._methods import METHODS
 
 Array = jax.Array
 

@@ -10,11 +10,11 @@ import statistics
 from typing import Any
 from typing import NamedTuple
 
-from benchmarks.training import untuned
-from benchmarks.training._summary import Row
-from benchmarks.training._summary import mean
-from benchmarks.training._summary import select
-from benchmarks.training._summary import values
+from studies import untuned
+from studies._summary import Row
+from studies._summary import mean
+from studies._summary import select
+from studies._summary import values
 
 Cell = tuple[Any, ...]
 ORACLE = ("none", *(f"constant {c:g}" for c in untuned.ORACLE))

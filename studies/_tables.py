@@ -1,11 +1,11 @@
 """Makes the tables in docs/evidence.md, each from its study's rows."""
 
-from benchmarks.training import _regret
-from benchmarks.training import _summary
-from benchmarks.training._summary import Row
-from benchmarks.training._summary import select
-from benchmarks.training._summary import values
-from benchmarks.training.untuned import GATE
+from studies import _regret
+from studies import _summary
+from studies._summary import Row
+from studies._summary import select
+from studies._summary import values
+from studies.untuned import GATE
 
 USABLE = 95.0  # Percent.
 
@@ -293,9 +293,9 @@ def passes(found: _regret.Summary, constant: float, solved: int | None) -> bool:
 
 def _solved(method: str) -> int | None:
   """Returns how many seeds learn over 30 steps; `None` if that was not measured."""
-  from benchmarks import training
+  import studies
 
-  rows = select(training.load("temporal_order"), length=30, method=method)
+  rows = select(studies.load("temporal_order"), length=30, method=method)
   return _summary.solved(_summary.most_solved(rows)) if rows else None
 
 

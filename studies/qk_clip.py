@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.training import _sweep
-from benchmarks.training import language
 import optax_clip
+from studies import _sweep
+from studies import language
 
 Array = jax.Array
 

@@ -9,14 +9,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks._charts import STYLE
-from benchmarks.training import _regret
-from benchmarks.training import _summary
-from benchmarks.training import untuned
-from benchmarks.training import update_clipping
-from benchmarks.training._methods import METHODS
-from benchmarks.training._summary import Row
-from benchmarks.training._summary import select
-from benchmarks.training._summary import values
+from studies import _regret
+from studies import _summary
+from studies import untuned
+from studies import update_clipping
+from studies._methods import METHODS
+from studies._summary import Row
+from studies._summary import select
+from studies._summary import values
 
 WORST = 3.0  # Larger losses stand as text: drawn, they would leave no room for others.
 TAUS = {None: "#444444", 100.0: "#1f6fb4", 30.0: "#e67e22"}

@@ -3,10 +3,10 @@
 import pathlib
 
 from benchmarks import _marked
-from benchmarks.training import _tables
-from benchmarks.training._summary import Row
+from studies import _tables
+from studies._summary import Row
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
 
@@ -18,7 +18,7 @@ def tables(study: str, rows: list[Row]) -> str:
 
 def draw(study: str, rows: list[Row]) -> None:
   """Draws a study's figure."""
-  from benchmarks.training import _figures
+  from studies import _figures
 
   _figures.draw(study, rows, FIGURES / f"{study}.png")
 

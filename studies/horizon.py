@@ -10,8 +10,8 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.training import _small_tasks
-from benchmarks.training import untuned
+from studies import _small_tasks
+from studies import untuned
 
 TASKS = ("convolution", "recurrent", "muon")
 FAULTS = ("clean", "heavy")
@@ -51,8 +51,8 @@ def run(
 
 def _best() -> tuple[str, ...]:
   """Returns the three methods with the least mean regret in the kept results."""
-  from benchmarks import training
-  from benchmarks.training import _regret
+  import studies
+  from studies import _regret
 
-  best = _regret.Study(training.load("untuned")).ranked()[:3]
+  best = _regret.Study(studies.load("untuned")).ranked()[:3]
   return best if "geometric" in best else (*best, "geometric")

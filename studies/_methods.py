@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import optax
 
-from benchmarks.training._agreement import clip_by_agreement
 import optax_clip
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
+from studies._agreement import clip_by_agreement
 
 Transformation = optax.GradientTransformation
 

@@ -4,11 +4,11 @@ A byte-level transformer in Flax NNX learns the source of Python's standard
 library, once for each method named by ``--clip``, from the same weights and on
 the same batches::
 
-    python demos/train_lm.py
-    python demos/train_lm.py --clip none,global,layer,rms,agc,value
-    python demos/train_lm.py --lr 0.5 --fp16
-    python demos/train_lm.py --steps 5000 --checkpoint out/long --resume
-    python demos/train_lm.py --fsdp
+    python -m examples.language_model
+    python -m examples.language_model --clip none,global,layer,rms,agc,value
+    python -m examples.language_model --lr 0.5 --fp16
+    python -m examples.language_model --steps 5000 --checkpoint out/long --resume
+    python -m examples.language_model --fsdp
 
 It needs no network and, by default, less than two minutes on two cores. It
 shows each run live, writes every step to ``steps.csv`` and a figure to
@@ -35,19 +35,6 @@ import time
 from typing import Any
 import zlib
 
-from _checkpoint import Checkpoints
-import _devices
-import _flags
-from _methods import METHODS
-from _methods import OPTIMIZERS
-from _methods import Method
-from _methods import cast
-from _methods import recorded
-from _methods import setting
-from _methods import transformation
-import _model
-import _report
-import _text
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -55,6 +42,20 @@ from rich.console import Console
 from rich.progress import BarColumn
 from rich.progress import Progress
 from rich.progress import TextColumn
+
+from examples.language_model import _devices
+from examples.language_model import _flags
+from examples.language_model import _model
+from examples.language_model import _report
+from examples.language_model import _text
+from examples.language_model._methods import METHODS
+from examples.language_model._methods import OPTIMIZERS
+from examples.language_model._methods import Method
+from examples.language_model._methods import cast
+from examples.language_model._methods import recorded
+from examples.language_model._methods import setting
+from examples.language_model._methods import transformation
+from examples.language_model.checkpoints import Checkpoints
 
 LENGTH = 64
 BATCH = 16
@@ -265,6 +266,7 @@ def describe(flags: argparse.Namespace) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads and checks all flags, the text and the folder of `--out`."""
   parser = _flags.Parser(
+    prog="python -m examples.language_model",
     description=__doc__.partition("\n")[0],
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
@@ -382,10 +384,3 @@ def find_checkpoints(flags: argparse.Namespace, error: Callable[[str], Any]) -> 
         f" {found.latest}; ask for at least as many"
       )
     flags.checkpoints[name] = found
-
-
-if __name__ == "__main__":
-  try:
-    main()
-  except KeyboardInterrupt:
-    raise SystemExit(130) from None

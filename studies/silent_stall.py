@@ -15,7 +15,7 @@ momentum 0.9 at a learning rate of 0.1, 150 steps, max_norm 1, 5 seeds. Twice:
   clipped where they are, in float16 and still scaled, to max_norm * 1024, and
   divided by 1024 in float32 afterwards. A correct norm clips nothing at all.
 
-Run ``python demos/silent_stall.py``; it takes about 20 seconds on two
+Run ``python -m studies.silent_stall``; it takes about 20 seconds on two
 cores, prints a table and writes a figure into the folder ``out``. Those of the guide,
 for light and for dark pages, are made with ``--out docs/figures/silent_stall.svg``.
 """

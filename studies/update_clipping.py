@@ -51,12 +51,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.training import _digits
-from benchmarks.training import _sweep
 import optax_clip
 from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
+from studies import _digits
+from studies import _sweep
 
 Array = jax.Array
 Transformation = optax.GradientTransformation

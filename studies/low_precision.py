@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.training import _digits
-from benchmarks.training import _sweep
 import optax_clip
+from studies import _digits
+from studies import _sweep
 
 Array = jax.Array
 

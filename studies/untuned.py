@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.training import _small_tasks
-from benchmarks.training import _sweep
-from benchmarks.training._methods import METHODS
-from benchmarks.training._methods import constant
 import optax_clip
+from studies import _small_tasks
+from studies import _sweep
+from studies._methods import METHODS
+from studies._methods import constant
 
 # All gradients are multiplied by this before the clip, and divided by it after.
 SCALES = (0.01, 1.0, 100.0)

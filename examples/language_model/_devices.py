@@ -6,11 +6,12 @@ import re
 from typing import Any
 import zlib
 
-import _flags
 from flax import nnx
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+from examples.language_model import _flags
 
 _AXIS = "devices"
 

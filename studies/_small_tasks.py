@@ -7,7 +7,6 @@ from collections.abc import Callable
 import functools
 import itertools
 import math
-import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.training import _digits
-from benchmarks.training import _sweep
+from examples.language_model import _text as language_model_text
+from studies import _digits
+from studies import _sweep
 
 Array = jax.Array
 
@@ -156,10 +156,7 @@ LETTERS, LENGTH = 64, 16
 @functools.cache
 def _text() -> tuple[np.ndarray, np.ndarray]:
   """Loads the source of Python's standard library, in `LETTERS` symbols."""
-  from benchmarks.training import language
-
-  del language  # It makes the demos' modules importable.
-  text = sys.modules["_text"].load()
+  text = language_model_text.load()
   train, held_out = (
     np.minimum(np.maximum(np.int32(x) - 32, 0) * (LETTERS - 1) // 94, LETTERS - 1)
     for x in (text.train[: 1 << 20], text.held_out[: 1 << 16])

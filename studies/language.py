@@ -1,6 +1,6 @@
 """How clips help a small language model, on clean and on faulty batches.
 
-It trains the byte-level transformer from `demos/train_lm.py` on the source of
+It trains the byte-level transformer from `examples/language_model` on the source of
 Python's standard library. In a run on faulty batches, one batch in 100 holds random
 bytes and one in 100 counts 100 times as much; the gradient of the middle one is NaN.
 """
@@ -8,8 +8,6 @@ bytes and one in 100 counts 100 times as much; the gradient of the middle one is
 from collections.abc import Callable
 from collections.abc import Iterator
 import functools
-import pathlib
-import sys
 from typing import Any
 
 from flax import nnx
@@ -18,15 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.training import _sweep
-from benchmarks.training._methods import METHODS
-from benchmarks.training._methods import Transformation
+from examples.language_model import _model
+from examples.language_model import _text
 import optax_clip
-
-# The demos are scripts, not a package.
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "demos"))
-import _model
-import _text
+from studies import _sweep
+from studies._methods import METHODS
+from studies._methods import Transformation
 
 Array = jax.Array
 

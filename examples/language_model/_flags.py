@@ -6,8 +6,8 @@ import math
 from typing import Any
 from typing import NoReturn
 
-from _methods import METHODS
-import _model
+from examples.language_model import _model
+from examples.language_model._methods import METHODS
 
 
 class Parser(argparse.ArgumentParser):

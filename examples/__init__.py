@@ -1,0 +1,1 @@
+"""Programs to start from: each a file of its own, but for `language_model`."""
