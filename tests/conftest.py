@@ -1,28 +1,25 @@
-"""Settings that every test runs under: many devices, and nothing implicit.
+"""Settings that every test runs under: one device, and nothing implicit.
+
+Users have one device, so the tests do. Tests that need a mesh are marked `mesh`, and
+`pytest -m mesh` runs them on eight simulated devices.
 
 XLA compiles most tests with little optimisation, which takes a third of the time.
 Tests of what it makes of sums and of whole steps are marked `optimized`, and
-`pytest -m optimized` runs them, compiled as users have it. `pytest -m programs` runs
+`pytest -m optimized` runs them, compiled as users have it. `pytest -m house` runs what
+looks at the project itself: prose, pages, messages, tables. `pytest -m programs` runs
 what takes long and breaks no law: examples, processes that are killed, the tests of
-other libraries, tables of the guide.
+other libraries.
 """
 
 import gc
 import os
+import re
 import subprocess
 import sys
 
-# Before jax is imported: meshes need devices. The flag of the user wins.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = " ".join(
-    [
-      os.environ.get("XLA_FLAGS", ""),
-      "--xla_force_host_platform_device_count=8",
-    ]
-  ).strip()
-
 import hypothesis
 import jax
+import jaxlib
 import pytest
 
 # `pytest --hypothesis-profile=slow` for thousands of examples of each property.
@@ -47,8 +44,9 @@ _QUICKLY = (
   "--xla_cpu_use_fusion_emitters=false",
   "--xla_cpu_parallel_codegen_split_count=1",
 )
+_DEVICES = "--xla_force_host_platform_device_count"
 # Tests that run only if `-m` says something about them.
-_ASKED_FOR = ("slow", "optimized", "programs")
+_ASKED_FOR = ("slow", "optimized", "programs", "house", "mesh")
 
 
 def accepted(flags):
@@ -59,8 +57,9 @@ def accepted(flags):
   """
   tried = {
     flag: subprocess.Popen(
-      [sys.executable, "-c", "import jax; jax.devices()"],
-      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+      # What reads the flags, and nothing else: `import jax` takes five times as long.
+      [sys.executable, "-c", "import jaxlib.xla_client as c; c.make_cpu_client()"],
+      env=os.environ | {"XLA_FLAGS": flag},
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
@@ -69,30 +68,48 @@ def accepted(flags):
   return [flag for flag, process in tried.items() if process.wait() == 0]
 
 
-def pytest_report_header(config):
-  """Says which flags are left out, so that a slower run is explained."""
-  left_out = getattr(config, "flags_left_out", ())
-  return [f"XLA of jaxlib {jax.lib.__version__} does not know {x}" for x in left_out]
-
-
 def pytest_configure(config):
   # Traced programs are many small objects that stay, which Python would look through
   # again and again: a tenth of the time.
   gc.set_threshold(200_000, 50, 1000)
-  # XLA reads them when it first compiles.
-  flags = os.environ["XLA_FLAGS"]
-  asked = any(name in config.option.markexpr for name in ("slow", "optimized"))
-  if not asked and "xla_backend_optimization_level" not in flags:
-    known = accepted(_QUICKLY)
-    config.flags_left_out = [flag for flag in _QUICKLY if flag not in known]
-    # Workers of pytest-xdist inherit it, and ask nothing.
-    os.environ["XLA_FLAGS"] = " ".join([flags, *known])
+  # Workers of pytest-xdist inherit the variable, and ask nothing.
+  if not hasattr(config, "workerinput"):
+    os.environ["XLA_FLAGS"] = _flags(config)
   config.addinivalue_line(
     "markers",
     "foreign: runs code of others, which promotes dtypes and ranks implicitly",
   )
   # The package must not cause a warning, whoever it comes from.
   config.addinivalue_line("filterwarnings", "error")
+
+
+def _flags(config):
+  """Returns what XLA reads when it first compiles. Flags of the user win."""
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  mark = config.option.markexpr
+  if _is_asked("mesh", mark) and not any(x.startswith(_DEVICES) for x in flags):
+    flags.append(f"{_DEVICES}=8")
+  config.flags_left_out = []
+  optimized = any(_is_asked(name, mark) for name in ("slow", "optimized"))
+  if not optimized and not any(x.startswith(_QUICKLY[0].split("=")[0]) for x in flags):
+    known = accepted(_QUICKLY)
+    config.flags_left_out = [flag for flag in _QUICKLY if flag not in known]
+    flags += known
+  return " ".join(flags)
+
+
+def _is_asked(name, markexpr):
+  """Returns whether an expression of marks asks for one: "not mesh" does not."""
+  return bool(re.search(rf"(?<!not )\b{name}\b", markexpr))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """Explains a run that is slower than it could be."""
+  if left_out := getattr(config, "flags_left_out", []):
+    terminalreporter.write_line(
+      f"This XLA (jaxlib {jaxlib.__version__}) does not know {', '.join(left_out)}:"
+      " the tests ran without, and slower."
+    )
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -105,10 +122,11 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(config, items):
   """Leaves tests out that run only if `-m` says something about them."""
-  asked = [name for name in _ASKED_FOR if name in config.option.markexpr]
-  left_out = [name for name in _ASKED_FOR if name not in asked]
-  if "slow" in asked:
-    left_out = []
+  mark = config.option.markexpr
+  left_out = [name for name in _ASKED_FOR if name not in mark]
+  if _is_asked("slow", mark):
+    # Large budgets of every kind; those on a mesh need its devices.
+    left_out = [name for name in left_out if name == "mesh"]
 
   def is_left_out(item):
     return any(map(item.get_closest_marker, left_out))

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr
 from jax.extend.core import jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
@@ -100,7 +99,8 @@ def _only(closed: Any, used: list[bool], leaves: list[Any]) -> list[Any]:
   if not any(used):
     return []
   needed, _ = dce_jaxpr(closed.jaxpr, used, instantiate=True)
-  return jaxpr_as_fun(ClosedJaxpr(needed, closed.consts))(*leaves)
+  # Of the type that this JAX has for programs with their constants.
+  return jaxpr_as_fun(type(closed)(needed, closed.consts))(*leaves)
 
 
 def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:

@@ -184,6 +184,7 @@ class TestContract:
     name = "dynamic_loss_scale" if guard == "both" else guard
     np.testing.assert_array_equal(record[f"{name}/skipped"], [0, 1, 0])
 
+  @pytest.mark.mesh
   @guards
   @pytest.mark.parametrize(
     "kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
@@ -213,6 +214,7 @@ class TestContract:
         close(optax.apply_updates(p, updates), alone[0])
         assert found[0]["w"].sharding.is_equivalent_to(p["w"].sharding, 2)
 
+  @pytest.mark.mesh
   @guards
   def test_one_broken_shard_skips_the_step_on_all_devices(self, guard):
     tx, _, local = compiled(guard)
@@ -241,6 +243,7 @@ class TestContract:
       updates = jax.jit(wrapped)(grads, state, params())
       close(optax.apply_updates(params(), updates), alone[0])
 
+  @pytest.mark.mesh
   def test_pmap_with_a_named_axis(self):
     tx = optax_clip.skip_nonfinite(
       optax.sgd(1.0), measure=measures.global_norm(axis_name="d")

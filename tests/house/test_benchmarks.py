@@ -13,6 +13,8 @@ from benchmarks import mesh
 from benchmarks import overhead
 from benchmarks import precision
 
+pytestmark = pytest.mark.house
+
 
 def test_the_tables_of_the_page_are_that_of_the_results():
   text = costs.PAGE.read_text()

@@ -22,6 +22,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.house
+
 ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"

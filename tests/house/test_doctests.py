@@ -11,6 +11,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.house
+
 
 def public(module, prefix=""):
   """Every public name of a module that is no module itself."""

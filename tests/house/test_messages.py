@@ -9,6 +9,8 @@ import pytest
 import optax_clip
 from optax_clip import thresholds
 
+pytestmark = pytest.mark.house
+
 G = {"a": jnp.float32([3.0, 4.0]), "b": jnp.ones(3)}
 LABELS = {"a": "x", "b": "x"}
 

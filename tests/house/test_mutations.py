@@ -7,6 +7,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.house
+
 PACKAGE = pathlib.Path(optax_clip.__file__).parent
 
 

@@ -7,6 +7,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.house
+
 PARAMS = {"w": jnp.ones((3, 400))}
 
 

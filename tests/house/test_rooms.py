@@ -11,6 +11,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.house
+
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "optax_clip"
 MODULES = sorted(PACKAGE.rglob("*.py"))

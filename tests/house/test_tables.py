@@ -19,6 +19,8 @@ import optax_clip
 from optax_clip import thresholds
 from studies import _methods as studies
 
+pytestmark = pytest.mark.house
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = {row.name for row in registry.ROWS}

@@ -177,6 +177,7 @@ def test_injected_limit_with_mixed_dtypes():
   is_wrong(raises(lambda: injected(optax)))
 
 
+@pytest.mark.mesh
 def test_agc_on_a_mesh_with_explicit_axes():
   count = min(jax.device_count(), 2)
   mesh = jax.make_mesh((count,), ("x",))

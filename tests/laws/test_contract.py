@@ -582,6 +582,7 @@ class TestTransforms:
     assert_close(new, expected)
     assert_close(state, expected_state)
 
+  @pytest.mark.mesh
   @each_kind
   def test_pmap_clips_each_device_on_its_own(self, row):
     tx = row.make()
@@ -801,6 +802,7 @@ def placed(tree, mesh):
   }
 
 
+@pytest.mark.mesh
 class TestSharding:
   """Laws 1 and 10: sharded equals unsharded, and stays sharded as it was."""
 

@@ -19,6 +19,8 @@ import pytest
 
 import optax_clip
 
+pytestmark = pytest.mark.mesh
+
 # AGC, units and elements by their weights; thresholds that learn, with short
 # memories; a stack of layers on axis 1.
 STACKED = {"stack": 1}

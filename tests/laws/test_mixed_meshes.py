@@ -11,6 +11,8 @@ import optax_clip
 from optax_clip import measures
 from optax_clip import thresholds
 
+pytestmark = pytest.mark.mesh
+
 EXPLICIT = jax.sharding.AxisType.Explicit
 AUTO = jax.sharding.AxisType.Auto
 

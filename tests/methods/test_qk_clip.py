@@ -414,6 +414,7 @@ def test_multi_head_latent_attention():
 # --- Meshes --------------------------------------------------------------------
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("key_heads", [8, 4])
@@ -437,6 +438,7 @@ def test_sharded_weights(kind, fused, key_heads):
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
+@pytest.mark.mesh
 def test_shard_map_with_heads_on_eight_devices():
   query, key = random_weights(1, 8)
   batch = np.stack([tokens(seed) for seed in range(2)]).astype(np.float32)

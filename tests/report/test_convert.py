@@ -614,12 +614,11 @@ def test_shapes_alone():
   assert same(optax_clip.convert_state(bare, shapes, state), state)
 
 
+@pytest.mark.mesh
 class TestMesh:
-  mesh = jax.make_mesh((4, 2), ("x", "y"))
-
   def on(self, *spec):
-    spec = jax.sharding.PartitionSpec(*spec)
-    return jax.sharding.NamedSharding(self.mesh, spec)
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
   def params(self):
     return jax.device_put(

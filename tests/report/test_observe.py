@@ -151,6 +151,7 @@ def test_scan_donation_and_vmap():
   assert step._cache_size() == 1
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
 def test_norms_of_sharded_updates_are_those_of_all_devices(axis_type, mapped):
@@ -169,6 +170,7 @@ def test_norms_of_sharded_updates_are_those_of_all_devices(axis_type, mapped):
   np.testing.assert_allclose(norm_history(state), wanted, rtol=1e-6)
 
 
+@pytest.mark.mesh
 def test_pmap():
   tx = observe(optax.sgd(0.1), measure=measures.global_norm(axis_name="d"))
   parts = jnp.arange(16.0).reshape(8, 2)

@@ -153,6 +153,7 @@ class TestOfSteps:
     assert found["last_nonfinite"] == 1
     assert np.isnan(found["nonfinite_loss"])
 
+  @pytest.mark.mesh
   def test_a_loss_that_differs_over_a_mesh_is_not_recorded(self):
     """The state of a guard is the same on all devices."""
     auto = (jax.sharding.AxisType.Auto,)
