@@ -26,7 +26,6 @@ from optax_clip._methods.element_spikes import clip_element_spikes
 from optax_clip._methods.fixed import clip
 from optax_clip._methods.fixed import clip_by_global_norm
 from optax_clip._methods.functions import clip_tree
-from optax_clip._methods.functions import given
 from optax_clip._methods.functions import global_norm
 from optax_clip._methods.history import clip_by_history
 from optax_clip._methods.layers import clip_by_block_rms
@@ -81,7 +80,6 @@ __all__ = [
   "clippy",
   "convert_state",
   "dynamic_loss_scale",
-  "given",
   "global_norm",
   "guarded_step",
   "labels_by_path",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import os
 from typing import Any
 
+import jax
 from jax import lax
 
 # For tests: runs the forms of one backend on any backend.
@@ -17,6 +18,15 @@ _FORCED = "OPTAX_CLIP_FORMS"
 def forced() -> str | None:
   """Returns the backend whose forms run everywhere, if any: cpu, gpu or tpu."""
   return os.environ.get(_FORCED)
+
+
+def is_traced(*operands: Any) -> bool:
+  """Returns whether one of the arrays belongs to a program that is being traced.
+
+  Outside of a program JAX compiles a choice between backends anew at each call, and
+  keeps what it compiled: whoever can do without the choice asks this first.
+  """
+  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
 
 
 def by_backend(

@@ -5,7 +5,6 @@ Transformations keep states, and functions return results. `metrics`,
 """
 
 from optax_clip._algebra.clip_with import ClipState
-from optax_clip._algebra.given import Given
 from optax_clip._algebra.record import LayerRecord
 from optax_clip._algebra.record import Record
 from optax_clip._algebra.record import SkipRecord
@@ -19,7 +18,6 @@ from optax_clip._report.suggest import Suggestion
 
 __all__ = [
   "ClipState",
-  "Given",
   "GuardState",
   "LayerMetrics",
   "LayerRecord",

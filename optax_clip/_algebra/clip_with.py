@@ -22,9 +22,7 @@ combinations, not new code. Precision, meshes, the policy for NaNs, recording an
 dtype rules each have one home, whatever the method.
 
 Whoever knows the norms already (a guard that measured the same updates, a caller of
-`clip_tree`) passes them to ``update`` as ``norms=``. Made by `given`, this argument
-says which norms it holds, and for which arrays. It travels as ``value=`` and ``grad=``
-do in optax, and a clip that receives other arrays measures those.
+`clip_tree`) hands them on: `handed` says how.
 """
 
 from collections.abc import Sequence
@@ -39,13 +37,12 @@ import optax
 
 from optax_clip import _validate
 from optax_clip._algebra import record as _record
-from optax_clip._algebra.given import Given
-from optax_clip._algebra.given import LayerNorms
-from optax_clip._algebra.given import Norms
-from optax_clip._algebra.given import largest
-from optax_clip._algebra.given import layer_norms
-from optax_clip._algebra.given import measured
-from optax_clip._algebra.given import of_layers
+from optax_clip._algebra.measured import LayerNorms
+from optax_clip._algebra.measured import Norms
+from optax_clip._algebra.measured import largest
+from optax_clip._algebra.measured import layer_norms
+from optax_clip._algebra.measured import measured
+from optax_clip._algebra.measured import of_layers
 from optax_clip._algebra.types import Action
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
@@ -115,10 +112,9 @@ def clip_with(
 
   Returns:
     An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`, or
-    `optax.EmptyState` if it records and remembers nothing. Its ``update`` takes known
-    norms as ``norms=``, see `given`. Its ``init`` leaves out what is no float: integers
-    get no updates, and `None` or JAX's float0 may stand there. ``update`` refuses
-    integers.
+    `optax.EmptyState` if it records and remembers nothing. Its ``init`` leaves
+    out what is no float: integers get no updates, and `None` or JAX's float0 may stand
+    there. ``update`` refuses integers.
 
   Raises:
     ValueError: for an unknown `nonfinite` or `record`, or ``record="layers"`` with a
@@ -160,8 +156,6 @@ def clip_with(
     updates: Updates,
     state: Any,
     params: Params = None,
-    *,
-    norms: "Given | None" = None,
     **extra_args: Any,
   ) -> tuple[Any, Any]:
     given_updates, updates = updates, _leaves.with_values(updates)
@@ -179,7 +173,7 @@ def clip_with(
           " optax_clip.convert_state(tx, params, old_state) makes one."
         )
 
-    found, layers = measured(measure, by_layer, updates, params, norms, extra_args)
+    found, layers = measured(measure, by_layer, updates, params, extra_args)
     sizes = found.sizes()
     finite = _record.all_finite(sizes)
     if nonfinite == "zero":

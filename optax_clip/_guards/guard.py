@@ -31,9 +31,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _validate
+from optax_clip._algebra import handed as _handed
 from optax_clip._algebra import record as _record
-from optax_clip._algebra.given import Given
+from optax_clip._algebra.handed import Known
 from optax_clip._algebra.record import SkipRecord
+from optax_clip._guards import inside as _inside
 from optax_clip._guards import skipped_step as _skipped_step
 from optax_clip._guards.judge import Judge
 from optax_clip._guards.record import blank
@@ -123,27 +125,28 @@ class Guard:
     given_updates, updates = updates, _leaves.with_values(updates)
     weights = _leaves.floats_only(params)
     states, inner_state = self._apart(state, updates)
-    extra_args = dict(extra_args)
-    known = extra_args.pop("norms", None) or Given()
+    known = _handed.at_hand()
     loss = recorded_loss(extra_args)
     seen, take = updates, jnp.asarray(True)
     reached, verdicts, scales = [], [], []
     for judge, own in zip(self.judges, states, strict=True):
-      verdict = judge.judge(seen, weights, own.memory, _own(own), known, extra_args)
+      with _handed.scope(known):
+        verdict = judge.judge(seen, weights, own.memory, _own(own), extra_args)
       reached.append(take)
       verdicts.append(verdict)
       take = take & verdict.take
       scales.append(verdict.scale)
       known, seen = _unscaled(verdict.known, seen, weights, verdict.scale)
-    inner = optax.with_extra_args_support(self.inner)
 
     def step(updates: Updates) -> tuple[Any, Any]:
       # Divided again here: XLA would hold in a buffer what goes into a branch.
       for scale in scales:
         updates = _divided(updates, scale)
-      norms = known.moved(seen, updates, weights)
+      handed = known.moved(updates, weights)
       updates = _leaves.restored(updates, given_updates)
-      new, later = inner.update(updates, inner_state, params, norms=norms, **extra_args)
+      new, later = _inside.update(
+        self.inner, handed, updates, inner_state, params, extra_args
+      )
       return finish(new), later
 
     result, later = _skipped_step.taken_or_kept(take, step, updates, kept, inner_state)
@@ -290,17 +293,17 @@ def _divided(updates: Updates, scale: Array | None) -> Any:
 
 
 def _unscaled(
-  known: Given, updates: Updates, params: Params, scale: Array | None
-) -> tuple[Given, Any]:
+  known: Known, updates: Updates, params: Params, scale: Array | None
+) -> tuple[Known, Any]:
   """Divides updates by a scale; returns them with what is known of them then."""
   if scale is None:
     return known, updates
   new = _divided(updates, scale)
   if any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(updates)):
     # Division rounds them to few digits after they were measured: measure again.
-    return Given(), new
+    return Known(), new
 
   def change(blocks: list[Extended]) -> list[Extended]:
     return [x._replace(value=x.value / scale.astype(x.value.dtype)) for x in blocks]
 
-  return known.moved(updates, new, params, change), new
+  return known.moved(new, params, change), new

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import jax
 
-from optax_clip._algebra.given import Given
-from optax_clip._algebra.given import LayerNorms
+from optax_clip._algebra.handed import Known
+from optax_clip._algebra.measured import LayerNorms
 from optax_clip._algebra.record import SkipRecord
 
 Array = jax.Array
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
   norm: Array
   limit: Array
   memory: Any
-  known: Given
+  known: Known
   layers: LayerNorms | None = None
   scale: Array | None = None
 
@@ -54,12 +54,11 @@ class Judge(NamedTuple):
   Attributes:
     name: the prefix of its metrics' keys.
     init: ``init(params)``: returns the memory before the first step.
-    judge: ``judge(updates, params, memory, record, known, extra_args)``: returns a
-      `Verdict`.
+    judge: ``judge(updates, params, memory, record, extra_args)``: returns a `Verdict`.
     stacks: maps parameters to the layers that are recorded; `None`: none are.
   """
 
   name: str
   init: Callable[[Any], Any]
-  judge: Callable[[Any, Any, Any, SkipRecord, Given, dict[str, Any]], Verdict]
+  judge: Callable[[Any, Any, Any, SkipRecord, dict[str, Any]], Verdict]
   stacks: Callable[[Any], list[int]] | None = None

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _validate
-from optax_clip._algebra.given import Given
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.types import Measure
 from optax_clip._guards.guard import guarded
@@ -140,12 +139,11 @@ def dynamic_loss_scale(
     params: Params,
     memory: dict[str, LossScale],
     record: SkipRecord,
-    known: Given,
     extra_args: dict[str, Any],
   ) -> Verdict:
     del record
     ((key, (scale, finite_steps)),) = memory.items()
-    seen = measuring.measured(updates, params, known, extra_args)
+    seen = measuring.measured(updates, params, extra_args)
     layers = None if seen.layers is None else seen.layers.divided(scale)
     finite = jnp.all(jnp.isfinite(seen.sizes))
 

@@ -8,9 +8,9 @@ import jax
 
 from optax_clip import _validate
 from optax_clip import measures
-from optax_clip._algebra import given as _given
-from optax_clip._algebra.given import Given
-from optax_clip._algebra.given import LayerNorms
+from optax_clip._algebra import measured as _measured
+from optax_clip._algebra.handed import Known
+from optax_clip._algebra.measured import LayerNorms
 from optax_clip._algebra.types import Measure
 from optax_clip._types import Params
 from optax_clip._types import Updates
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
   """
 
   sizes: Array
-  known: Given
+  known: Known
   layers: LayerNorms | None
 
 
@@ -54,20 +54,24 @@ class Measuring(NamedTuple):
     """Returns what maps parameters to the recorded layers; `None` if none are."""
     if not self.by_layer:
       return None
-    return lambda params: _given.of_layers(self.measure, params).layout(params).stacks()
+
+    def stacks(params: Params) -> list[int]:
+      return _measured.of_layers(self.measure, params).layout(params).stacks()
+
+    return stacks
 
   def measured(
-    self, updates: Updates, params: Params, known: Given, extra_args: dict[str, Any]
+    self, updates: Updates, params: Params, extra_args: dict[str, Any]
   ) -> Seen:
     """Measures the updates, once for the guard and for all inside it."""
-    norms, layers = _given.measured(
-      self.measure, self.by_layer, updates, params, known, extra_args
+    norms, layers = _measured.measured(
+      self.measure, self.by_layer, updates, params, extra_args
     )
-    handed = _given.known_of(self.measure, updates, params, norms, layers)
+    handed = _measured.known_of(self.measure, updates, params, norms, layers)
     return Seen(
       sizes=norms.layout.table(norms.sizes()).ravel(),
       known=handed,
-      layers=None if layers is None else _given.layer_norms(self.measure, layers),
+      layers=None if layers is None else _measured.layer_norms(self.measure, layers),
     )
 
 

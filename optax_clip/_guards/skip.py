@@ -9,7 +9,6 @@ import optax
 
 from optax_clip import _validate
 from optax_clip._algebra import record as _record
-from optax_clip._algebra.given import Given
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.record import counted
 from optax_clip._algebra.types import Measure
@@ -139,10 +138,9 @@ def skip_nonfinite(
     params: Params,
     memory: Any,
     record: SkipRecord,
-    known: Given,
     extra_args: dict[str, Any],
   ) -> Verdict:
-    seen = measuring.measured(updates, params, known, extra_args)
+    seen = measuring.measured(updates, params, extra_args)
     finite = jnp.all(jnp.isfinite(seen.sizes))
     take = finite
     if max_consecutive is not None:
@@ -272,11 +270,10 @@ def skip_spikes(
     params: Params,
     memory: SpikeMemory,
     record: SkipRecord,
-    known: Given,
     extra_args: dict[str, Any],
   ) -> Verdict:
     del record
-    seen = measuring.measured(updates, params, known, extra_args)
+    seen = measuring.measured(updates, params, extra_args)
     finite_norm = jnp.all(jnp.isfinite(seen.sizes))
     finite, values = finite_norm, seen.sizes if by_norm else seen.sizes[:0]
     count = values.size

@@ -6,6 +6,9 @@
 * GPU and TPU: every step is computed, and XLA fuses a selection between old and new
   values into the kernels that read and write them anyway. A `cond` copies parameters
   and both moments in every step on a GPU, and stops the host.
+* Outside `jit`: Python decides, and what stands inside runs as it would without a
+  guard. JAX would compile a `cond` anew in each step, since its branches are new
+  functions, and keep the program.
 
 Values are the same in both: neither multiplies by zero to forget a value, which would
 keep NaN. So are derivatives: by all that a skipped step was made from they are 0.
@@ -48,6 +51,8 @@ def taken_or_kept(
   Raises:
     TypeError: if the step changes the structure, a shape or a dtype of the state.
   """
+  if not isinstance(take, jax.core.Tracer):
+    return _decided(bool(take), step, updates, kept, state)
   closed, shapes = jax.make_jaxpr(step, return_shape=True)(updates)
   _same_types(state, shapes[1])
   treedef = jax.tree.structure(shapes)
@@ -81,11 +86,41 @@ def taken_or_kept(
     ]
 
   found = _backend.by_backend(cpu=branch, gpu=selection, tpu=selection)
-  like = leaves if kept is None else jax.tree.leaves(kept)
-  like = [*like, *jax.tree.leaves(state)]
-  if len(like) == len(found):
-    found = [_weakly_typed(*pair) for pair in zip(like, found, strict=True)]
-  return jax.tree.unflatten(treedef, found)
+  like = updates if kept is None else kept
+  return _as_weak((like, state), jax.tree.unflatten(treedef, found))
+
+
+def _decided(
+  take: bool,
+  step: Callable[[Any], tuple[Any, Any]],
+  updates: Updates,
+  kept: Any,
+  state: Any,
+) -> tuple[Any, Any]:
+  """Takes or skips a step of which it is known now whether to take it."""
+  shown = _record.of_last_step(state)
+  # What a skipped step shows is computed with all else: no program drops the rest.
+  runs = take or any(shown)
+  result, later = step(updates) if runs else jax.eval_shape(step, updates)
+  _same_types(state, later)
+  like = (updates if kept is None else kept, state)
+  if take:
+    return _as_weak(like, (result, later))
+  if kept is None:
+    zeros = _zeros(result, jax.tree.leaves(updates), jnp.asarray(take))
+    kept = jax.tree.unflatten(jax.tree.structure(result), zeros)
+  leaves, treedef = jax.tree.flatten(state)
+  rows = zip(shown, jax.tree.leaves(later), leaves, strict=True)
+  later = jax.tree.unflatten(treedef, [x if show else y for show, x, y in rows])
+  return _as_weak(like, (kept, later))
+
+
+def _as_weak(like: Any, new: Any) -> Any:
+  """Makes results weakly typed where what came in is."""
+  old, (found, treedef) = jax.tree.leaves(like), jax.tree.flatten(new)
+  if len(old) != len(found):
+    return new
+  return jax.tree.unflatten(treedef, map(_weakly_typed, old, found))
 
 
 def _weakly_typed(like: Any, new: Array) -> Array:

@@ -11,10 +11,11 @@ import optax
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
+from optax_clip._algebra import handed as _handed
+from optax_clip._algebra import measured as _measured
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Action
-from optax_clip._methods.functions import given
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._repr import named
@@ -224,8 +225,8 @@ def clip_element_spikes(
     seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
     kept = [_leaf.keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
     clipped_tree = jax.tree.unflatten(treedef, kept)
-    known = given(clipped_tree, norms, peak)
-    result, clip = recorded.update(clipped_tree, state.clip, params, norms=known)
+    with _handed.scope(_measured.known(peak, clipped_tree, None, norms)):
+      result, clip = recorded.update(clipped_tree, state.clip, params)
     result = _leaves.restored(result, given_updates)
     return result, ElementSpikesState(seen, rms, clip)
 

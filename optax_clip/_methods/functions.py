@@ -9,20 +9,17 @@ import optax
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
+from optax_clip._algebra import handed as _handed
+from optax_clip._algebra import measured as _measured
 from optax_clip._algebra.clip_with import clip_with
-from optax_clip._algebra.given import Given
-from optax_clip._algebra.given import as_blocks
-from optax_clip._algebra.types import Measure
 from optax_clip._norms import extended as _extended
 from optax_clip._thresholds import limits as _limits
 from optax_clip._trees import labels as _labels
 from optax_clip._trees import leaves as _leaves
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
-from optax_clip._types import Params
 from optax_clip._types import Scalar
 from optax_clip._types import Specs
-from optax_clip._types import Updates
 
 Array = jax.Array
 
@@ -138,11 +135,11 @@ def clip_tree(
     measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
     threshold = _limits.of(limits[0])
   else:
-    if not jax.tree.leaves(tree):
+    ids = _labels.each_leaf(prefix.unflatten(range(len(limits))), tree, "max_norm")
+    labels = jax.tree.unflatten(jax.tree.structure(tree), ids)
+    if not ids:
       # Nothing to measure.
       return given_tree, prefix.unflatten([jnp.zeros(())] * len(limits))
-    ids = _labels.broadcast(prefix.unflatten(range(len(limits))), tree, "max_norm")
-    labels = jax.tree.unflatten(jax.tree.structure(tree), ids)
     measure = measures.group_norm(
       labels, range(len(limits)), ord=ord, axis_name=axis_name, specs=specs
     )
@@ -162,8 +159,8 @@ def clip_tree(
     nonfinite=nonfinite,
     record=False,
   )
-  handed = given(tree, known, measure)
-  clipped, _ = tx.update(tree, optax.EmptyState(), norms=handed)
+  with _handed.scope(_measured.known(measure, tree, None, known)):
+    clipped, _ = tx.update(tree, optax.EmptyState())
   sizes = _extended.as_float(known)
   found = sizes if is_one else prefix.unflatten([sizes[i] for i in range(len(limits))])
   return _leaves.restored(clipped, given_tree), found
@@ -198,43 +195,3 @@ def _checked_norms(norm: Any, prefix: Any) -> list[Any]:
 
 def _is_none(node: Any) -> bool:
   return node is None
-
-
-def given(
-  updates: Updates, norms: Any, measure: Measure | None = None, params: Params = None
-) -> Given:
-  """Hands known norms to the clip that would measure them.
-
-  Use it for a norm that covers more than these updates (the model is split over
-  pipelines), or that was measured for another purpose. A clip that measures what
-  `measure` does, and gets these arrays, takes it instead of reading them.
-
-  Args:
-    updates: the tree that these norms measure, and that ``tx.update`` gets.
-    norms: an array with one entry for each norm of `measure`, a scalar for the global
-      norm, or an `Extended`.
-    measure: what they are, from `optax_clip.measures`; the global norm by default.
-    params: the parameters, for a measure that compares with them.
-
-  Returns:
-    What to pass as ``tx.update(updates, state, params, norms=...)``. `optax.chain`,
-    `optax.masked` and guards pass it on.
-
-  Raises:
-    ValueError: if the shape of `norms` does not fit `measure`.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, optax_clip
-    >>> tx = optax.chain(optax_clip.clip_by_global_norm(1.0), optax.sgd(1.0))
-    >>> g = {"w": jnp.array([3.0, 4.0])}
-    >>> norm = jnp.array(10.0)  # With the other half of the model.
-    >>> updates, _ = tx.update(g, tx.init(g), norms=optax_clip.given(g, norm))
-    >>> print(updates["w"])
-    [-0.3 -0.4]
-  """
-  if measure is None:
-    measure = measures.global_norm()
-  updates, params = _leaves.with_values(updates), _leaves.floats_only(params)
-  blocks = as_blocks(norms, measure.layout(updates))
-  leaves, weights = jax.tree.leaves(updates), jax.tree.leaves(params)
-  return Given(leaves, weights, [(measure.measure, blocks)])

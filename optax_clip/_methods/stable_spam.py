@@ -11,10 +11,11 @@ import optax
 from optax_clip import _validate
 from optax_clip import actions
 from optax_clip import measures
+from optax_clip._algebra import handed as _handed
+from optax_clip._algebra import measured as _measured
 from optax_clip._algebra.clip_with import clip_with
-from optax_clip._algebra.given import Given
+from optax_clip._algebra.handed import Known
 from optax_clip._algebra.types import Threshold
-from optax_clip._methods.functions import given
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
@@ -293,9 +294,9 @@ def stable_spam(
       )
     given_updates, updates = updates, _leaves.with_values(updates)
     layout, peaks = peak.layout(updates), list(peak.measure(updates))
-    handed = given(updates, peaks, peak)
-    clipped, first_state = first.update(updates, state[0], params, norms=handed)
-    known = Given()
+    with _handed.scope(_measured.known(peak, updates, None, peaks)):
+      clipped, first_state = first.update(updates, state[0], params)
+    known = Known()
     # Not if leaves are stacked, or of several dtypes, or differ over a mesh.
     if specs is None and len(layout.blocks) == 1 and layout.places[0].dims is None:
       sizes = _extended.as_float(peaks[0])
@@ -306,8 +307,9 @@ def stable_spam(
         # AdaGN then sees updates of zero.
         finite = jnp.all(jnp.isfinite(peaks[0].value))
         norms = norms._replace(value=jnp.where(finite, norms.value, 0))
-      known = given(clipped, norms, norm)
-    result, second_state = second.update(clipped, state[1], params, norms=known)
+      known = _measured.known(norm, clipped, None, norms)
+    with _handed.scope(known):
+      result, second_state = second.update(clipped, state[1], params)
     return _leaves.restored(result, given_updates), (first_state, second_state)
 
   return optax.GradientTransformationExtraArgs(init, update)

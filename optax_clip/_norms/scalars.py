@@ -1,6 +1,7 @@
 """How arithmetic on the few numbers of each leaf compiles to few kernels.
 
-Nothing here changes a number. It changes the kernels that XLA makes of three things:
+Nothing here changes a number. It changes the kernels that XLA makes of three things,
+in a program; outside of one, each operation has a kernel of its own anyway:
 
 * *Coefficients of whole leaves*, `columns`. XLA compiles one kernel for all leaves of
   a shape if a *scalar* scales them, but one for each leaf if *an element of a vector*
@@ -42,7 +43,8 @@ def columns(vectors: Sequence[Array]) -> list[list[Array]]:
   count = vectors[0].shape[0]
   # The operands of one reduction have to agree in dtype and in varying mesh axes.
   alike = len({v.dtype for v in vectors}) == 1
-  if count <= 1 or not alike or any(map(_mesh.varying_axes, vectors)):
+  plain = count <= 1 or not alike or not _backend.is_traced(vectors)
+  if plain or any(map(_mesh.varying_axes, vectors)):
     return [list(row) for row in zip(*map(_entries, vectors), strict=True)]
   table = jnp.stack(vectors, axis=1)
   # If entries are arrays, leaves share no kernels on a CPU, and a reduction is slow.
@@ -88,6 +90,8 @@ def each(
   def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return in_stacks(jax.vmap(f), f, arguments, last)
 
+  if not _backend.is_traced(arrays):
+    return one_by_one(arguments)
   alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
   cpu = written if last and any(x.ndim > 1 for x in arrays) else one_by_one
   gpu = together if alike else one_by_one

@@ -10,14 +10,15 @@ import numpy as np
 import optax
 
 from optax_clip import _validate
+from optax_clip._algebra import handed as _handed
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.clip_with import ClipState
 from optax_clip._algebra.clip_with import clip_with
-from optax_clip._algebra.given import Given
 from optax_clip._algebra.types import Action
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
 from optax_clip._guards import guard as _guard
+from optax_clip._guards import inside as _inside
 from optax_clip._guards.measuring import Measuring
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
@@ -131,7 +132,6 @@ def observe(
   _validate.instance(
     optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
   )
-  inside = optax.with_extra_args_support(inner)
   measuring = Measuring.of(measure, record)
   watch = clip_with(
     measuring.measure,
@@ -142,14 +142,12 @@ def observe(
   )
 
   def init(params: Params) -> ObserveState:
-    return ObserveState(watch.init(params), inside.init(params))
+    return ObserveState(watch.init(params), inner.init(params))
 
   def update(
     updates: Updates,
     state: ObserveState,
     params: Params = None,
-    *,
-    norms: Given | None = None,
     **extra_args: Any,
   ) -> tuple[Any, ObserveState]:
     if not isinstance(state, ObserveState):
@@ -159,15 +157,16 @@ def observe(
       )
     given_updates, updates = updates, _leaves.with_values(updates)
     weights = _leaves.floats_only(params)
-    known = measuring.measured(updates, weights, norms or Given(), extra_args).known
-    passed, seen = watch.update(updates, state.seen, params, norms=known, **extra_args)
+    known = measuring.measured(updates, weights, extra_args).known
+    with _handed.scope(known):
+      passed, seen = watch.update(updates, state.seen, params, **extra_args)
     if isinstance(inner.update, _guard.Guard):
       # A guard's branch takes buffers: what came in is one already.
       passed = updates
-    handed = known.moved(updates, passed, weights)
+    handed = known.moved(passed, weights)
     passed = _leaves.restored(passed, given_updates)
-    result, later = inside.update(
-      passed, state.inner, params, norms=handed, **extra_args
+    result, later = _inside.update(
+      inner, handed, passed, state.inner, params, extra_args
     )
     return result, ObserveState(seen, later)
 

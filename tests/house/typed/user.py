@@ -66,8 +66,8 @@ def train(params: Tree, grads: Tree, loss: jax.Array) -> tuple[Tree, float]:
     tx, params, inner.init(params), drop=("",), report=print
   )
   norm = optax_clip.global_norm(grads) * optax_clip.loss_scale(state)
-  known: states.Given = optax_clip.given(grads, norm)
-  updates, state = tx.update(grads, state, params, norms=known, loss=loss)
+  grads, _ = optax_clip.clip_tree(grads, 1.0, norm=norm)
+  updates, state = tx.update(grads, state, params, loss=loss)
   params, state = optax_clip.guarded_step(tx, grads, state, params, loss=loss)
   row: dict[str, jax.Array] = optax_clip.metrics(state)
   report: states.LayerReport = optax_clip.layer_metrics(state, params)

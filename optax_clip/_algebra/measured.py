@@ -1,7 +1,5 @@
-"""Where norms come from: measured once, then handed on to whoever needs them."""
+"""Where norms come from: measured here, unless someone outside has measured them."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -9,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_clip._algebra import handed as _handed
+from optax_clip._algebra.handed import Known
 from optax_clip._algebra.types import Measure
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import scalars as _scalars
@@ -40,96 +40,35 @@ class Norms(NamedTuple):
     return self.layout.rows(largest, self.sizes())
 
 
-@jax.tree_util.register_pytree_node_class
-class Given:
-  """Holds norms that are known already, and for which arrays; made by `given`.
-
-  It recognises its arrays by identity. An array that enters `jax.jit`, or a branch,
-  becomes another one: on its way in a `Given` forgets all, and the clip inside
-  measures again.
-  """
-
-  def __init__(
-    self,
-    leaves: Sequence[Any] = (),
-    params: Sequence[Any] = (),
-    entries: Sequence[tuple[Callable[..., Any], list[Extended]]] = (),
-  ):
-    """Takes the leaves of updates and parameters, and for each measure its norms."""
-    self._leaves, self._params = tuple(leaves), tuple(params)
-    self._entries = tuple(entries)
-
-  def find(
-    self, measure: Measure, updates: Updates, params: Params
-  ) -> list[Extended] | None:
-    """Returns the norms by a measure, if they are known for these very arrays."""
-    if not self._entries or not _identical(self._leaves, updates):
-      return None
-    for measuring, blocks in self._entries:
-      if _equal(measuring, measure.measure):
-        uses_params = getattr(measuring, "uses_params", True)
-        if not uses_params or _identical(self._params, params):
-          return blocks
-    return None
-
-  def moved(
-    self,
-    old: Any,
-    new: Any,
-    params: Params,
-    change: Callable[[list[Extended]], list[Extended]] = lambda blocks: blocks,
-  ) -> "Given":
-    """Carries what is known over to updates with the same values.
-
-    Args:
-      old: the updates that this is for; for others the result knows nothing.
-      new: a copy, or the same updates in other units; of the same structure.
-      params: the parameters beside them.
-      change: from the old norms to the new ones.
-    """
-    if not self._entries or not _identical(self._leaves, old):
-      return Given()
-    entries = [(measuring, change(blocks)) for measuring, blocks in self._entries]
-    return Given(jax.tree.leaves(new), jax.tree.leaves(params), entries)
-
-  def tree_flatten(self) -> tuple[tuple[()], None]:
-    """Returns nothing: see the class."""
-    return (), None
-
-  @classmethod
-  def tree_unflatten(cls, aux: None, children: Any) -> "Given":
-    """Makes one that knows nothing: see the class."""
-    del aux, children
-    return cls()
-
-
 def measured(
   measure: Measure,
   by_layer: bool,
   updates: Updates,
   params: Params,
-  known: Given | None,
   extra_args: dict[str, Any],
 ) -> tuple[Norms, Norms | None]:
   """Returns norms by a measure and, if asked, those of each layer from the same read.
 
-  Measures only what is not known.
+  Measures only what was not handed on.
   """
-  known = Given() if known is None else known
+  at_hand = _handed.at_hand()
+
+  def known(measure: Measure) -> list[Extended] | None:
+    return at_hand.find(measure.measure, updates, params)
 
   def by(measure: Measure) -> list[Extended]:
-    blocks = known.find(measure, updates, params)
+    blocks = known(measure)
     if blocks is None:
       found = measure.measure(updates, params, **extra_args)
       blocks = as_blocks(found, measure.layout(updates))
     return blocks
 
   layout, parts = measure.layout(updates), measure.parts
-  if parts is None or not (by_layer or known.find(parts.measure, updates, params)):
+  if parts is None or not (by_layer or known(parts.measure)):
     norms = Norms(by(measure), layout)
     return norms, norms if by_layer else None
   layers = by(parts.measure)
-  blocks = known.find(measure, updates, params)
+  blocks = known(measure)
   if blocks is None and parts.combine is not None:
     blocks = list(parts.combine(layers, updates))
   norms = Norms(by(measure) if blocks is None else blocks, layout)
@@ -138,12 +77,24 @@ def measured(
 
 def known_of(
   measure: Measure, updates: Updates, params: Params, norms: Norms, layers: Norms | None
-) -> Given:
+) -> Known:
   """Wraps what `measured` found, to be handed on."""
   entries = [(measure.measure, norms.blocks)]
   if layers is not None and measure.parts is not None:
     entries.append((measure.parts.measure.measure, layers.blocks))
-  return Given(jax.tree.leaves(updates), jax.tree.leaves(params), entries)
+  return Known(updates, params, entries)
+
+
+def known(
+  measure: Measure, updates: Updates, params: Params, norms: list[Extended] | Extended
+) -> Known:
+  """Wraps norms that were found otherwise, to be handed on.
+
+  Raises:
+    ValueError: if the shape of `norms` does not fit the measure.
+  """
+  blocks = as_blocks(norms, measure.layout(updates))
+  return Known(updates, params, [(measure.measure, blocks)])
 
 
 def of_layers(measure: Measure, tree: Any) -> Measure:
@@ -164,7 +115,7 @@ def of_layers(measure: Measure, tree: Any) -> Measure:
 
 
 def as_blocks(norms: Any, layout: Layout) -> list[Extended]:
-  """Splits what a measure returned, or a caller knows: an `Extended` for each block.
+  """Splits what a measure returned: an `Extended` for each block.
 
   Raises:
     ValueError: if the shapes do not fit.
@@ -219,15 +170,3 @@ def layer_norms(measure: Measure, layers: Norms) -> LayerNorms:
 
 # A layer without elements has no norm: it counts as 0, which no limit clips.
 largest = functools.partial(jnp.max, initial=0)
-
-
-def _identical(leaves: Sequence[Any], tree: Any) -> bool:
-  """Returns whether the leaves of a tree are these very objects."""
-  others = jax.tree.leaves(tree)
-  return len(leaves) == len(others) and all(
-    x is y for x, y in zip(leaves, others, strict=True)
-  )
-
-
-def _equal(a: Any, b: Any) -> bool:
-  return a is b or (type(a) is type(b) and bool(a == b))
