@@ -62,7 +62,9 @@ def adaptive_grad_clip(
       at zero can move. With 0 they stay there.
     axis: the axes that form one unit, for every leaf; by rank if `None`. Or by path:
       ``{"embedding": 1, "attention/out": (0, 1)}``, a mapping from regular
-      expressions, or a function from path and leaf, to axes or `None`.
+      expressions, or a function from path and leaf, to axes or `None`; or a tree of
+      these of a class of your own, like the updates. With `optax.inject_hyperparams`
+      pass ``static_args=("axis",)``.
     ord: the order of both norms, as in `measures.global_norm`.
     strict: as in `actions.rescale`, up to the rounding of the parameters' norm.
     nonfinite, name: as in `clip_with`.

@@ -135,11 +135,11 @@ def clip_tree(
     measure = measures.global_norm(ord=ord, axis_name=axis_name, specs=specs)
     threshold = _limits.of(limits[0])
   else:
-    ids = _labels.each_leaf(prefix.unflatten(range(len(limits))), tree, "max_norm")
-    labels = jax.tree.unflatten(jax.tree.structure(tree), ids)
-    if not ids:
+    if not jax.tree.leaves(tree):
       # Nothing to measure.
       return given_tree, prefix.unflatten([jnp.zeros(())] * len(limits))
+    ids = _labels.broadcast(prefix.unflatten(range(len(limits))), tree, "max_norm")
+    labels = jax.tree.unflatten(jax.tree.structure(tree), ids)
     measure = measures.group_norm(
       labels, range(len(limits)), ord=ord, axis_name=axis_name, specs=specs
     )

@@ -97,7 +97,8 @@ def clip_by_group_norm(
   Args:
     labels: a tree with a label for each leaf, a prefix of one, or a function from the
       updates to either, as in `optax.multi_transform`, which `labels_by_path` makes
-      from regular expressions.
+      from regular expressions. With `optax.inject_hyperparams`, which takes functions
+      for schedules, pass ``static_args=("labels",)``.
     max_norms: the limit of each label: a non-negative float, a schedule of the step,
       or a traced scalar. `None` or `float('inf')`: measured, never clipped.
     counted: which leaves count in the norm of their group, given like `labels`; all

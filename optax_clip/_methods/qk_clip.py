@@ -286,7 +286,7 @@ def _places(tree: Any, count: int, head_axis: HeadAxis) -> list[_Place]:
   """Where heads lie in each leaf; `count` is the rank of `max_logits`."""
   paths = _paths.every_path(tree)
   leaves = jax.tree.leaves(tree)
-  if callable(head_axis) or isinstance(head_axis, Mapping):
+  if _paths.is_by_path(head_axis):
     found = _paths.by_path(tree, head_axis, "head_axis")
   else:
     found = [head_axis] * len(leaves)

@@ -46,6 +46,11 @@ def distinct(
   Raises:
     ValueError: if one is out of range, or named twice.
   """
+  if isinstance(axis, jax.Array):
+    raise TypeError(
+      f"{name} must be one or more Python integers, as it decides what is compiled, got"
+      f" {axis!r}. With optax.inject_hyperparams, pass static_args=({name!r},)."
+    )
   axes, rank = (axis,) if isinstance(axis, int) else tuple(axis), len(shape)
   if not all(-rank <= a < rank for a in axes):
     raise ValueError(
@@ -99,7 +104,9 @@ def stacked_unit_axes(
 
 def checked_stacked(stacked: Any) -> None:
   """Raises, at construction, unless `stacked` can say axes of layers."""
-  if stacked is None or callable(stacked):
+  if stacked is None:
+    return
+  if _paths.is_by_path(stacked) and not isinstance(stacked, Mapping):
     return
   if not isinstance(stacked, Mapping):
     raise TypeError(

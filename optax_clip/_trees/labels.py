@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_clip._trees import functions as _functions
+
 # A tree of labels, a prefix of one, or a function from updates to one.
 Labels = Any | Callable[[Any], Any]
 
 
 def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
   """Raises, at construction, for labels that can never work."""
-  if callable(labels):
+  if _functions.is_function(labels):
     return
   found = _hashable(labels, "labels")
   if not found:
@@ -73,14 +75,16 @@ def muon_labels(weight_dimension_numbers: Any = None) -> Callable[[Any], Any]:
   """
 
   def by_rank(tree: Any) -> Any:
+    _functions.not_a_count(tree, "muon_labels", "labels")
     return jax.tree.map(lambda x: "muon" if jnp.ndim(x) == 2 else "adam", tree)
 
   if weight_dimension_numbers is None:
     return by_rank
 
   def labels(tree: Any) -> Any:
+    _functions.not_a_count(tree, "muon_labels", "labels")
     numbers = weight_dimension_numbers
-    resolved = numbers(tree) if callable(numbers) else numbers
+    resolved = numbers(tree) if _functions.is_function(numbers) else numbers
     taken = jax.tree.map(
       lambda x: "adam" if x is None else "muon", resolved, is_leaf=_is_for_muon
     )
@@ -120,13 +124,17 @@ def each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
   """Broadcasts a tree, a prefix of one, or what a function returns, to the leaves."""
   if not jax.tree.leaves(tree):
     return []  # optax.tree_map_params initialises with a stand-in for all parameters.
-  resolved = given(tree) if callable(given) else given
+  return broadcast(given(tree) if _functions.is_function(given) else given, tree, what)
+
+
+def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
+  """Broadcasts a tree, or a prefix of one, to the leaves."""
   try:
-    return jax.tree.leaves(jax.tree.broadcast(resolved, tree))
+    return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
   except ValueError as error:
     raise ValueError(
       f"{what} must be a tree prefix of the updates, got"
-      f" {jax.tree.structure(resolved)} for updates of structure"
+      f" {jax.tree.structure(prefix)} for updates of structure"
       f" {jax.tree.structure(tree)}."
     ) from error
 

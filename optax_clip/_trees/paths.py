@@ -11,8 +11,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip._trees import functions as _functions
+
 # What holds one array calls it so: Flax's variables and boxes, penzai's named arrays.
 _FIELDS = ("value", "raw_value", "data_array")
+
+
+def is_by_path(rules: Any) -> bool:
+  """Returns whether an argument differs by path, and is no value for all leaves."""
+  return (
+    isinstance(rules, Mapping)
+    or _functions.is_function(rules)
+    or _functions.is_node(rules)
+  )
 
 
 def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
@@ -23,7 +34,8 @@ def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
     rules: a mapping from regular expressions to values. The first expression that is
       found in a path, such as ``blocks/attention/kernel``, counts; whether the path
       names the field of a box, as ``kernel/value`` in Flax, or not, see `every_name`.
-      Or a function from that name and a leaf to a value; or `None`, for no rules.
+      Or a function from that name and a leaf to a value; a tree like `tree` of a class
+      of someone's own, with a value for each leaf; or `None`, for no rules.
     what: the name of the argument, for errors.
 
   Raises:
@@ -32,9 +44,11 @@ def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
   names = every_name(tree)
   if rules is None:
     return [None] * len(names)
-  if callable(rules):
+  if _functions.is_function(rules):
     leaves = jax.tree.leaves(tree)
     return [rules(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+  if not isinstance(rules, Mapping):
+    return _each_leafs(tree, rules, what)
   spellings = list(zip(names, every_path(tree), strict=True))
 
   def is_found(pattern: str, paths: tuple[str, str]) -> bool:
@@ -49,6 +63,19 @@ def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
     next((value for pattern, value in rules.items() if is_found(pattern, paths)), None)
     for paths in spellings
   ]
+
+
+def _each_leafs(tree: Any, rules: Any, what: str) -> list[Any]:
+  """Returns what stands in a tree of rules where another tree has its leaves."""
+  treedef: Any = jax.tree.structure(tree)
+  try:
+    return list(treedef.flatten_up_to(rules))
+  except ValueError as error:
+    raise ValueError(
+      f"{what} must map regular expressions of paths to values, or be a function from"
+      f" path and leaf, or a tree like the updates, got {jax.tree.structure(rules)} for"
+      f" updates of structure {treedef}."
+    ) from error
 
 
 def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
@@ -84,6 +111,7 @@ def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
   checked_patterns(rules, "rules")
 
   def labels(tree: Any) -> Any:
+    _functions.not_a_count(tree, "labels_by_path", "labels")
     found = by_path(tree, {pattern: (rules[pattern],) for pattern in rules}, "rules")
     missing = [
       p for p, label in zip(every_name(tree), found, strict=True) if label is None
@@ -147,7 +175,8 @@ def unit_axes_by_name(
       f" {', '.join(sorted(known))}."
     )
 
-  def axis(path: str, leaf: Any) -> tuple[int, ...] | None:
+  def axis(path: str, leaf: Any = None) -> tuple[int, ...] | None:
+    _functions.not_a_count(path, "unit_axes_by_name", "axis")
     spec = found.get(path, ())
     rank = jnp.ndim(leaf)
     if rank <= 1 or not any(map(_each, spec)):
