@@ -245,3 +245,56 @@ class TestUnit:
     updates, _ = jax.jit(tx.update)(g, tx.init(g))
     np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
     np.testing.assert_allclose(updates["b"], [0.5], rtol=1e-6)
+
+
+# --- Cotangents -------------------------------------------------------------------
+
+
+def bounded(max_norm):
+  """As in docs/faq.md: passes a state on, and clips what comes back."""
+
+  @jax.custom_vjp
+  def same(state):
+    return state
+
+  def backward(_, cotangents):
+    return optax_clip.clip_tree(cotangents, max_norm)[:1]
+
+  same.defvjp(lambda state: (state, None), backward)
+  return same
+
+
+def simulated(start, bound, steps=200):
+  """A state of two leaves, and of an integer, that grows tenfold in each step."""
+
+  def step(state, _):
+    state = {"x": 10 * state["x"], "y": 10 * state["y"], "n": state["n"] + 1}
+    return bound(state), None
+
+  state = {**start, "n": jnp.int32(0)}
+  state = jax.lax.scan(step, state, None, length=steps)[0]
+  return jnp.sum(3 * state["x"]) + jnp.sum(4 * state["y"])
+
+
+def test_cotangents_are_bounded_at_every_step_of_a_simulation():
+  start = {"x": jnp.float32([1e-30]), "y": jnp.float32([1e-30])}
+  grads = jax.jit(jax.grad(simulated), static_argnums=1)
+  assert np.isinf(grads(start, lambda state: state)["x"]).all()
+  # The last step multiplies what was clipped to 1 by 10; the direction is kept.
+  found = grads(start, bounded(1.0))
+  np.testing.assert_allclose(found["x"], [6.0], rtol=1e-6)
+  np.testing.assert_allclose(found["y"], [8.0], rtol=1e-6)
+
+
+def test_cotangents_of_examples_are_bounded_one_by_one():
+  starts = {"x": jnp.zeros((3, 1)), "y": jnp.zeros((3, 1))}
+  grad = jax.grad(lambda start: simulated(start, bounded(1.0), 5))
+  found = jax.jit(jax.vmap(grad))(starts)
+  np.testing.assert_allclose(found["y"], np.full((3, 1), 8.0), rtol=1e-6)
+
+
+def test_cotangents_within_the_bound_are_those_of_the_loss():
+  start = {"x": jnp.float32([0.5]), "y": jnp.float32([0.5])}
+  for bound in (lambda state: state, bounded(1e9)):
+    found = jax.grad(simulated)(start, bound, 3)
+    assert jax.tree.map(lambda x: x.tolist(), found) == {"x": [3000.0], "y": [4000.0]}

@@ -137,6 +137,74 @@ def test_specs_of_a_state_and_a_sharded_step(tx, mesh):
   assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+# --- Loops that do not give the state back ------------------------------------------
+
+
+def logged(tx, log):
+  """As in docs/metrics.md."""
+
+  def update(updates, state, params=None, **extra_args):
+    updates, state = tx.update(updates, state, params, **extra_args)
+    jax.debug.callback(log, optax_clip.metrics(state))
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def scanned(tx, steps):
+  """GPJax, and the agents of Brax: a scan in one program."""
+
+  @jax.jit
+  def fit(params):
+    def step(carry, _):
+      grads = jax.grad(lambda p: jnp.sum(p["head"] ** 2))(carry[0])
+      updates, state = tx.update(grads, carry[1], carry[0])
+      return (optax.apply_updates(carry[0], updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), None, length=steps)[0][0]
+
+  fit(PARAMS)
+
+
+def eager(tx, steps):
+  """dynamax' `run_sgd`: updates without `jit`, and without parameters."""
+  state = tx.init(PARAMS)
+  for _ in range(steps):
+    _, state = tx.update(GRADS, state)
+
+
+def stepwise(tx, steps):
+  """flowjax: a jitted step, with `params=` by name."""
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(GRADS, state, params=params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = PARAMS, tx.init(PARAMS)
+  for _ in range(steps):
+    params, state = step(params, state)
+
+
+@pytest.mark.parametrize("loop", [scanned, eager, stepwise])
+def test_metrics_of_a_loop_that_keeps_the_state(loop):
+  rows = []
+  clip = optax_clip.clip_by_global_norm(1.0)
+  tx = optax_clip.skip_nonfinite(optax.chain(clip, optax.adam(0.1)), record="layers")
+  loop(logged(tx, rows.append), 4)
+  jax.effects_barrier()
+  steps = sorted(int(row["clip_by_global_norm/steps"]) for row in rows)
+  assert steps == [1, 2, 3, 4]
+  assert all(row["skip_nonfinite/steps_skipped"] == 0 for row in rows)
+
+
+def test_the_state_is_the_same_with_metrics_sent_out_of_it():
+  tx = chain()
+  assert jax.tree.structure(logged(tx, print).init(PARAMS)) == jax.tree.structure(
+    tx.init(PARAMS)
+  )
+
+
 # --- MaxText -------------------------------------------------------------------------
 
 
@@ -593,6 +661,12 @@ def check_metrics(state):
     assert np.isfinite(float(value)) or key.endswith(("limit", "_loss")), key
 
 
+def outputs_first(path, leaf):
+  """As in docs/meshes.md."""
+  is_kernel = "weight" in path and leaf.ndim > 1
+  return tuple(range(1, leaf.ndim)) if is_kernel else None
+
+
 class TestEquinox:
   @pytest.mark.parametrize(
     "name", ["layers", "skip_spikes", "all", "clippy", "stable_spam"]
@@ -603,6 +677,37 @@ class TestEquinox:
     model, state, losses = eqx_train(tx, 30, model, state)
     assert losses[-1] < 0.7 * losses[0]
     check_metrics(state)
+
+  def test_units_of_agc(self):
+    """Kernels are ``[out, in]``: clipped as their transposes are by rank."""
+    key = jax.random.key(0)
+    model = {
+      "linear": eqx.nn.Linear(3, 5, key=key),
+      "conv": eqx.nn.Conv2d(3, 8, 3, key=key),
+      "embedding": eqx.nn.Embedding(7, 4, key=key),
+      "norm": eqx.nn.LayerNorm(4),
+    }
+    params = eqx.filter(model, eqx.is_inexact_array)
+    scale = iter(range(1, 100))
+    grads = jax.tree.map(
+      lambda x: next(scale) * jax.random.normal(jax.random.key(1), x.shape), params
+    )
+
+    def clipped(tx, grads, params):
+      return jax.jit(tx.update)(grads, tx.init(params), params)[0]
+
+    def inputs_first(tree):
+      return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), tree)
+
+    by_path = optax_clip.adaptive_grad_clip(0.01, axis=outputs_first)
+    by_rank = optax_clip.adaptive_grad_clip(0.01)
+    found = clipped(by_path, grads, params)
+    expected = clipped(by_rank, inputs_first(grads), inputs_first(params))
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-6),
+      inputs_first(found),
+      expected,
+    )
 
   def test_names_of_layers(self):
     tx, model = TXS["layers"](), Model.make()

@@ -134,3 +134,31 @@ def test_a_state_that_becomes_another_tree_is_one_too():
   assert "extra" in message
   assert "init" in message
   assert "cond" not in message
+
+
+# --- A threshold around another ---------------------------------------------------
+
+
+def times(factor, threshold):
+  """As in docs/blocks.md."""
+
+  def update(norms, state, **extra_args):
+    limits, state = threshold.update(norms, state, **extra_args)
+    return factor * limits, state
+
+  return optax_clip.Threshold(threshold.init, update)
+
+
+def test_twice_the_median_of_the_last_norms():
+  """Against NumPy, in a window that is full and one that is not; NaN is not learned."""
+  median = thresholds.percentile(50, window=128)
+  tx = optax_clip.clip_with(
+    measures.global_norm(), times(2, median), optax_clip.actions.rescale()
+  )
+  norms = np.exp(np.random.default_rng(0).normal(size=200)).astype(np.float32)
+  norms[[40, 150]] = np.nan
+  limits = optax_clip.replay_limits(tx, norms)
+  for i in (0, 1, 39, 41, 127, 128, 149, 151, 199):
+    known = norms[: i + 1]
+    known = known[np.isfinite(known)][-128:].astype(np.float64)
+    np.testing.assert_allclose(limits[i], 2 * np.median(known), rtol=1e-6)

@@ -127,3 +127,33 @@ class TestZero:
       updates, _ = tx.update(G, tx.init(G))
       updates, _ = jax.jit(tx.update)(G, tx.init(G))
     assert not any(np.any(x) for x in jax.tree.leaves(updates))
+
+
+# --- Injected limits ----------------------------------------------------------
+
+HALF = {"w": jnp.full(4, 100.0, jnp.float16)}
+
+
+def injected(limit, **keywords):
+  make = optax.inject_hyperparams(optax_clip.clip_by_global_norm, **keywords)
+  tx = make(max_norm=limit)
+  updates, state = jax.jit(tx.update)(HALF, tx.init(HALF), HALF)
+  return updates["w"], optax_clip.metrics(state)["clip_by_global_norm/limit"]
+
+
+@pytest.mark.parametrize("limit", [1e5, 1e-8])
+def test_an_injected_limit_keeps_its_range_with_a_dtype_of_its_own(limit):
+  """As docs/limits.md has it."""
+  _, recorded = injected(limit, hyperparam_dtype=jnp.float32)
+  np.testing.assert_allclose(recorded, limit, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_optax_gives_an_injected_limit_the_dtype_of_the_parameters():
+  """What is then left of a limit in float16: all of the update, or nothing."""
+  passed, limit = injected(1e5)
+  assert np.isinf(limit)
+  assert np.array_equal(passed, HALF["w"])
+  zeroed, limit = injected(1e-8)
+  assert limit == 0
+  assert not np.any(zeroed)
