@@ -1,15 +1,14 @@
 """A threshold from the log of a run: `python -m optax_clip --help`."""
 
 import argparse
+from collections.abc import Callable
 from collections.abc import Sequence
+import math
+import os
 import sys
 from typing import NoReturn
 
 import jax
-
-from optax_clip._report import command as _command
-from optax_clip._report.logs import LogError
-from optax_clip._report.logs import read
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
   Raises:
     SystemExit: with code 2 and one line on stderr, if something is wrong with the
-      log or the arguments.
+      log or the arguments, or a library is missing.
   """
   parser = _parser()
   # Methods may stand behind flags, which argparse does not foresee.
@@ -39,59 +38,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
   if more:
     parser.error(f"unknown arguments: {' '.join(more)}")
   try:
-    log = read(options.log, options.column, skip_empty=options.skip_empty)
-    rows = f"{len(log.norms)} steps of {log.column}"
-    lines = [f"{options.log}: {rows}", *(f"  ({note})" for note in log.notes)]
+    from optax_clip._logs import command
+    from optax_clip._logs import log as _log
+
+    log = _log.read(options.log, options.column, options.run)
     if options.command == "suggest":
-      said = _command.suggest(options.log, log, options.clipped_share, options.png)
-      print("\n".join([*lines, said]))
+      share, clip = options.clipped_share, options.from_clip
+      said = command.suggest(log, share, clip=clip, png=options.png)
     else:
-      replayed = _command.replay(log, options.methods or _command.USUAL)
-      print("\n".join([*lines, ""]))
-      _command.show(replayed)
-  except LogError as error:
+      said = f"\n{command.replay(log, options.methods or command.USUAL)}"
+  except ModuleNotFoundError as error:
+    parser.error(f"{error.name} is missing: pip install 'optax-clip[logs]'")
+  except ValueError as error:
     parser.error(str(error))
-
-
-def _share(text: str) -> float:
   try:
-    value = float(text)
-  except ValueError:
-    value = -1.0
-  if not 0 <= value < 1:
-    raise argparse.ArgumentTypeError(
-      f"{text!r} is no number of at least 0 and below 1; 0.05 is one step in twenty"
-    )
-  return value
+    print(f"{command.about(options.log, log)}\n{said}", flush=True)
+  except BrokenPipeError:
+    # Who reads needs no more, as `head`. Python would flush once more at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _number(words: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+  def convert(text: str) -> float:
+    try:
+      value = float(text)
+    except ValueError:
+      value = math.nan
+    if not is_allowed(value):
+      raise argparse.ArgumentTypeError(f"{text!r} is no number {words}")
+    return value
+
+  return convert
 
 
 def _parser() -> _Parser:
   parser = _Parser(prog="python -m optax_clip", description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   log = _Parser(add_help=False)
-  log.add_argument(
-    "log",
-    help="CSV, TSV, JSON lines, a file of TensorBoard's events, or a folder of such",
-  )
-  log.add_argument(
-    "--column",
-    metavar="NAME",
-    help="the column, key or tag; by default the only one named as a gradient norm",
-  )
-  log.add_argument(
-    "--skip-empty",
-    action="store_true",
-    help="leave out rows without a number, as of evaluations; else they are NaN",
-  )
+  add = log.add_argument
+  add("log", help="what a trainer wrote: CSV, TSV, JSON, text, TensorBoard's events")
+  add("--column", help="the column or key; else the only one named as a gradient norm")
+  add("--run", help="the name, or the number from 1, of one of several runs in it")
   suggest = commands.add_parser(
     "suggest", parents=[log], help="a max_norm that clips spikes and few other steps"
   )
   suggest.add_argument(
     "--clipped-share",
-    type=_share,
+    type=_number("of at least 0 and below 1: 0.05 is 1 in 20", lambda x: 0 <= x < 1),
     default=0.05,
     metavar="SHARE",
     help="the share of ordinary steps to clip (default: %(default)s)",
+  )
+  suggest.add_argument(
+    "--from-clip",
+    type=_number("above 0", lambda x: 0 < x < math.inf),
+    metavar="LIMIT",
+    help="the norms were logged after a clip at this limit",
   )
   suggest.add_argument("--png", metavar="FILE", help="also draw this file")
   replay = commands.add_parser(
@@ -101,8 +103,7 @@ def _parser() -> _Parser:
     "methods",
     nargs="*",
     metavar="METHOD",
-    help="as autoclip, clip_by_global_norm:1.0 or autoclip:percentile=50,window=200;"
-    f" of {', '.join(_command.METHODS)} (default: {' '.join(_command.USUAL)})",
+    help="as autoclip, clip_by_global_norm:1.0 or autoclip:percentile=50,window=200",
   )
   return parser
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_clip._methods.autoclip import autoclip
-from optax_clip._methods.zclip import zclip
 from optax_clip._report.metrics import metrics
 from optax_clip._thresholds import memory as _memory
 
@@ -26,8 +24,13 @@ _FENCE = 3.0
 _RUN = 11
 # Levels that differ by less than this factor are one level.
 _NEAR = 1.1
-# A level that moves by more than this factor is worth a warning.
-_DRIFT = 2.0
+# A level that moves by more than the first factor is worth a warning; by more than
+# the second, a constant that clips its spikes at one end does nothing at the other.
+_DRIFT, _MOVED = 2.0, 4.0
+# A start that is a larger share of the run leaves too little to judge by.
+_LONGEST_START = 1 / 3
+# A constant that clips by this share more than it was asked to does not fit.
+_TOO_MANY = 0.15
 _PERCENTS = (5, 25, 50, 75, 95, 99)
 
 
@@ -37,8 +40,9 @@ class Suggestion(NamedTuple):
   Norms and limits are in the units of the updates, shares are from 0 to 1.
 
   Attributes:
-    max_norm: the suggested threshold.
-    clipped: the share of all finite norms that are above it.
+    max_norm: the suggested threshold; NaN if no constant fits.
+    misfit: why no constant fits, in a few words; empty if one does.
+    clipped: the share of all finite norms that are above it; NaN without one.
     clipped_later: the share of norms after the start that are above it.
     steps: how many steps the history has.
     start: how many first steps were left out; 0 unless their norms were on another
@@ -51,11 +55,10 @@ class Suggestion(NamedTuple):
       99, 100.
     drift: for the norms after the start, the median of their last quarter divided by
       that of their first.
-    autoclip: the limit of `autoclip`, with its defaults, at the last step.
-    zclip: that of `zclip`, with its defaults.
   """
 
   max_norm: float
+  misfit: str
   clipped: float
   clipped_later: float
   steps: int
@@ -66,8 +69,6 @@ class Suggestion(NamedTuple):
   zeros: int
   quantiles: dict[int, float]
   drift: float
-  autoclip: float
-  zclip: float
 
   def __str__(self) -> str:
     """Writes a summary for people; the fields hold all digits."""
@@ -80,19 +81,22 @@ class Suggestion(NamedTuple):
       f"  steps       {self.steps}: {self.nonfinite} not finite, {self.zeros} of norm"
       f" 0, {spikes}",
       f"  norms       {levels}  max {_digits(self.quantiles[100])}",
-      f"  at the end  autoclip would allow {_digits(self.autoclip)},"
-      f" zclip {_digits(self.zclip)} (defaults)",
     ]
+    if self.misfit:
+      lines[:1] = [
+        f"no max_norm fits these norms: {self.misfit}",
+        "  instead     a limit that follows, as that of clip_by_history()",
+      ]
     if self.start:
       middle = _digits(self.quantiles[50])
       lines.append(
         f"  left out    the first {self.start} steps: median"
         f" {_digits(self.start_level)}, later {middle}"
       )
-    if not 1 / _DRIFT <= self.drift <= _DRIFT:
+    if not self.misfit and not 1 / _DRIFT <= self.drift <= _DRIFT:
       lines.append(
         f"  note        the level moved by a factor of {_digits(self.drift)}: observe"
-        " longer,\n              or take a limit that follows, as autoclip"
+        " longer,\n              or take a limit that follows, as clip_by_history()"
       )
     return "\n".join(lines)
 
@@ -116,6 +120,11 @@ def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
     ended: :math:`t_0` is the middle of the first 11 norms in a row whose median lies
     within the second half's 5% to 95% quantiles, or within 10% of these. It is 0 if
     that is so at once, and never beyond the half.
+
+  No constant fits, and `max_norm` is NaN, if the start is more than a third of the
+  run; if c would have clipped more than s + 15% of the norms that are no spikes, those
+  of the start included; or if the level after the start moves by more than a factor of
+  4. Then a threshold that follows fits, as `clip_by_history`.
 
   Norms that are not finite, and norms of 0, which say nothing, do not count.
 
@@ -142,8 +151,8 @@ def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
   ======================  =================================================
   equal norms             that norm, which clips none of them
   one spike or many       clipped, without influence on `max_norm`
-  a level that moves      a quantile over all levels after the start, and a
-                          note: one number does not fit them
+  a level that moves      by up to a factor of 4: a quantile over all levels
+                          after the start, and a note; else NaN, and `misfit`
   ======================  =================================================
 
   Example:
@@ -172,22 +181,32 @@ def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
   settled = history[places[start:]]
   spikes = logs[start:] > _fence(logs[start:])
   max_norm = float(np.quantile(settled[~spikes], 1 - clipped_share))
+  ordinary = np.concatenate([history[places[:start]], settled[~spikes]])
   quarter = len(settled) // 4
-  quantiles = {q: float(np.percentile(settled, q)) for q in (*_PERCENTS, 100)}
+  drift = float(np.median(settled[-quarter:]) / np.median(settled[:quarter]))
+  too_many = float(np.mean(ordinary > max_norm))
+  misfit = ""
+  if start > _LONGEST_START * len(logs):
+    misfit = "their level settles late"
+  elif too_many > clipped_share + _TOO_MANY:
+    misfit = f"one for the later clips {100 * too_many:.0f}% of all"
+  elif not 1 / _MOVED <= drift <= _MOVED:
+    misfit = f"the level moved by {_digits(drift)} times"
+  if misfit:
+    max_norm = math.nan
   return Suggestion(
     max_norm=max_norm,
-    clipped=float(np.mean(history[finite] > max_norm)),
-    clipped_later=float(np.mean(settled > max_norm)),
+    misfit=misfit,
+    clipped=math.nan if misfit else float(np.mean(history[finite] > max_norm)),
+    clipped_later=math.nan if misfit else float(np.mean(settled > max_norm)),
     steps=len(history),
     start=int(places[start]) if start else 0,
     start_level=float(np.median(history[places[:start]])) if start else math.nan,
     spikes=int(spikes.sum()),
     nonfinite=int((~finite).sum()),
     zeros=int((history == 0).sum()),
-    quantiles=quantiles,
-    drift=float(np.median(settled[-quarter:]) / np.median(settled[:quarter])),
-    autoclip=float(replay_limits(autoclip(), history)[-1]),
-    zclip=float(replay_limits(zclip(), history)[-1]),
+    quantiles={q: float(np.percentile(settled, q)) for q in (*_PERCENTS, 100)},
+    drift=drift,
   )
 
 

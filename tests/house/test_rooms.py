@@ -30,6 +30,7 @@ FLOORS = (
   ("_report",),
   ("states",),
   ("__init__",),
+  ("_logs",),
   ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -58,6 +59,12 @@ def test_no_module_imports_upstairs(path):
   own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
   for name in imported(path):
     assert LEVEL[room(name)] <= LEVEL[own], f"{own} imports {name}"
+
+
+def test_only_the_command_imports_the_logs():
+  for path in MODULES:
+    if any(room(name) == "_logs" for name in imported(path)):
+      assert path.parent.name == "_logs" or path.name == "__main__.py"
 
 
 def test_every_room_has_a_floor():

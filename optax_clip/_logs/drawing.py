@@ -1,0 +1,67 @@
+"""Draws norms over steps: in a terminal by uniplot, in a PNG by matplotlib."""
+
+import sys
+
+import numpy as np
+import uniplot
+
+from optax_clip._logs.log import Log
+
+# Norms further from the median than these factors are drawn at the edge.
+_BELOW, _ABOVE = 1e-3, 1e4
+
+
+def in_terminal(log: Log, limit: float, width: int) -> str:
+  """A plot of characters, in 14 lines: norms by step, and a limit.
+
+  Args:
+    log: what was read; norms that are 0 or not finite have no place.
+    limit: drawn as a line; NaN: there is none.
+    width: of the longest line, in characters.
+  """
+  steps, norms = _drawn(log)
+  unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+  text = uniplot.plot_to_string(
+    norms,
+    steps,
+    # In less than a decade its logarithmic scale has no round number.
+    y_as_log=norms.max() > 10 * norms.min(),
+    y_gridlines=[limit] if np.isfinite(limit) else [],
+    x_gridlines=[],
+    width=width,
+    line_length_hard_cap=width,
+    height=14,
+    character_set="block" if unicode else "ascii",
+    color=False,
+  )
+  return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def in_png(log: Log, limit: float, path: str) -> None:
+  """Writes a figure: the norms, and the limit unless it is NaN.
+
+  Raises:
+    OSError: if the file cannot be written.
+  """
+  # It takes longer than all else. Without pyplot there is no window, and no backend.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 4.5), layout="constrained")
+  axis = figure.subplots()
+  steps, norms = _drawn(log)
+  above = norms > limit
+  axis.scatter(steps, norms, s=4, c=np.where(above, "#c0392b", "#1f6fb4"))
+  if np.isfinite(limit):
+    axis.axhline(limit, color="#222222", linewidth=1)
+  axis.set(yscale="log", xlabel="step", ylabel="norm")
+  axis.set_title(f"{log.column}, max_norm {limit:.3g}", loc="left", fontsize=11)
+  axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(path, dpi=130, format="png")
+
+
+def _drawn(log: Log) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and norms that have a place, and none that flattens all others."""
+  drawn = np.isfinite(log.norms) & (log.norms > 0)
+  norms = log.norms[drawn]
+  middle = float(np.median(norms))
+  return log.steps[drawn], np.clip(norms, middle * _BELOW, middle * _ABOVE)

@@ -1,0 +1,245 @@
+"""The norms of one run, out of the records of a file, each step once."""
+
+import math
+import pathlib
+import re
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from optax_clip._logs import columns as _columns
+from optax_clip._logs import records as _records
+from optax_clip._logs import text as _text
+from optax_clip._logs.records import LogError
+
+_RUNS = re.compile(
+  r"^name$|(?:^|[/_ .])(?:run|trial|experiment|exp|seed|job)(?:.?(?:id|name))?$"
+)
+_PARTS = re.compile(r"[./_](?:weight|bias|kernel|scale|embedding)s?$|\.\d+\.|^layer")
+# Fewer rows than these are no change of the interval, and say nothing about a run.
+_CHANGED, _FEWEST = 10, 100
+_LONGEST = 250  # Characters of an error.
+
+_Rows = list[tuple[dict[str, Any], float]]
+
+
+class Log(NamedTuple):
+  """One column of a log.
+
+  Attributes:
+    column: its name.
+    norms: f64[rows], in the order of the steps.
+    steps: f64[rows], the step of each, or its number where the log has no steps.
+    notes: what was left out, chosen, or cannot be seen, one sentence each.
+  """
+
+  column: str
+  norms: np.ndarray
+  steps: np.ndarray
+  notes: list[str]
+
+
+def read(path: str, column: str | None = None, run: str | None = None) -> Log:
+  """Reads a column of a log.
+
+  Args:
+    path: a file in any form that `records.read` knows, or a folder of events.
+    column: the name of the column, of the key, or of the tag. `None`: the only one
+      that is named as a norm of gradients and is no constant.
+    run: the name or the number, from 1, of one of several runs in the file.
+
+  Raises:
+    LogError: if there is no such file, column or run, or it holds what are no norms.
+  """
+  try:
+    kind, records, notes = _records.read(pathlib.Path(path))
+    if column is None:
+      column, why = _columns.choose(kind, records)
+      notes = [why, *notes]
+    column = _columns.check(records, column)
+    cells = [(row, _norm(row, column, i)) for i, row in enumerate(records, 1)]
+    rows = [(row, value) for row, value in cells if value is not None]
+    if not rows:
+      raise LogError(f"column {column!r} has no number")
+    empty = len(cells) - len(rows)
+    if empty and kind not in ("text", "TensorBoard's events"):
+      notes.append(f"{empty} of {len(cells)} rows have no number there: left out")
+    rows = _one_run(rows, run)
+    _refuse_parts(rows)
+  except LogError as error:
+    short = path if len(path) < 50 else f"...{path[-45:]}"
+    said = f"{short}: {error}"
+    said = said if len(said) <= _LONGEST else f"{said[: _LONGEST - 4]} ..."
+    raise LogError(said) from error
+  norms = np.array([value for _, value in rows])
+  steps, is_exact = _steps(rows)
+  if is_exact:
+    steps, norms, repeated = _once(steps, norms)
+    steps, norms, uneven = _evenly(steps, norms)
+    notes += [*repeated, *uneven]
+  else:
+    steps = np.arange(len(norms), dtype=float)
+  return Log(column, norms, steps, [*notes, *_units(column, rows)])
+
+
+def _norm(row: dict[str, Any], column: str, number: int) -> float | None:
+  try:
+    value = _text.number(row.get(column))
+  except ValueError as error:
+    raise LogError(f"row {number}, column {column!r}: {error}") from error
+  if value is not None and value < 0:
+    raise LogError(f"row {number}, column {column!r}: {value:g} is negative, no norm")
+  return value
+
+
+def _units(column: str, rows: _Rows) -> list[str]:
+  """What makes norms another thing than those of one step."""
+  notes = []
+  first = {key.lower().replace(" ", "_"): key for key in rows[0][0]}
+  # fairseq logs means over its interval.
+  if _columns.MEAN.search(column.lower()) or {"gnorm", "num_updates"} <= set(first):
+    notes.append("the rows are means over several steps, which hide spikes")
+  middle = float(np.median([value for _, value in rows]))
+  cell = rows[-1][0].get(first.get("loss_scale", ""))
+  scale = _text.number(cell) if _text.is_number(cell) else None
+  if middle > (1e3 if scale and scale > 1 else 1e4):
+    said = f", {scale:g}" if scale else ""
+    notes.append(
+      f"a median of {middle:.3g} may be in units of the loss scale{said}: divide by it"
+    )
+  return notes
+
+
+# --- The run --------------------------------------------------------------------
+
+
+def _one_run(rows: _Rows, wanted: str | None) -> _Rows:
+  """The rows of one run: of the only one, or of the one that is wanted."""
+  runs = _by_name(rows) or _by_steps(rows)
+  if len(runs) == 1 and wanted is None:
+    return rows
+  if len(runs) > 1 and all(len(x) == 1 for x in runs.values()):
+    raise LogError(f"seems to be a table of {len(runs)} runs, with one row for each")
+  names = {str(i): name for i, name in enumerate(runs, 1)}
+  name = names.get(wanted or "", wanted)
+  if name in runs:
+    return runs[name]
+  sizes = ", ".join(str(len(x)) for x in runs.values())[:40]
+  raise LogError(
+    f"has {len(runs)} runs, of {sizes} rows. Name one by --run, or by its number from"
+    f" 1: {_columns.listed(list(runs))}"
+  )
+
+
+def _by_name(rows: _Rows) -> dict[str, _Rows]:
+  """The rows by the name of their run, if several are named."""
+  for key in filter(lambda key: _RUNS.search(key.lower()), rows[0][0]):
+    runs: dict[str, _Rows] = {}
+    for row, value in rows:
+      runs.setdefault(str(row.get(key)), []).append((row, value))
+    if len(runs) > 1:
+      return runs
+  return {}
+
+
+def _by_steps(rows: _Rows) -> dict[str, _Rows]:
+  """The rows by run, each of which begins with a step as early as the first."""
+  steps, _ = _steps(rows)
+  if len(set(steps)) == len(steps):
+    return {"1": rows}
+  back = np.flatnonzero((np.diff(steps) < 0) & (steps[1:] <= steps[0])) + 1
+  ends = [0, *back.tolist(), len(rows)]
+  return {str(i): rows[ends[i - 1] : ends[i]] for i in range(1, len(ends))}
+
+
+def _refuse_parts(rows: _Rows) -> None:
+  """Raises if each row is of another parameter, and none of a step."""
+  for key, value in rows[0][0].items():
+    if isinstance(value, str) and _PARTS.search(value.lower()):
+      parts = list(dict.fromkeys(str(row.get(key)) for row, _ in rows))
+      if len(parts) > 1:
+        raise LogError(
+          f"has norms of parts, not of steps: each row is of one {key}, as"
+          f" {_columns.listed(parts[:2])}. The norm of all is the root of the sum of"
+          " their squares"
+        )
+
+
+# --- The steps ------------------------------------------------------------------
+
+
+def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:
+  """The steps of the rows, or their numbers; and whether they are steps, not epochs."""
+  found = []
+  for name in rows[len(rows) // 2][0]:
+    is_epoch = name.lower() == "epoch"
+    cells = [row.get(name) for row, _ in rows]
+    known = is_epoch or _columns.STEPS.search(name.lower())
+    if known and all(map(_text.is_number, cells)):
+      steps = np.array([_text.number(cell) for cell in cells], float)
+      if len(set(steps)) > 1 and (is_epoch or not np.any(steps % 1)):
+        found.append((is_epoch, int((np.diff(steps) < 0).sum()), steps))
+  if not found:
+    return np.arange(len(rows)), False
+  is_epoch, _, steps = min(found, key=lambda x: x[:2])
+  back = np.diff(steps) < 0
+  epochs = [np.diff(x) for of_epoch, _, x in found if of_epoch]
+  if back.any() and epochs and np.all(epochs[0] >= 0) and np.all(epochs[0][back] > 0):
+    # They begin again in each epoch.
+    steps = steps + np.append(0.0, np.cumsum(np.where(back, 1 - np.diff(steps), 0)))
+  return steps, not is_epoch
+
+
+def _once(
+  steps: np.ndarray, norms: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  """Each step once, in order: of a resumed run what comes later in the file counts."""
+  if len(set(steps)) == len(steps):
+    order = np.argsort(steps)
+    return steps[order], norms[order], []
+  same = np.diff(steps) == 0
+  # Steps that are rounded, and several rows of one step, are no repetitions.
+  several = bool(np.any(np.diff(norms)[same])) and same.mean() > 1 / _CHANGED
+  kept: list[int] = []
+  for i, step in enumerate(steps):
+    while kept and (
+      steps[kept[-1]] > step or (steps[kept[-1]] == step and not several)
+    ):
+      kept.pop()
+    kept.append(i)
+  left = len(steps) - len(kept)
+  notes = [f"{left} rows are of steps that come again later: left out"] if left else []
+  if several:
+    notes.append(f"{int(same.sum())} rows have the step of the row before: kept")
+  return steps[kept], norms[kept], notes
+
+
+def _evenly(
+  steps: np.ndarray, norms: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  """Rows at one interval, the one of most steps; and what such rows cannot show."""
+  apart, counts = np.unique(np.diff(steps), return_counts=True)
+  usual = float(apart[np.argmax(apart * counts)]) if len(apart) else 0.0
+  if usual <= 1 or math.isinf(usual):
+    return steps, norms, []
+  notes = []
+  close = int(counts[apart <= usual / 2].sum())
+  if close >= _CHANGED:
+    kept = [0]
+    for i in range(1, len(steps)):
+      far = steps[i] - steps[i - 1] > usual / 2
+      if far or steps[i] - steps[kept[-1]] >= usual:
+        kept.append(i)
+    few = len(kept) < max(len(steps) / 2, _FEWEST)
+    what = "count as much as others" if few else f"were thinned: {len(kept)} rows stay"
+    notes.append(
+      f"the interval changes: {close} rows are closer than {usual:g} steps, and {what}"
+    )
+    if not few:
+      steps, norms = steps[kept], norms[kept]
+  notes.append(
+    f"every {usual:g}th step is logged: what is between, and what comes again every"
+    f" {usual:g} steps, is not seen"
+  )
+  return steps, norms, notes

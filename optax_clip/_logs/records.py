@@ -1,0 +1,252 @@
+"""Reads the files that trainers leave into records: one dictionary for each row."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import csv
+import json
+import pathlib
+import re
+from typing import Any
+from typing import NamedTuple
+
+from optax_clip._logs import text as _text
+
+# What files of numbers that are no text begin with, and what they are.
+_BINARY = {
+  b"PAR1": "a Parquet file: write it as CSV, with pandas",
+  b"\x93NUMPY": "an array of NumPy: write it by numpy.savetxt",
+  b"PK": "a zip archive, as of numpy.savez and torch.save: unpack it",
+  b"\x1f\x8b": "compressed: unpack it by gunzip",
+  b"SQLite": "an SQLite database: export its table as CSV",
+  b":W&B": "wandb's own file: download the run's history as CSV",
+}
+_SCALAR = ("Wall time", "Step", "Value")  # TensorBoard's download.
+# Columns of names, where each row has one name and one value.
+_LONG = ("key", "metric", "metric_name", "tag", "variable", "name")
+
+
+class LogError(ValueError):
+  """What is wrong with a log, in one line."""
+
+
+class Rows(NamedTuple):
+  """What a file holds.
+
+  Attributes:
+    kind: what the file seems to be, for people.
+    records: one for each row, in the order of the file. Keys of nested ones are
+      joined by "/"; values are as the file has them.
+    notes: what was left out, one sentence each.
+  """
+
+  kind: str
+  records: list[dict[str, Any]]
+  notes: list[str]
+
+
+def read(path: pathlib.Path) -> Rows:
+  """Reads a file, or a folder of TensorBoard's events, by what is in it.
+
+  Raises:
+    LogError: if there is no such file, or it is of a kind that is not read.
+  """
+  if not path.exists():
+    raise LogError("there is no such file or folder")
+  try:
+    if path.is_dir() or "tfevents" in path.name:
+      return _events(path)
+    data = path.read_bytes()
+  except OSError as error:
+    raise LogError(f"cannot be read: {error.strerror}") from error
+  if not data.strip():
+    raise LogError("is empty")
+  for magic, kind in _BINARY.items():
+    if data.startswith(magic):
+      raise LogError(f"is {kind}")
+  # A shell of Windows writes UTF-16, and marks the order of its bytes.
+  wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+  if not wide and b"\0" in data[:4096]:
+    raise LogError("is no text, nor a file that is named as TensorBoard's events are")
+  text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+  text = _text.without_colours(text)
+  rows = _json(text) if text.lstrip()[:1] in ("{", "[") else None
+  rows = rows or _table(text) or Rows("text", list(_text.records(text)), [])
+  return rows._replace(records=[_flat(record) for record in rows.records])
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The same without dictionaries in it; a name and its value are one entry."""
+  flat: dict[str, Any] = {}
+  for key, value in record.items():
+    if isinstance(value, str) and "norm" in value and any(x in value for x in ":="):
+      flat |= dict(_text.pairs(value))  # A line of text, or a printed dictionary.
+    elif isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}/")
+    else:
+      flat[f"{prefix}{key}"] = value
+  names = [x for x in _LONG if isinstance(flat.get(x), str)]
+  if names and "value" in flat:
+    flat[flat.pop(names[0])] = flat.pop("value")
+  return flat
+
+
+# --- JSON -----------------------------------------------------------------------
+
+
+def _json(text: str) -> Rows | None:
+  """One document, or one object a line."""
+  try:
+    return _document(json.loads(text))
+  except json.JSONDecodeError:
+    found = [_object(line) for line in text.splitlines() if line.strip()]
+  rows = [x for x in found if x is not None]
+  bad = len(found) - len(rows)
+  if bad > len(rows):
+    return None
+  left = [f"left out {bad} lines that are no JSON, or not complete"] if bad else []
+  return Rows("JSON lines", rows, left)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+  try:
+    value = json.loads(line)
+  except json.JSONDecodeError:
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def _document(document: Any) -> Rows:
+  """The longest list of objects; or TensorBoard's triples; or columns."""
+  if isinstance(document, dict) and isinstance(document.get("cells"), list):
+    outputs = [x for cell in document["cells"] for x in cell.get("outputs", ())]
+    said = [x.get("text") or x.get("data", {}).get("text/plain", "") for x in outputs]
+    return Rows("a notebook", list(_text.records("\n".join(map("".join, said)))), [])
+  lists = list(_lists(document))
+  rows = max((x for x in lists if isinstance(x[0], dict)), key=len, default=[])
+  if not rows and isinstance(document, list):
+    triples = [x for x in document if isinstance(x, list) and len(x) == 3]
+    rows = [dict(zip(_SCALAR, x, strict=True)) for x in triples]
+  elif not rows:  # {"step": [0, 1], ...}, or {"step": {"0": 0, "1": 1}, ...}.
+    columns = {k: _values(v) for k, v in document.items()}
+    length = max(map(len, columns.values()), default=0)
+    columns = {k: v for k, v in columns.items() if len(v) == length}
+    values = zip(*columns.values(), strict=True)
+    rows = [dict(zip(columns, x, strict=True)) for x in values]
+    rows = rows or [document]
+  return Rows("JSON", [x for x in rows if isinstance(x, dict)], [])
+
+
+def _lists(value: Any) -> Iterator[list[Any]]:
+  """The lists in a document that hold something."""
+  if isinstance(value, list) and value:
+    yield value
+  for inner in value.values() if isinstance(value, dict) else ():
+    yield from _lists(inner)
+
+
+def _values(value: Any) -> list[Any]:
+  value = list(value.values()) if isinstance(value, dict) else value
+  return value if isinstance(value, list) else []
+
+
+# --- Tables ---------------------------------------------------------------------
+
+
+def _table(text: str) -> Rows | None:
+  """Values between commas, tabs, semicolons or blanks."""
+  lines = [line for line in text.splitlines() if line.strip()]
+  first = next((i for i, line in enumerate(lines) if line[0] not in "#%"), 0)
+  comment = lines[first - 1].lstrip("#% ") if first else ""
+  lines = lines[first:]
+  separator = max(",\t;|", key=lines[0].count)
+  kind = "TSV" if separator == "\t" else "CSV"
+  rows = list(csv.reader([comment, *lines], delimiter=separator))
+  if separator == ";":  # Where a comma is the point of decimals.
+    rows[2:] = [[cell.replace(",", ".") for cell in row] for row in rows[2:]]
+  found = _rows(rows, kind, _text.is_number)
+  if found is None:  # Any text has blanks: only numbers may stand between these.
+    blank = [line.split() for line in (comment, *lines)]
+    if all(_is_plain(cell) for row in blank[2:] for cell in row):
+      names = re.split("  +", lines[0].strip())  # Of several words each.
+      if len(blank[1]) + 1 == len(blank[-1]):
+        names = ["index", *blank[1]]
+      blank[1] = names if len(names) == len(blank[-1]) else blank[1]
+      found = _rows(blank, "columns", _is_plain)
+  return found
+
+
+def _rows(
+  rows: list[list[str]], kind: str, is_number: Callable[[Any], bool]
+) -> Rows | None:
+  """A table, if most of its first rows are as long as the first, with a number.
+
+  Args:
+    rows: the last comment before the table, which may hold its names, and the table.
+    kind: of a `Rows`.
+    is_number: of a cell.
+  """
+  header, body = [name.strip() for name in rows[1]], rows[2:]
+  if all(map(_is_plain, header)):  # The names are in the comment, or nowhere.
+    body, width = rows[1:], len(header)
+    header = _NAMELESS.get(width, [str(i + 1) for i in range(width)])
+    header = rows[0] if len(rows[0]) == width else header
+  # A line of text may end in a number, too, but in the first line as well.
+  named = [i for i, x in enumerate(header) if not _is_plain(x)] or range(len(header))
+  fits = [
+    len(x) == len(header) and any(is_number(x[i]) for i in named) for x in body[:50]
+  ]
+  if sum(fits) <= len(fits) / 2 and (fits or len(header) < 2 or kind == "columns"):
+    return None
+  # A run that goes on in the same file may write the names once more. Lines of
+  # dashes stand below names.
+  body = [x for x in body if [name.strip() for name in x] != header]
+  body = [x for x in body if "".join(x).strip(" -:")]
+  whole = [x for x in body if len(x) == len(header)]
+  short = len(body) - len(whole)
+  left = [f"left out {short} of {len(body)} rows of another length"] if short else []
+  twice = {name for name in header if header.count(name) > 1}
+  header = [f"{x}.{i}" if x in twice else x for i, x in enumerate(header, 1)]
+  return Rows(kind, [dict(zip(header, x, strict=True)) for x in whole], left)
+
+
+# Names for columns without: numpy.savetxt of steps and norms, and MLflow's store.
+_NAMELESS = {2: ["step", "value"], 3: ["timestamp", "value", "step"]}
+
+
+def _is_plain(cell: Any) -> bool:
+  try:
+    return float(cell) is not None
+  except ValueError:
+    return False
+
+
+# --- TensorBoard ----------------------------------------------------------------
+
+_FLOATS = (1, 2, 14, 19)  # Of TensorFlow: float, double, bfloat16, half.
+
+
+def _events(path: pathlib.Path) -> Rows:
+  """TensorBoard's scalars, by its own reader: it drops what a resumed run repeats."""
+  if path.is_dir() and not any("tfevents" in x.name for x in path.iterdir()):
+    logs = [
+      x for x in path.rglob("*") if x.suffix in (".csv", ".json", ".jsonl", ".log")
+    ]
+    runs = {x.parent for x in path.rglob("*tfevents*")}
+    below = [repr(x.relative_to(path).as_posix()) for x in sorted(runs or logs)[:4]]
+    what = f"{'Runs' if runs else 'Logs'} in it: {', '.join(below)}" if below else ""
+    raise LogError(f"this folder has no file of TensorBoard's events. {what}".strip())
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util import tensor_util
+
+  events = event_accumulator.EventAccumulator(str(path), {"scalars": 0, "tensors": 0})
+  events.Reload()
+  records: list[dict[str, Any]] = []
+  for tag in events.Tags()["scalars"]:
+    records += [{"step": x.step, tag: x.value} for x in events.Scalars(tag)]
+  for tag in events.Tags()["tensors"]:
+    for x in events.Tensors(tag):
+      if x.tensor_proto.dtype in _FLOATS:
+        value = tensor_util.make_ndarray(x.tensor_proto)
+        if value.size == 1:
+          records.append({"step": x.step, tag: float(value.reshape(()))})
+  return Rows("TensorBoard's events", records, [])

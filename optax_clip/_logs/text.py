@@ -1,0 +1,109 @@
+"""Numbers in text: in a cell, and as pairs of a name and a number in any line."""
+
+from collections.abc import Iterator
+import math
+import re
+from typing import Any
+
+# What loggers and spreadsheets write where there is no number.
+_NO_NUMBER = {"", "-", "--", "na", "n/a", "<na>", "none", "null"}
+_POWERS = {"k": 1e3, "m": 1e6, "b": 1e9}
+
+_FINITE = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?[kmb]?"
+_OTHER = r"[-+]?(?:nan|inf(?:inity)?)"
+_NUMBER = rf"{_FINITE}|{_OTHER}"
+# tensor(3.07, device='cuda:0'), np.float64(0.4), [2.5], "1.2", 3/10, and so on.
+_OPENED = r"[\"'(\[]*(?:[a-z_][\w.]*\([\[ ]*)*"
+_IN_CELL = re.compile(
+  rf"{_OPENED}(?P<number>{_NUMBER})(?:[\])\"' ]*|\s*/\s*\d+|[\])]*,\s*\w+=.*\))"
+  rf"|<.*\bnumpy=(?P<tensor>{_NUMBER})>",
+  re.IGNORECASE,
+)
+_WORD = r"[a-z_][\w./@-]*+"
+_PAIR = re.compile(
+  rf"(?<![\w.])(?P<name>{_WORD}(?: {_WORD}){{0,4}}?(?: ?\([a-z][^()]*\))?"
+  r"|\|{1,2}(?:g|grad|gradient)\|{1,2})[\"']?"
+  # Behind blanks alone a NaN may be a word, as in "number of nan iterations: 0".
+  rf"(?:(?:\s*[:=|]\s*|\s+is\s+){_OPENED}(?P<number>{_NUMBER})"
+  rf"|\s+(?P<bare>{_FINITE}|{_OTHER}(?! [a-z])))"
+  # No time, no date, no version, no unit.
+  r"(?![\w:%]|\.\w|-\d|,\d)",
+  re.IGNORECASE,
+)
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_HEADING = re.compile(r"\s*([\w./\[\]-]+):\s*")
+# The key under which a record holds the heading that it stands under.
+HEADING = "heading"
+
+
+def number(value: Any) -> float | None:
+  """The number that a cell holds; None if it is empty, or says that there is none.
+
+  Raises:
+    ValueError: if it holds something else.
+  """
+  if value is None:
+    return None
+  if isinstance(value, list) and len(value) == 1:
+    return number(value[0])
+  if isinstance(value, bool) or not isinstance(value, int | float | str):
+    raise ValueError(f"{value!r} is no number")
+  try:
+    return float(value)
+  except ValueError:
+    text = str(value).strip()
+  except OverflowError:
+    return math.inf
+  if text.lower() in _NO_NUMBER:
+    return None
+  found = _IN_CELL.fullmatch(text)
+  if found is None:
+    raise ValueError(f"{text[:40]!r} is no number")
+  return _float(found["number"] or found["tensor"])
+
+
+def is_number(value: Any) -> bool:
+  """Whether a cell holds a number, and not nothing."""
+  try:
+    return number(value) is not None
+  except ValueError:
+    return False
+
+
+def pairs(line: str) -> Iterator[tuple[str, float]]:
+  """The names in a line that are followed by a number, as in `grad norm: 1.2 |`."""
+  for found in _PAIR.finditer(line):
+    yield found["name"], _float(found["number"] or found["bare"])
+
+
+def without_colours(text: str) -> str:
+  """A text without what turns colours on and off in a terminal."""
+  return _COLOURS.sub("", text)
+
+
+def records(text: str) -> Iterator[dict[str, Any]]:
+  """What a text says, in records: one ends where a name comes again.
+
+  A blank line, a line of dashes and a heading end one, too.
+  """
+  record: dict[str, Any] = {}
+  for line in text.splitlines():
+    heading = _HEADING.fullmatch(line)
+    if (heading or not line.strip(" -=+|")) and record:
+      yield record
+      record = {}
+    if heading:
+      record = {HEADING: heading[1]}
+    for name, value in pairs(line):
+      if name in record:
+        yield record
+        record = {}
+      record[name] = value
+  if record:
+    yield record
+
+
+def _float(text: str) -> float:
+  text = text.replace(",", "").lower()
+  power = _POWERS.get(text[-1], 1.0)
+  return float(text if power == 1.0 else text[:-1]) * power
