@@ -20,7 +20,7 @@ def in_terminal(log: Log, limit: float, width: int) -> str:
     width: of the longest line, in characters.
   """
   steps, norms = _drawn(log)
-  unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+  unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
   text = uniplot.plot_to_string(
     norms,
     steps,
