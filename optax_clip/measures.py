@@ -20,10 +20,11 @@ Measures of layers and units take ``stacked``: `jax.lax.scan` over layers, as in
 ``nnx.scan``, ``nnx.vmap`` and Linen's ``nn.scan``, keeps one parameter of all layers
 in one leaf. Without ``stacked`` this leaf is one layer, and a layer that explodes
 shrinks the updates of all. ``stacked={"blocks/": 0}`` says that every leaf in whose
-path ``blocks/`` is found has its layers along axis 0. The first regular expression
-that is found counts, and one that is found nowhere is an error. A function from path
-and leaf to an axis or `None` may take the mapping's place, or a tree of these like the
-updates, of a class of your own, as a module of Equinox.
+path ``blocks/`` is found has its layers along axis 0; ``{"moe": (0, 1)}``, that each
+expert of each layer is a layer of its own. The first regular expression that is found
+counts, and one that is found nowhere is an error. A function from path and leaf to axes
+or `None` may take the mapping's place, or a tree of these like the updates, of a class
+of your own, as a module of Equinox.
 """
 
 from collections.abc import Callable
@@ -185,6 +186,9 @@ def group_norm(
     groups = []
     for group in range(len(names)):
       own = [i for i, (q, count) in enumerate(pairs) if q.entry == group and count]
+      if not own:
+        groups.append(_extended.of(jnp.zeros((), table.value.dtype)))
+        continue
       members = np.asarray(own, np.int32)
       groups.append(_norm.merged(jax.tree.map(lambda x, m=members: x[m], table), p))
     return [Extended(*map(jnp.stack, zip(*groups, strict=True)))]
@@ -344,8 +348,10 @@ class _Ratio:
 
 
 def _table(measure: Measure, norms: Sequence[Extended], updates: Updates) -> Extended:
-  """Joins all norms of a measure to one array."""
+  """Joins all norms of a measure to one array; a norm of 0, if there are none."""
   layout = measure.layout(updates)
+  if not layout.places:
+    return _extended.of(layout.blank())
   return Extended(*(layout.table(column) for column in zip(*norms, strict=True)))
 
 
@@ -362,7 +368,7 @@ def _whole_cuts(updates: Updates, axis_name: AxisName, specs: Specs) -> list[_me
 def _leaf_by_leaf(
   updates: Updates,
   dims: Sequence[tuple[int, ...] | None],
-  layers: Sequence[int | None],
+  layers: Sequence[tuple[int, ...] | None],
   axis_name: AxisName,
   specs: Specs,
 ) -> Layout:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -52,7 +53,9 @@ class LayerRecord(NamedTuple):
   around.
 
   Attributes:
-    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is no stack. Constant.
+    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is no stack. Where a
+      leaf stacks them along several axes, i32[leaves, axes], filled up with 0. [-1] if
+      there are no leaves, and one layer stands for none. Constant.
     norm: f32[layers], in the last step, before clipping; with several norms (units),
       the largest.
     limit: f32[layers], what the last step allowed the layer, or its group.
@@ -207,11 +210,19 @@ def rate(last: Array, happened: Array) -> Array:
   return last + _RATE_WEIGHT * (happened.astype(jnp.float32) - last)
 
 
-def blank_layers(stacks: list[int]) -> LayerRecord:
-  """Makes the record of layers before the first step."""
-  count = sum(max(n, 1) for n in stacks)
+def blank_layers(stacks: list[tuple[int, ...]]) -> LayerRecord:
+  """Makes the record of layers before the first step.
+
+  Args:
+    stacks: for each leaf how many layers it stacks along each of its axes of layers.
+  """
+  # Checkpointers refuse arrays of size 0.
+  count = max(sum(map(math.prod, stacks)), 1)
+  depth = max(map(len, stacks), default=0)
+  rows = [[*stack, *[0] * (depth - len(stack))] for stack in stacks]
+  sizes = jnp.asarray(rows if depth else [0 for _ in stacks] or [-1], jnp.int32)
   return LayerRecord(
-    stacks=jnp.asarray(stacks, jnp.int32),
+    stacks=sizes[:, 0] if depth == 1 else sizes,
     norm=jnp.zeros(count, jnp.float32),
     limit=jnp.zeros(count, jnp.float32),
     coefficient=jnp.ones(count, jnp.float32),

@@ -61,4 +61,4 @@ class Judge(NamedTuple):
   name: str
   init: Callable[[Any], Any]
   judge: Callable[[Any, Any, Any, SkipRecord, dict[str, Any]], Verdict]
-  stacks: Callable[[Any], list[int]] | None = None
+  stacks: Callable[[Any], list[tuple[int, ...]]] | None = None

@@ -40,8 +40,8 @@ class ElementSpikesState(NamedTuple):
   Attributes:
     seen: i32[], the finite steps so far.
     rms: a tree of the updates' shapes, float32: the root of the running mean of
-      squares, which a step that is not finite leaves as it is. `None` if `update`
-      is given the second moment.
+      squares, which a step that is not finite leaves as it is. `None` where a leaf
+      has no elements, and if `update` is given the second moment.
     clip: the record, in an `optax_clip.states.ClipState` or `optax.EmptyState`.
   """
 
@@ -145,7 +145,10 @@ def clip_element_spikes(
     _leaves.floating_leaves(params)
     rms = None
     if decay is not None:
-      rms = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+      # Checkpointers refuse arrays of size 0.
+      rms = jax.tree.map(
+        lambda p: jnp.zeros_like(p, jnp.float32) if jnp.size(p) else None, params
+      )
     clip = recorded.init(params)
     return ElementSpikesState(jnp.zeros((), jnp.int32), rms, clip)
 
@@ -193,13 +196,7 @@ def clip_element_spikes(
       moments = _leaves.floating_leaves(second_moment)
       old, ready = [jnp.sqrt(v) for v in moments], jnp.asarray(True)
     else:
-      old = jax.tree.leaves(state.rms)
-      if [x.shape for x in old] != [x.shape for x in leaves]:
-        raise ValueError(
-          f"The state of clip_element_spikes has {len(old)} leaves, the updates"
-          f" have {len(leaves)}, or some of other shapes: it is of another model"
-          " (a checkpoint of it, perhaps). Make a new state with tx.init."
-        )
+      old = _moments(state.rms, leaves)
       ready = state.seen.astype(jnp.float32) >= warmup
     new, sizes, shares = (
       zip(
@@ -218,7 +215,7 @@ def clip_element_spikes(
       rms = jax.tree.unflatten(
         treedef,
         [
-          jnp.where(finite, _next_rms(1 - decay, r, size), r)
+          jnp.where(finite, _next_rms(1 - decay, r, size), r) if r.size else None
           for r, size in zip(old, sizes, strict=True)
         ],
       )
@@ -231,6 +228,20 @@ def clip_element_spikes(
     return result, ElementSpikesState(seen, rms, clip)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moments(rms: Any, leaves: list[Array]) -> list[Array]:
+  """Returns the moment of each leaf; the state has none of leaves without elements."""
+  moments = [x for x in jax.tree.leaves(rms) if x.size]
+  moving = [x for x in leaves if x.size]
+  if [x.shape for x in moments] != [x.shape for x in moving]:
+    raise ValueError(
+      f"The state of clip_element_spikes has {len(moments)} leaves, the updates"
+      f" have {len(moving)}, or some of other shapes: it is of another model"
+      " (a checkpoint of it, perhaps). Make a new state with tx.init."
+    )
+  found = iter(moments)
+  return [next(found) if x.size else jnp.zeros_like(x, jnp.float32) for x in leaves]
 
 
 def _next_rms(weight: Any, rms: Array, size: Array) -> Array:

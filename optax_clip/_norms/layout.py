@@ -11,6 +11,7 @@ Thresholds see none of this: for them all norms are one array, the *table*.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -35,8 +36,9 @@ class Place(NamedTuple):
     dims: the leaf's dimensions that one norm reduces; `None` for all.
     cut: how a mesh divides the leaf's norms.
     size: how many elements one norm measures, on all devices.
-    stack: how many layers the leaf stacks, on all devices; 0 if it is no stack.
-    layer: the dimension that counts the layers.
+    stack: how many layers the leaf stacks along each dimension of `layers`, on all
+      devices; empty if it is no stack.
+    layers: the dimensions that count the layers.
     scaled: whether the clip scales the leaf by its norms, or only counts it in them.
   """
 
@@ -45,8 +47,8 @@ class Place(NamedTuple):
   dims: tuple[int, ...] | None
   cut: _mesh.Cut
   size: int
-  stack: int = 0
-  layer: int | None = None
+  stack: tuple[int, ...] = ()
+  layers: tuple[int, ...] = ()
   scaled: bool = True
 
 
@@ -77,7 +79,11 @@ class Layout(NamedTuple):
     return self.table([jnp.zeros(*block) for block in self.blocks])
 
   def table(self, blocks: Sequence[Array]) -> Array:
-    """Joins all norms to what thresholds see: one array, in the order of the leaves."""
+    """Joins all norms to what thresholds see: one array, in the order of the leaves.
+
+    Without norms it holds one that is 0, from which no threshold learns: checkpointers
+    refuse arrays of size 0.
+    """
     if len(blocks) == 1 and (
       not blocks[0].ndim or all(p.entry is not None for p in self.places)
     ):
@@ -88,7 +94,8 @@ class Layout(NamedTuple):
       flat[p.block] if p.entry is None else flat[p.block][p.entry : p.entry + 1]
       for p in self.places
     ]
-    return jnp.concatenate([jnp.zeros(0, dtype), *parts])
+    padding = 0 if any(x.size for x in parts) else 1
+    return jnp.concatenate([jnp.zeros(padding, dtype), *parts])
 
   def untabled(self, table: Array, like: Sequence[Array]) -> list[Array]:
     """Splits an array of limits into blocks: the inverse of `table`.
@@ -155,18 +162,18 @@ class Layout(NamedTuple):
       if p.entry is not None:
         parts.append(x[p.entry : p.entry + 1])
         continue
-      others = tuple(i for i in range(x.ndim) if i != p.layer)
+      others = tuple(i for i in range(x.ndim) if i not in p.layers)
       parts.append(reduce(_mesh.replicated(x), axis=others).ravel())
     dtype = _power_sums.accumulator(*(x.dtype for x in parts))
     return jnp.concatenate([jnp.zeros(0, dtype), *(x.astype(dtype) for x in parts)])
 
-  def stacks(self) -> list[int]:
-    """Returns how many layers each leaf stacks; 0 if it is no stack."""
+  def stacks(self) -> list[tuple[int, ...]]:
+    """Returns how many layers each leaf stacks, by axis; empty if it is no stack."""
     return [p.stack for p in self.places]
 
   def scaled_layers(self) -> list[bool]:
     """For each layer whether it is clipped by its norms."""
-    return [p.scaled for p in self.places for _ in range(max(p.stack, 1))]
+    return [p.scaled for p in self.places for _ in range(math.prod(p.stack))]
 
   def sizes(self) -> list[Any]:
     """Counts the elements behind each entry: for each block a number, or a vector."""
@@ -184,7 +191,7 @@ class Layout(NamedTuple):
     return [
       value
       for value, p in zip(values, self.places, strict=True)
-      for _ in range(max(p.stack, 1))
+      for _ in range(math.prod(p.stack))
     ]
 
   def is_shared(self) -> bool:
@@ -238,7 +245,7 @@ def leaf_by_leaf(
   leaves: Sequence[Any],
   dims: Sequence[tuple[int, ...] | None],
   cuts: Sequence[_mesh.Cut],
-  layers: Sequence[int | None],
+  layers: Sequence[tuple[int, ...] | None],
   kinds: Sequence[Any],
 ) -> Layout:
   """Lays out norms that each measure one leaf, or a part of one.
@@ -247,7 +254,7 @@ def leaf_by_leaf(
     leaves: arrays, or shapes and dtypes.
     dims: for each leaf the dimensions that one norm reduces; `None` for all.
     cuts: how a mesh divides each leaf's norms.
-    layers: for each leaf the dimension that counts its layers, or `None`.
+    layers: for each leaf the dimensions that count its layers, or `None`.
     kinds: for each leaf a key; norms of whole leaves share a vector if it is equal.
   """
   places: list[Place] = []
@@ -258,17 +265,21 @@ def leaf_by_leaf(
     dtype = _power_sums.accumulator(x.dtype)
     shape = [n for i, n in enumerate(x.shape) if over is None or i in over]
     size = max(int(np.prod(shape)), 1) * _mesh.devices(cut.within)
-    stack = 0 if layer is None else _mesh.whole_shape(x.shape, cut)[layer]
+    every = _mesh.whole_shape(x.shape, cut)
+    stack = () if layer is None else tuple(every[i] for i in layer)
+    if 0 in stack:
+      # A stack of no layers is one layer without elements.
+      stack, layer = (), ()
     if over is None or (layer is None and len(over) == len(x.shape)):
       if (dtype, kind) not in vectors:
         vectors[dtype, kind] = len(blocks)
         blocks.append(Block((0,), dtype))
       block = vectors[dtype, kind]
-      places.append(Place(block, counts.get(block, 0), None, cut, size, stack))
+      places.append(Place(block, counts.get(block, 0), None, cut, size))
       counts[block] = counts.get(block, 0) + 1
       continue
     kept = [1 if i in over else n for i, n in enumerate(x.shape)]
-    places.append(Place(len(blocks), None, over, cut, size, stack, layer))
+    places.append(Place(len(blocks), None, over, cut, size, stack, layer or ()))
     blocks.append(Block(_mesh.whole_shape(kept, cut), dtype))
   sized = [
     block._replace(shape=(counts[i],)) if i in counts else block

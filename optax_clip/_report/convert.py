@@ -83,6 +83,7 @@ def convert_state(
   of a clip of the same memory  what it learned is kept: ``zclip()`` to
                                 ``zclip(max_norm=1.0)``
   another window or shape       `ValueError`
+  arrays without elements       none: they are as `tx` begins
   without a schedule            the new one begins at step 0
   hyperparameters, injected     their old values; by
                                 ``drop=(".hyperparams['max_norm']",)`` the new one

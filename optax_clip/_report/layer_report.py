@@ -43,7 +43,7 @@ class LayerReport:
 
   Attributes:
     layers: `LayerMetrics` by path, in the order of the parameters. A stacked leaf has
-      the layers ``path[0]``, ``path[1]``, and so on.
+      the layers ``path[0]``, ``path[1]``, and so on; along two axes ``path[0][0]``.
     steps: how many updates came in.
     nonfinite: the first layer with a NaN or an inf, in the last step that had one;
       `None` if there was no such step.
@@ -185,7 +185,7 @@ def layer_metrics(
   )
   values: Any = _record.LayerRecord._make(map(_host, record))
   params = _leaves.floats_only(params)
-  paths, empty = _named(params, values.stacks)
+  paths, empty = _named(params, values)
   rows = zip(
     values.norm,
     values.limit,
@@ -194,8 +194,10 @@ def layer_metrics(
     values.steps_clipped / max(int(values.steps), 1),
     strict=True,
   )
+  # Without leaves one row stands for none.
   layers = {
-    path: LayerMetrics(*map(float, row)) for path, row in zip(paths, rows, strict=True)
+    path: LayerMetrics(*map(float, row))
+    for path, row in zip(paths, rows, strict=bool(paths))
   }
   wrong, spike = int(values.nonfinite_layer), int(values.spike_layer)
   skips = [
@@ -229,13 +231,14 @@ def _host(leaf: Any) -> np.ndarray:
   return np.asarray(value)
 
 
-def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
+def _named(params: Params, record: Any) -> tuple[list[str], set[str]]:
   """Names all layers; returns these names, and those of leaves without elements."""
-  if stacks.ndim != 1:
+  if record.steps.ndim:
     raise ValueError(
-      f"opt_state holds an ensemble of shape {list(stacks.shape[:-1])}. Pass one"
+      f"opt_state holds an ensemble of shape {list(record.steps.shape)}. Pass one"
       " member's state, as jax.tree.map(lambda x: x[0], opt_state)."
     )
+  stacks = record.stacks[:0] if np.all(record.stacks < 0) else record.stacks
   paths, leaves = _paths.every_name(params), jax.tree.leaves(params)
   if len(paths) != len(stacks):
     raise ValueError(
@@ -244,10 +247,11 @@ def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
       " optax.masked or optax.multi_transform the part that the transformation sees,"
       " with optax.MaskedNode() for the rest."
     )
-  counts = stacks.tolist()
+  # Of each leaf the sizes of its axes of layers; none if it is no stack.
+  counts = [row[row > 0] for row in np.atleast_2d(stacks.T).T]
 
-  def layers(path: str, count: int) -> list[str]:
-    return [f"{path}[{i}]" for i in range(count)] if count else [path]
+  def layers(path: str, sizes: np.ndarray) -> list[str]:
+    return [path + "".join(f"[{i}]" for i in index) for index in np.ndindex(*sizes)]
 
   used = collections.Counter(
     name for row in zip(paths, counts, strict=True) for name in layers(*row)
@@ -255,10 +259,10 @@ def _named(params: Params, stacks: np.ndarray) -> tuple[list[str], set[str]]:
   # With all quotes, where paths read alike: of "a/b", and of "b" in "a".
   exact = [jax.tree_util.keystr(x) for x, _ in jax.tree.leaves_with_path(params)]
   names, empty = [], set()
-  for path, quoted, leaf, count in zip(paths, exact, leaves, counts, strict=True):
-    own = layers(path, count)
+  for path, quoted, leaf, sizes in zip(paths, exact, leaves, counts, strict=True):
+    own = layers(path, sizes)
     if any(used[name] > 1 for name in own):
-      own = layers(quoted, count)
+      own = layers(quoted, sizes)
     names += own
     if not getattr(leaf, "size", 1):
       empty |= set(own)

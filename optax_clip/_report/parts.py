@@ -11,6 +11,7 @@ The values of one place are a part.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -96,6 +97,8 @@ class State:
     self.state = state
     found: dict[Names, Part] = {}
     for i, names in enumerate(self.names):
+      if not math.prod(jnp.shape(self.leaves[i])):
+        continue  # It holds nothing: it is lost by nobody, and made anew.
       depth, scope, kind, name = _cut(names, chained)
       where, path = names[:depth], jax.tree_util.keystr(self.paths[i][:depth])
       part = Part(where, scope, kind, name, path, {})

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from optax_clip._trees import paths as _paths
 
-# Path regex to axis, or a function from a leaf's name and itself to an axis or `None`.
-Stacked = Mapping[str, int] | Callable[[str, Any], int | None] | None
+# Of one leaf: the axis of its layers, or several, as of layers and of experts.
+Axes = int | Sequence[int]
+# Path regex to axes, or a function from a leaf's name and itself to axes or `None`.
+Stacked = Mapping[str, Axes] | Callable[[str, Any], Axes | None] | None
 
 
 def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
@@ -62,43 +64,39 @@ def distinct(
   return found
 
 
-def layer_axes(tree: Any, stacked: Stacked) -> list[int | None]:
-  """Returns for each leaf the axis that counts its stacked layers, or `None`.
+def layer_axes(tree: Any, stacked: Stacked) -> list[tuple[int, ...] | None]:
+  """Returns for each leaf the axes that count its stacked layers, or `None`.
 
   Args:
     tree: parameters or updates.
     stacked: rules for axes, as in `paths.by_path`.
 
   Raises:
-    ValueError: if an expression is found in no path, or an axis is out of range.
+    ValueError: if an expression is found in no path, or an axis is out of range or
+      named twice.
   """
-  leaves = jax.tree.leaves(tree)
   axes = _paths.by_path(tree, stacked, "stacked")
-  for path, leaf, axis in zip(_paths.every_name(tree), leaves, axes, strict=True):
-    rank = jnp.ndim(leaf)
-    if axis is not None and not -rank <= axis < rank:
-      raise ValueError(
-        f"stacked: axis {axis} is out of range for {path}, which has the shape"
-        f" {jnp.shape(leaf)}."
-      )
+  rows = zip(_paths.every_name(tree), jax.tree.leaves(tree), axes, strict=True)
   return [
-    axis if axis is None else axis % jnp.ndim(leaf)
-    for axis, leaf in zip(axes, leaves, strict=True)
+    None
+    if axis is None
+    else tuple(sorted(distinct(axis, jnp.shape(leaf), "stacked", name)))
+    for name, leaf, axis in rows
   ]
 
 
-def stacked_axes(shape: Sequence[int], layer: int) -> tuple[int, ...]:
-  """Returns the axes of one layer: all but the one that counts layers."""
-  return tuple(i for i in range(len(shape)) if i != layer)
+def stacked_axes(shape: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
+  """Returns the axes of one layer: all but those that count layers."""
+  return tuple(i for i in range(len(shape)) if i not in layers)
 
 
 def stacked_unit_axes(
-  shape: Sequence[int], axis: Any, layer: int | None
+  shape: Sequence[int], axis: Any, layers: Sequence[int] | None
 ) -> tuple[int, ...]:
   """Returns the `unit_axes` of one layer in a stack, as axes of the stack."""
-  if layer is None:
+  if layers is None:
     return unit_axes(shape, axis)
-  rest = stacked_axes(shape, layer)
+  rest = stacked_axes(shape, layers)
   return tuple(rest[i] for i in unit_axes([shape[i] for i in rest], axis))
 
 
@@ -110,10 +108,13 @@ def checked_stacked(stacked: Any) -> None:
     return
   if not isinstance(stacked, Mapping):
     raise TypeError(
-      "stacked must map path regexes to axes, as in {'blocks/': 0}, or be a"
-      f" function from path and leaf to an axis or None, got {stacked!r}."
+      "stacked must map path regexes to axes, as in {'blocks/': 0} or {'experts': (0,"
+      f" 1)}}, or be a function from path and leaf to these or None, got {stacked!r}."
     )
   _paths.checked_patterns(stacked, "stacked")
   for pattern, axis in stacked.items():
-    if not isinstance(axis, int) or isinstance(axis, bool):
-      raise TypeError(f"stacked[{pattern!r}] must be an integer, got {axis!r}.")
+    axes = axis if isinstance(axis, (tuple, list)) and axis else (axis,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in axes):
+      raise TypeError(
+        f"stacked[{pattern!r}] must be an integer, or several as (0, 1), got {axis!r}."
+      )

@@ -203,16 +203,145 @@ def test_a_function_may_say_which_leaves():
   ("stacked", "error", "words"),
   [
     ({"block[": 0}, ValueError, "is no regular expression"),
-    ({"blocks": "0"}, TypeError, r"stacked\['blocks'\] must be an integer, got '0'"),
+    (
+      {"blocks": "0"},
+      TypeError,
+      r"stacked\['blocks'\] must be an integer, or several as .*, got '0'",
+    ),
     (["blocks"], TypeError, "stacked must map path regexes to axes"),
     (
       {"layers/": 0},
       ValueError,
       "'layers/' is found in no path. The paths are blocks/",
     ),
-    ({"blocks/": 2}, ValueError, "axis 2 is out of range for blocks/b"),
+    ({"blocks/": 2}, ValueError, "stacked=2 is out of range for blocks/b"),
   ],
 )
 def test_bad_input(stacked, error, words):
   with pytest.raises(error, match=words):
     optax_clip.clip_by_layer_norm(1.0, stacked=stacked).init(stack(separate(0)))
+
+
+# --- Layers and experts in one leaf ---------------------------------------------
+
+MOE = {"moe": (0, 1)}
+
+
+def experts(seed=0):
+  """Two layers of three experts, of which one explodes, and a head."""
+  rng = np.random.default_rng(seed)
+  leaf = rng.normal(size=(2, 3, 4, 5))
+  leaf[1, 2] *= 1e3
+  return {
+    "head": jnp.asarray(rng.normal(size=(5, 2)), jnp.float32),
+    "moe": jnp.asarray(leaf, jnp.float32),
+  }
+
+
+def in_a_row(tree):
+  """The same with all experts of all layers along one axis."""
+  return {**tree, "moe": jnp.reshape(tree["moe"], (6, 4, 5))}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=registry.names(ROWS))
+def test_layers_and_experts_are_layers(row):
+  two, one = (row.make(stacked=x, record="layers") for x in (MOE, {"moe": 0}))
+  grads = experts()
+  state, plain = two.init(grads), one.init(in_a_row(grads))
+
+  def described(tree):
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+  new, later = jax.eval_shape(two.update, grads, state, grads)
+  assert described(new) == described(grads)
+  assert described(later) == described(state)
+  # What is remembered does not depend on how layers are counted; a record says it.
+  kept = [x for x in described(state) if x[0] != (2, 2)]
+  assert kept == [x for x in described(plain) if x != ((2,), jnp.int32)]
+
+
+@pytest.mark.parametrize("name", ["clip_by_layer_norm", "adaptive_grad_clip", "adagc"])
+def test_one_expert_of_one_layer_explodes(name):
+  row = next(row for row in ROWS if row.name == name)
+  two, one = row.make(stacked=MOE), row.make(stacked={"moe": 0})
+
+  @jax.jit
+  def both(grads, params):
+    new, _ = two.update(grads, two.init(params), params)
+    flat, flat_params = in_a_row(grads), in_a_row(params)
+    expected, _ = one.update(flat, one.init(flat_params), flat_params)
+    return new, expected
+
+  new, expected = both(experts(), experts(1))
+  np.testing.assert_allclose(in_a_row(new)["moe"], expected["moe"], rtol=2e-6)
+  np.testing.assert_allclose(new["head"], expected["head"], rtol=2e-6)
+
+
+def test_their_names():
+  tx = optax_clip.clip_by_layer_norm(
+    1.0, stacked=lambda name, leaf: MOE.get(name), record="layers"
+  )
+  grads = experts()
+  _, state = jax.jit(tx.update)(grads, tx.init(grads))
+  layers = optax_clip.layer_metrics(state, grads).layers
+  expected = [f"moe[{layer}][{expert}]" for layer in range(2) for expert in range(3)]
+  assert list(layers) == ["head", *expected]
+  for name in expected:
+    index = int(name[4]), int(name[7])
+    norm = np.linalg.norm(np.float64(grads["moe"][index]))
+    assert layers[name].norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_beside_leaves_that_stack_along_one_axis():
+  params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 2, 3)), "c": jnp.ones(3)}
+  tx = optax_clip.clip_by_layer_norm(
+    1.0, stacked={"a": 0, "b": (-3, 1)}, record="layers"
+  )
+  names = optax_clip.layer_metrics(tx.init(params), params).layers
+  assert list(names) == [
+    *("a[0]", "a[1]", "b[0][0]", "b[0][1]", "b[1][0]", "b[1][1]", "c")
+  ]
+
+
+def test_axes_of_layers_that_cannot_be():
+  make = optax_clip.clip_by_layer_norm
+  for axes in ((), (0, 0.5), (0, True), "0"):
+    with pytest.raises(TypeError, match=r"stacked\['moe'\] must be an integer, or"):
+      make(1.0, stacked={"moe": axes})
+  for axes, words in {
+    (0, 4): "is out of range for moe",
+    (0, -4): "of moe twice",
+  }.items():
+    with pytest.raises(ValueError, match=words):
+      make(1.0, stacked={"moe": axes}).init(experts())
+
+
+@pytest.mark.mesh
+def test_layers_and_experts_over_two_mesh_axes():
+  specs = {"head": jax.P(), "moe": jax.P("layers", "experts")}
+  make = next(row for row in ROWS if row.name == "adagc").make
+  sharded = make(stacked=MOE, specs=specs, record="layers")
+  plain = make(stacked=MOE, record="layers")
+  grads = experts()
+
+  def step(tx, grads):
+    new, state = tx.update(grads, tx.init(grads), grads)
+    return new, optax_clip.metrics(state)
+
+  expected = jax.jit(functools.partial(step, plain))(grads)
+  for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+    mesh = jax.make_mesh(
+      (2, 3), ("layers", "experts"), (kind, kind), devices=jax.devices()[:6]
+    )
+    shardings = {key: jax.NamedSharding(mesh, spec) for key, spec in specs.items()}
+    placed = jax.device_put(grads, shardings)
+    local = jax.shard_map(
+      functools.partial(step, sharded),
+      mesh=mesh,
+      in_specs=(specs,),
+      out_specs=(specs, jax.P()),
+    )
+    for run in (local, functools.partial(step, plain)):
+      found = jax.jit(run)(placed)
+      for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6)

@@ -233,3 +233,110 @@ def test_a_guarded_step_keeps_leaves_that_get_no_updates(kind):
       np.testing.assert_array_equal(new[key], leaf)
       assert new[key].dtype == leaf.dtype
     assert jax.random.key_data(new["key"]).tolist() == [0, 3]
+
+
+# --- What has no leaves, or leaves without elements -----------------------------
+
+ROUND = {
+  **EVERY,
+  "skip_spikes of layers": lambda **keywords: optax_clip.skip_spikes(
+    optax_clip.clip_by_layer_norm(0.5), measure=measures.layer_norm(), **keywords
+  ),
+  "observe of layers": lambda **keywords: optax_clip.observe(
+    optax_clip.clip_by_layer_norm(0.5), 4, measure=measures.layer_norm(), **keywords
+  ),
+  "a label without leaves": lambda **keywords: optax_clip.clip_by_group_norm(
+    "a", {"a": 0.5, "b": 0.5}, **keywords
+  ),
+}
+# As of a frozen stage, or of a label of `optax.multi_transform` that matches nothing.
+BARE = {
+  "no leaves": {},
+  "only masked": {"w": optax.MaskedNode()},
+  "no elements": {"a": jnp.zeros((0, 3)), "b": jnp.zeros(0)},
+  "some without": {"a": jnp.zeros((3, 0)), "b": jnp.ones(2)},
+}
+
+
+def assert_storable(state):
+  """Checkpointers refuse arrays of size 0."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    assert leaf.size, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_no_array_of_a_state_is_empty(name):
+  tx = ROUND[name](record="layers")
+  for kind, params in BARE.items():
+    state = jax.eval_shape(tx.init, params)
+    assert_storable(state)
+    new, later = jax.eval_shape(lambda g, s: update(tx, g, s, g), params, state)
+    assert later == state, kind
+    assert new == jax.eval_shape(lambda x: x, params), kind
+
+
+@pytest.mark.parametrize("make", [measures.layer_norm, measures.unit_norm])
+def test_a_stack_of_no_layers_is_one_without_elements(make):
+  tx = optax_clip.clip_with(
+    make(stacked={"a": 0}),
+    optax_clip.thresholds.percentile(window=2),
+    optax_clip.actions.rescale(),
+    record="layers",
+  )
+  params = BARE["no elements"]
+  state = tx.init(params)
+  assert_storable(state)
+  _, later = jax.eval_shape(tx.update, params, state)
+  assert later == jax.eval_shape(lambda x: x, state)
+  assert list(optax_clip.layer_metrics(state, params).layers) == ["a", "b"]
+
+
+def test_a_clip_of_nothing_reports_nothing():
+  tx = optax_clip.adagc(record="layers")
+  state = tx.init({})
+  for _ in range(2):
+    _, state = tx.update({}, state)
+  report = optax_clip.layer_metrics(state, {})
+  assert (report.layers, report.steps, report.nonfinite) == ({}, 2, None)
+  assert str(report).startswith("layer ")
+  found = optax_clip.metrics(state)
+  assert (found["adagc/steps"], found["adagc/steps_clipped"]) == (2, 0)
+  with pytest.raises(ValueError, match="has a record of 0 leaves, params has 1"):
+    optax_clip.layer_metrics(state, {"w": jnp.ones(2)})
+
+
+@pytest.mark.foreign
+def test_a_label_that_matches_nothing_can_be_stored(tmp_path):
+  checkpoint = pytest.importorskip("orbax.checkpoint")
+  adagc = optax_clip.adagc(record="layers")
+  tx = optax.multi_transform({"a": adagc, "b": adagc}, {"w": "a"})
+  params = {"w": jnp.ones(3)}
+  state = tx.init(params)
+  with checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", state)
+  with checkpoint.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(tmp_path / "state", state)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_state_with_empty_arrays_can_still_be_read():
+  """As states of a label without leaves had them, and moments of empty leaves."""
+  params = {"w": jnp.ones(3), "none": jnp.zeros((0, 2))}
+  parts = {"a": optax_clip.adagc(), "b": optax_clip.clip_element_spikes()}
+  labels = {"w": "b", "none": "b"}
+  tx = optax.multi_transform(parts, labels)
+  state = tx.init(params)
+  _, state = tx.update(params, state)
+  old = {**state.inner_states}
+  empty = old["a"].inner_state
+  old["a"] = old["a"]._replace(
+    inner_state=empty._replace(threshold=jax.tree.map(lambda x: x[:0], empty.threshold))
+  )
+  spikes = old["b"].inner_state
+  rms = {**spikes.rms, "none": jnp.zeros((0, 2))}
+  old["b"] = old["b"]._replace(inner_state=spikes._replace(rms=rms))
+  found = optax_clip.convert_state(tx, params, state._replace(inner_states=old))
+  jax.tree.map(np.testing.assert_array_equal, found, state)
+  # Which `update` takes, too.
+  _, later = parts["b"].update(params, spikes._replace(rms=rms))
+  assert later.rms["none"] is None
