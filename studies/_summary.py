@@ -27,8 +27,9 @@ class Mean(NamedTuple):
 def mean(values: Iterable[float]) -> Mean:
   """Averages one value for each seed."""
   known = list(values)
-  center = sum(known) / len(known)
-  squares = sum((v - center) ** 2 for v in known)
+  # Not `sum`, whose last digit depends on the version of Python (3.12 compensates).
+  center = math.fsum(known) / len(known)
+  squares = math.fsum((v - center) ** 2 for v in known)
   return Mean(center, math.sqrt(squares / max(len(known) - 1, 1) / len(known)))
 
 

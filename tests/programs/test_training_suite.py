@@ -365,6 +365,11 @@ def test_mean_and_its_error():
   assert _summary.mean([1.0, 3.0]) == pytest.approx((2.0, 1.0))
 
 
+def test_a_mean_is_the_same_in_every_version_of_python():
+  # Python 3.11 adds these up to less than 1.
+  assert _summary.mean([0.1] * 10).value == 0.1
+
+
 def test_a_diverged_run_is_worth_a_guess():
   row = {"loss": [2.0, None, 1e9]}
   assert _summary.losses(row) == [2.0, math.log(256), math.log(256)]
