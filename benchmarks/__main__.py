@@ -1,6 +1,8 @@
 """How to run the benchmarks: `python -m benchmarks --suite overhead --quick`."""
 
 import argparse
+from collections.abc import Sequence
+import importlib
 import pathlib
 from typing import Any
 
@@ -53,88 +55,35 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     _targets.prepare()
     from benchmarks import compiled
 
-    return compiled.main(options)
+    return compiled.run(options)
   import jax
 
   if options.device:
     platform = {"gpu": "cuda"}.get(options.device, options.device)
     jax.config.update("jax_platforms", platform)
-  import jax.numpy as jnp
+  return timed(SUITES if options.suite == "all" else (options.suite,), options)
+
+
+def timed(names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+  """Runs these suites in turn; shows, writes and returns their rows."""
+  import jax
   from rich.console import Console
 
   from benchmarks import _report
+  from benchmarks import _suite
   from benchmarks import _timing
-  from benchmarks import _torch
-  from benchmarks import leaves
-  from benchmarks import mesh
-  from benchmarks import overhead
-  from benchmarks import precision
-  from benchmarks import scale
-  from benchmarks import skip
 
-  on_gpu = jax.default_backend() != "cpu"
-  quick = options.quick
-  suites = SUITES if options.suite == "all" else (options.suite,)
   console = Console()
   rows: list[dict[str, Any]] = []
   with _report.progress(console) as note:
     note("bandwidth")
-    limits = _timing.bandwidth(2**26 if quick else 2**28, 11)
-    if "overhead" in suites:
-      # 55M parameters in 61 leaves; on accelerators also 1.2 billion.
-      models: list[tuple[int, Any]] = [(328 if quick else 656, jnp.float32)]
-      if on_gpu and not quick:
-        models += [(3072, jnp.float32), (3072, jnp.bfloat16)]
-      for width, dtype in models:
-        one = quick or width > 2000
-        rows += overhead.run(
-          width,
-          15,
-          dtype,
-          repeats=5 if quick else 25,
-          optimizers=("adamw",) if one else ("adamw", "sgd", "lion"),
-          read_bytes_per_s=limits["read_bytes_per_s"],
-          note=note,
-        )
-        if _torch.installed():
-          note("overhead: torch")
-          rows += overhead.run_torch(
-            width, 15, dtype, 5 if quick else 25, limits["read_bytes_per_s"]
-          )
-      # Orthogonalizing large matrices takes ten times as long as all the rest.
-      note("overhead: muon")
-      rows += overhead.run(
-        164,
-        15,
-        jnp.float32,
-        repeats=3 if quick else 9,
-        optimizers=("muon",),
-        read_bytes_per_s=limits["read_bytes_per_s"],
-        note=note,
-      )
-    if "skip" in suites:
-      rows += skip.run(328 if quick else 656, 15, jnp.float32, 5 if quick else 25, note)
-    if "leaves" in suites:
-      counts = (1, 10, 100) if quick else (1, 10, 100, 300, 1000, 2000, 4000)
-      rows += leaves.run(counts, 2_000_000, 5 if quick else 25, note)
-    if "precision" in suites:
-      rows += precision.run(10**6 if quick else 10**9, note)
-    if "scale" in suites:
-      sizes: tuple[tuple[int, int], ...] = ((128, 4), (512, 8))
-      if not quick:
-        sizes += ((656, 15), (1536, 16))
-      if on_gpu and not quick:
-        sizes += ((3072, 15), (4096, 24))
-      types = (jnp.float32, jnp.bfloat16)
-      rows += scale.run(sizes, types, 5 if quick else 25, note)
-    if "mesh" in suites:
-      note("mesh")
-      rows += mesh.run(164 if quick else 328, 15, 5 if quick else 15)
-  for row in rows:
-    if row["suite"] == "scale":
-      row["norm_over_read"] = (
-        row["norm_ms"] / 1e3 / (row["gradient_bytes"] / limits["read_bytes_per_s"])
-      )
+    limits = _timing.bandwidth(2**26 if options.quick else 2**28, 11)
+    on_accelerator = jax.default_backend() != "cpu"
+    given = _suite.Options(
+      options.quick, on_accelerator, limits["read_bytes_per_s"], note
+    )
+    for name in names:
+      rows += importlib.import_module(f"benchmarks.{name}").run(given)
   _report.show(rows, console)
   about = _timing.environment() | limits
   console.print("  ".join(f"{k} {v}" for k, v in about.items() if isinstance(v, str)))

@@ -238,7 +238,7 @@ def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, An
     return {"error": str(error)}
 
 
-def run(
+def counts(
   target: str,
   quick: bool = False,
   only: str = "",
@@ -302,7 +302,7 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
   """Yields the rows of one target, also over 8 devices."""
   if any(cell.devices == 1 for cell in selected(quick, only)):
-    yield from run(target, quick, only, note=note)
+    yield from counts(target, quick, only, note=note)
   if any(cell.devices > 1 for cell in selected(quick, only)):
     note(f"{target}: 8 devices, in a process of their own")
     arguments = [target, "--only", only, *(["--quick"] if quick else [])]
@@ -347,7 +347,7 @@ def merged(rows: Rows, file: str | None) -> Rows:
   return [*kept, *new.values()]
 
 
-def main(options: argparse.Namespace) -> Rows:
+def run(options: argparse.Namespace) -> Rows:
   """Compiles, shows and writes; returns the rows."""
   from rich.console import Console
 
@@ -402,4 +402,4 @@ if __name__ == "__main__":
   parser.add_argument("--quick", action="store_true")
   arguments = parser.parse_args()
   _targets.prepare(8)
-  print(json.dumps(list(run(arguments.target, arguments.quick, arguments.only, 8))))
+  print(json.dumps(list(counts(arguments.target, arguments.quick, arguments.only, 8))))

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 import statistics
-from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 from benchmarks import _steps
+from benchmarks import _suite
 from benchmarks import _timing
 import optax_clip
 
@@ -29,12 +29,18 @@ LAYERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 MOST_LAYERS = 300
 
 
-def run(
+def run(options: _suite.Options) -> _suite.Rows:
+  """Measures two million parameters in 1 to 4000 leaves."""
+  counts = (1, 10, 100) if options.quick else (1, 10, 100, 300, 1000, 2000, 4000)
+  return measured(counts, 2_000_000, options.repeats, options.note)
+
+
+def measured(
   counts: tuple[int, ...],
   total: int,
   repeats: int,
   note: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> _suite.Rows:
   """Returns a row for each number of leaves and method; the optimizer is sgd."""
   rows = []
   for count in counts:

@@ -5,10 +5,12 @@ import statistics
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
 from benchmarks import _steps
+from benchmarks import _suite
 from benchmarks import _timing
 from benchmarks import _torch
 import optax_clip
@@ -58,7 +60,25 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-def run(
+def run(options: _suite.Options) -> _suite.Rows:
+  """Measures 55M parameters in 61 leaves; on accelerators also 1.2 billion."""
+  models: list[tuple[int, Any]] = [(328 if options.quick else 656, jnp.float32)]
+  if options.accelerator and not options.quick:
+    models += [(3072, jnp.float32), (3072, jnp.bfloat16)]
+  speed, note, rows = options.read_bytes_per_s, options.note, []
+  for width, dtype in models:
+    one = options.quick or width > 2000
+    optimizers = ("adamw",) if one else ("adamw", "sgd", "lion")
+    rows += measured(width, 15, dtype, options.repeats, optimizers, speed, note)
+    if _torch.installed():
+      note("torch")
+      rows += measured_torch(width, 15, dtype, options.repeats, speed)
+  # Orthogonalizing large matrices takes ten times as long as all the rest.
+  repeats = 3 if options.quick else 9
+  return rows + measured(164, 15, jnp.float32, repeats, ("muon",), speed, note)
+
+
+def measured(
   width: int,
   blocks: int,
   dtype: Any,
@@ -66,7 +86,7 @@ def run(
   optimizers: tuple[str, ...] = ("adamw",),
   read_bytes_per_s: float = 0.0,
   note: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> _suite.Rows:
   """Returns a row for each optimizer and method: all for AdamW, a few for others.
 
   Args:
@@ -129,9 +149,9 @@ def run(
   return rows
 
 
-def run_torch(
+def measured_torch(
   width: int, blocks: int, dtype: Any, repeats: int, read_bytes_per_s: float
-) -> list[dict[str, Any]]:
+) -> _suite.Rows:
   """Returns the same rows for PyTorch: fused AdamW, and its own clip."""
   shapes = _steps.transformer_shapes(width, blocks)
   times = _timing.interleaved(_torch.steps(shapes, dtype), repeats)

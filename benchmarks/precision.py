@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import _suite
 import optax_clip
 
 # name: dtype, leaves, elements a leaf, magnitude
@@ -27,9 +28,12 @@ CASES: dict[str, tuple[Any, int, int, float]] = {
 }
 
 
-def run(
-  most: int, note: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
+def run(options: _suite.Options) -> _suite.Rows:
+  """Measures all cases, or those of at most a million elements."""
+  return measured(10**6 if options.quick else 10**9, options.note)
+
+
+def measured(most: int, note: Callable[[str], None] = lambda text: None) -> _suite.Rows:
   """Returns a row for each library and case of at most `most` elements."""
   rows = []
   for case, (dtype, leaves, size, magnitude) in CASES.items():

@@ -9,17 +9,31 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import _steps
+from benchmarks import _suite
 from benchmarks import _timing
 from benchmarks import _torch
 import optax_clip
 
 
-def run(
+def run(options: _suite.Options) -> _suite.Rows:
+  """Measures 1 to 308 million parameters, on accelerators up to 3.2 billion."""
+  sizes: tuple[tuple[int, int], ...] = ((128, 4), (512, 8))
+  if not options.quick:
+    sizes += ((656, 15), (1536, 16))
+    if options.accelerator:
+      sizes += ((3072, 15), (4096, 24))
+  types = (jnp.float32, jnp.bfloat16)
+  speed = options.read_bytes_per_s
+  return measured(sizes, types, options.repeats, speed, options.note)
+
+
+def measured(
   widths: tuple[tuple[int, int], ...],
   dtypes: tuple[Any, ...],
   repeats: int,
+  read_bytes_per_s: float,
   note: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> _suite.Rows:
   """Returns a row for each size and dtype: the clip alone, with donated updates."""
   rows = []
   for width, blocks in widths:
@@ -54,6 +68,7 @@ def run(
         "gradient_bytes": size,
         "norm_ms": 1e3 * statistics.median(times["norm"]),
         "norm_bytes_per_s": size / statistics.median(times["norm"]),
+        "norm_over_read": statistics.median(times["norm"]) / (size / read_bytes_per_s),
         "clip_ms": 1e3 * statistics.median(times["clip"]),
         "optax_ms": 1e3 * statistics.median(times["optax"]),
       }

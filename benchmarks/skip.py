@@ -4,9 +4,11 @@ from collections.abc import Callable
 import statistics
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from benchmarks import _steps
+from benchmarks import _suite
 from benchmarks import _timing
 import optax_clip
 
@@ -52,13 +54,19 @@ METHODS: dict[str, tuple[Guard, bool]] = {
 }
 
 
-def run(
+def run(options: _suite.Options) -> _suite.Rows:
+  """Measures 55M parameters in 61 leaves."""
+  width = 328 if options.quick else 656
+  return measured(width, 15, jnp.float32, options.repeats, options.note)
+
+
+def measured(
   width: int,
   blocks: int,
   dtype: Any,
   repeats: int,
   note: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> _suite.Rows:
   """Returns a row for each guard around AdamW; all but the base return metrics.
 
   "everything" is `adagc`, which learns a threshold for each layer, in `skip_nonfinite`,

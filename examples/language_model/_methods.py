@@ -1,7 +1,9 @@
-"""Which ways to clip the training script compares, and its optimizers."""
+"""Which ways to clip are compared, with which optimizers, inside which guard."""
 
 import argparse
+import ast
 from collections.abc import Callable
+import inspect
 import math
 from typing import Any
 from typing import NamedTuple
@@ -85,11 +87,18 @@ METHODS = {
   ),
 }
 
+# Each: how it is made, how that is written, and its learning rate.
 OPTIMIZERS = {
-  "sgd": (lambda lr: optax.sgd(lr, momentum=0.9), 0.2),
-  "adamw": (optax.adamw, 3e-3),
-  "lion": (optax.lion, 5e-4),
+  "sgd": (
+    lambda lr: optax.sgd(lr, momentum=0.9),
+    "optax.sgd({:g}, momentum=0.9)",
+    0.2,
+  ),
+  "adamw": (optax.adamw, "optax.adamw({:g})", 3e-3),
+  "lion": (optax.lion, "optax.lion({:g})", 5e-4),
 }
+
+_GUARD = "skip_nonfinite/"
 
 
 def setting(method: Method, flags: argparse.Namespace) -> float:
@@ -100,28 +109,50 @@ def setting(method: Method, flags: argparse.Namespace) -> float:
 def transformation(
   method: Method, flags: argparse.Namespace
 ) -> optax.GradientTransformation:
-  """Clips in the gradients' dtype, then optimizes in float32."""
-  make, _ = OPTIMIZERS[flags.optimizer]
+  """Clips in the gradients' dtype, optimizes in float32, skips what is not finite."""
+  make, _, _ = OPTIMIZERS[flags.optimizer]
   clip, optimizer = method.build(setting(method, flags)), make(flags.lr)
-  if method.after:
-    return optax.chain(cast_updates(jnp.float32), optimizer, clip)
-  return optax.chain(clip, cast_updates(jnp.float32), optimizer)
+  if flags.dtype != jnp.float32:
+    # Adam squares gradients, and must not square float16.
+    widen = optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.float32))
+    optimizer = optax.chain(widen, optimizer)
+  chain = (optimizer, clip) if method.after else (clip, optimizer)
+  return optax_clip.skip_nonfinite(optax.chain(*chain))
+
+
+def code(name: str, flags: argparse.Namespace) -> str:
+  """Writes what `transformation` makes for float32 gradients, to copy it."""
+  method = METHODS[name]
+  optimizer = OPTIMIZERS[flags.optimizer][1].format(flags.lr)
+  if method.flag is None:
+    return f"tx = optax_clip.skip_nonfinite({optimizer})"
+  clip = f"optax_clip.{_short(method.build(setting(method, flags)))}"
+  parts = (optimizer, clip) if method.after else (clip, optimizer)
+  chain = f"optax.chain({', '.join(parts)})"
+  if len(chain) > 76:
+    chain = "optax.chain(\n    " + ",\n    ".join(parts) + ",\n  )"
+  return f"tx = optax_clip.skip_nonfinite(\n  {chain}\n)"
+
+
+def _short(tx: optax.GradientTransformation) -> str:
+  """Writes the call that made `tx` without arguments that are the defaults."""
+  # They print as calls.
+  call = ast.parse(repr(tx), mode="eval").body
+  defaults = inspect.signature(getattr(optax_clip, call.func.id)).parameters
+  given = ", ".join(
+    ast.unparse(keyword)
+    for keyword in call.keywords
+    if ast.literal_eval(keyword.value) != defaults[keyword.arg].default
+  )
+  return f"{call.func.id}({given})"
 
 
 def recorded(method: Method, optimizer_state: Any) -> dict[str, jax.Array]:
-  """Returns what the method measured and did in the last step, by field."""
+  """Returns what method and guard measured and did in the last step, by field."""
+  logs = optax_clip.metrics(optimizer_state)
+  skipped = logs[f"{_GUARD}steps_skipped"]
   return {
     key.rpartition("/")[2]: value
-    for key, value in optax_clip.metrics(optimizer_state).items()
-    if key.startswith(method.part)
-  }
-
-
-def cast_updates(dtype: Any) -> optax.GradientTransformation:
-  """Casts updates: Adam squares gradients, and must not square float16."""
-  return optax.stateless(lambda updates, _: cast(updates, dtype))
-
-
-def cast(tree: Any, dtype: Any) -> Any:
-  """Casts all arrays in a tree to one dtype."""
-  return jax.tree.map(lambda x: x.astype(dtype), tree)
+    for key, value in logs.items()
+    if key.startswith(method.part) and not key.startswith(_GUARD)
+  } | {"steps_skipped": skipped}

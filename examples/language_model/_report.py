@@ -1,4 +1,4 @@
-"""Writes what a training run leaves behind: a CSV, a figure and a table."""
+"""Writes what a training run leaves behind: a CSV, a figure, a table and some words."""
 
 from collections.abc import Sequence
 import csv
@@ -15,7 +15,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-# What each step records, in this order: the loss, then fields of `optax_clip.metrics`.
+# What each step records, in this order: the loss, then fields of `optax_clip.metrics`,
+# of the clip and, last, of the guard.
 FIELDS = (
   "loss",
   "norm",
@@ -23,10 +24,10 @@ FIELDS = (
   "coefficient",
   "clipped_fraction",
   "steps_clipped",
-  "steps_nonfinite",
+  "steps_skipped",
 )
 
-# The train loss of the table is the mean over this many last steps.
+# The train loss of the table is the mean over this many last steps that were taken.
 LAST = 20
 
 # A bit above the loss of a uniform guess, log 256 = 5.5.
@@ -58,34 +59,43 @@ class Run(NamedTuple):
   Attributes:
     name: the clipping method's name.
     measured: what its norm measures.
-    lr: the learning rate.
     steps: for each step a dictionary with `FIELDS`.
     held_out: nats per byte on text that it did not train on.
-    speed: steps per second, without compilation; NaN if unknown.
   """
 
   name: str
   measured: str
-  lr: float
   steps: list[dict[str, float]]
   held_out: float
-  speed: float
 
   def column(self, field: str) -> np.ndarray:
     """Returns one field at every step."""
     return np.array([step[field] for step in self.steps], float)
 
-  def nonfinite(self) -> np.ndarray:
-    """Returns for each step whether the loss or the norm was NaN or inf."""
-    return ~np.isfinite(self.column("loss") + self.column("norm"))
+  def learned(self) -> bool:
+    """Returns whether the weights that it ended with are of any use."""
+    return math.isfinite(self.held_out)
+
+  def skipped(self) -> np.ndarray:
+    """Returns for each step whether the guard skipped it."""
+    return np.diff(self.column("steps_skipped"), prepend=0) > 0
+
+  def taken(self, field: str) -> np.ndarray:
+    """Returns one field at the steps that the guard let through."""
+    return self.column(field)[~self.skipped()]
 
   def clipped(self) -> float:
     """Returns the percentage of steps in which something was clipped."""
     return 100 * self.steps[-1]["steps_clipped"] / len(self.steps)
 
+  def clipped_to(self) -> float:
+    """Returns the least coefficient: what was left of the most clipped update."""
+    return float(self.taken("coefficient").min(initial=1.0))
+
   def train_loss(self) -> float:
-    """Returns the mean loss over the last steps."""
-    return float(self.column("loss")[-LAST:].mean())
+    """Returns the mean loss over the last steps that were taken."""
+    losses = self.taken("loss")[-LAST:]
+    return float(losses.mean()) if losses.size else math.nan
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
@@ -98,58 +108,98 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
         writer.writerow((run.name, number, *(step[f] for f in FIELDS)))
 
 
-def table(runs: Sequence[Run]) -> Table:
+def table(runs: Sequence[Run], lr: float) -> Table:
   """Makes the closing table, at most 80 columns wide."""
   measured = "; ".join(f"{run.name}: {run.measured}" for run in runs)
   result = Table(
-    caption=f"Losses in nats/byte; train: mean of the last {LAST} steps."
-    "\nClipped steps: those in which something was clipped."
-    f"\nNorms: {measured}.",
+    caption=f"\nAll at learning rate {lr:g}. Norms: {measured}."
+    "\nClipped: steps in which something was clipped; kept: what was left of the most"
+    " clipped update. Skipped: steps that were not finite. Losses in nats/byte; train:"
+    f" mean of the last {LAST} steps that were taken.",
+    caption_justify="left",
     box=box.SIMPLE_HEAD,
     padding=(0, 1, 0, 0),
     pad_edge=False,
+    show_edge=False,
   )
   result.add_column("method", no_wrap=True, vertical="bottom")
   for name in (
-    "lr",
+    "median\nnorm",
+    "last\nlimit",
+    "clipped\nsteps",
+    "least\nkept",
+    "skipped\nsteps",
     "train\nloss",
     "held-out\nloss",
-    "clipped\nsteps",
-    "non-\nfinite\nsteps",
-    "max\nnorm",
-    "steps\nper s",
   ):
     result.add_column(name, justify="right", no_wrap=True, vertical="bottom")
   for run in runs:
-    norms = run.column("norm")[np.isfinite(run.column("norm"))]
     result.add_row(
       run.name,
-      f"{run.lr:g}",
-      _loss(run.train_loss()),
-      _loss(run.held_out),
+      number(median(run.taken("norm"))),
+      number(run.steps[-1]["limit"]),
       f"{run.clipped():.0f}%",
-      str(run.nonfinite().sum()),
-      number(norms.max() if norms.size else math.nan),
-      number(run.speed),
+      f"{run.clipped_to():.2g}",
+      str(run.skipped().sum()),
+      number(run.train_loss()),
+      _loss(run.held_out),
     )
   return result
 
 
+def median(values: np.ndarray) -> float:
+  """Computes the median of what is finite; NaN if nothing is."""
+  finite = values[np.isfinite(values)]
+  return float(np.median(finite)) if finite.size else math.nan
+
+
+def best(runs: Sequence[Run]) -> Run | None:
+  """Returns the run with the lowest held-out loss; `None` if all diverged."""
+  learned = [run for run in runs if run.learned()]
+  return min(learned, key=lambda run: run.held_out, default=None)
+
+
+def seen(runs: Sequence[Run], broken: int) -> str:
+  """Says in words what the runs showed, and what became of the broken batches."""
+  first = best(runs)
+  if first is None:
+    said = ["Every run diverged: no loss on held-out text is finite. Try a lower --lr."]
+  else:
+    others = "".join(
+      f", '{run.name}' {'at ' if run.learned() else ''}{_loss(run.held_out)}"
+      for run in runs
+      if run is not first
+    )
+    said = [
+      f"On text that no run trained on, '{first.name}' ended at"
+      f" {_loss(first.held_out)} nats/byte{others}."
+    ]
+    if first.clipped():
+      said.append(
+        f"It clipped {first.clipped():.0f}% of its {len(first.steps)} steps, one of"
+        f" them to {first.clipped_to():.2g} of its size."
+      )
+  if broken:
+    said.append(
+      f"{broken} batches were broken on purpose, with a loss of NaN: the guard skipped"
+      " those steps, and no NaN reached the weights."
+    )
+  return "\n".join(said)
+
+
 def number(value: float) -> str:
-  """Writes three digits, in few characters."""
+  """Writes three digits, or as many as fit into seven characters."""
   if not math.isfinite(value):
     return "-" if math.isnan(value) else str(value)
-  return f"{value:.0f}" if 100 <= value < 1e5 else f"{value:#.3g}"
+  if 100 <= abs(value) < 1e5:
+    return f"{value:.0f}"
+  return f"{value:#.{3 if 0.001 <= abs(value) < 100 else 2}g}"
 
 
 def _loss(value: float) -> str:
   if not math.isfinite(value):
-    return "[red]diverged[/red]"
-  return _digits(value)
-
-
-def _digits(loss: float) -> str:
-  return f"{loss:.3f}" if loss < 1000 else f"{loss:.1e}"
+    return "diverged"
+  return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
 
 
 def draw(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -163,10 +213,10 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[1.5] + [1] * rows)
     colors = [_COLORS[i % len(_COLORS)] for i in range(len(runs))]
     _draw_losses(figure.add_subplot(grid[0, :]), runs, colors)
-    like: dict[Any, Any] = {}  # Norms of one kind share an axis, if finite.
+    like: dict[Any, Any] = {}  # Norms of one kind share an axis, if all went well.
     for i, (run, color) in enumerate(zip(runs, colors, strict=True)):
       row, column = divmod(i, columns)
-      kind = (run.measured, run.nonfinite().any())
+      kind = (run.measured, run.learned())
       axis = figure.add_subplot(grid[1 + row, column], sharey=like.get(kind))
       like.setdefault(kind, axis)
       _draw_norms(axis, run, color)
@@ -187,9 +237,6 @@ def _draw_losses(axis: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
     steps = np.arange(1, len(loss) + 1)
     axis.plot(steps, loss, color=color, linewidth=0.6, alpha=0.3)
     axis.plot(steps, smooth(loss), color=color, linewidth=1.8, label=_label(run))
-    if run.nonfinite().any():
-      first = 1 + run.nonfinite().argmax()
-      axis.axvline(first, color=color, linestyle=":")
   # A spike would flatten all that is worth a look.
   losses = np.concatenate([run.column("loss") for run in runs])
   losses = losses[np.isfinite(losses)]
@@ -203,17 +250,18 @@ def _draw_losses(axis: Any, runs: Sequence[Run], colors: Sequence[str]) -> None:
 
 def _label(run: Run) -> str:
   if math.isfinite(run.held_out):
-    return f"{run.name}: {_digits(run.held_out)}"
-  return f"{run.name}: diverged at step {1 + run.nonfinite().argmax()}"
+    return f"{run.name}: {_loss(run.held_out)}"
+  return f"{run.name}: diverged"
 
 
 def smooth(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
-  """Computes an exponential mean without bias at the start."""
+  """Computes an exponential mean without bias at the start, over what is finite."""
   result, mean, weight = [], 0.0, 0.0
   for value in values:
-    mean = decay * mean + (1 - decay) * value
-    weight = decay * weight + (1 - decay)
-    result.append(mean / weight)
+    if math.isfinite(value):
+      mean = decay * mean + (1 - decay) * value
+      weight = decay * weight + (1 - decay)
+    result.append(mean / weight if weight else math.nan)
   return np.array(result)
 
 
@@ -221,6 +269,17 @@ def _draw_norms(axis: Any, run: Run, color: str) -> None:
   steps = np.arange(1, len(run.steps) + 1)
   norm, limit = run.column("norm"), run.column("limit")
   axis.plot(steps, norm, color=color, linewidth=0.9)
+  if run.skipped().any():
+    axis.plot(
+      steps[run.skipped()],
+      np.full(run.skipped().sum(), 0.03),
+      "x",
+      color="#c0392b",
+      markersize=5,
+      transform=axis.get_xaxis_transform(),
+      label="skipped",
+    )
+    axis.legend(frameon=False, loc="upper right", fontsize=9)
   if np.isfinite(limit).any():
     axis.plot(steps, limit, color="black", linewidth=1.2, linestyle="--")
     axis.annotate(

@@ -1,8 +1,8 @@
 """Trains a small language model side by side with and without clipping.
 
-A byte-level transformer in Flax NNX learns the source of Python's standard
-library, once for each method named by ``--clip``, from the same weights and on
-the same batches::
+A byte-level transformer in Flax NNX learns the source of Python's standard library,
+once for each method named by ``--clip``, from the same weights and on the same
+batches. One batch in 100 is broken on purpose, and a guard skips its step::
 
     python -m examples.language_model
     python -m examples.language_model --clip none,global,layer,rms,agc,value
@@ -10,9 +10,9 @@ the same batches::
     python -m examples.language_model --steps 5000 --checkpoint out/long --resume
     python -m examples.language_model --fsdp
 
-It needs no network and, by default, less than two minutes on two cores. It
-shows each run live, writes every step to ``steps.csv`` and a figure to
-``steps.png`` in the folder of ``--out``, and closes with a table. With
+It needs no network and, by default, a minute on two cores. It shows each run live,
+writes every step to ``steps.csv`` and a figure to ``steps.png`` in the folder of
+``--out``, and closes with a table, what was seen, and the call to copy. With
 ``--checkpoint`` it may be killed at any moment: the same command with
 ``--resume`` goes on, and ends with the same bits. ``--fsdp`` trains on all devices,
 of one process or several, with a part of all weights on each.
@@ -30,14 +30,14 @@ from collections.abc import Sequence
 import contextlib
 import itertools
 import math
-from pathlib import Path
 import time
 from typing import Any
-import zlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import BarColumn
 from rich.progress import Progress
@@ -49,16 +49,12 @@ from examples.language_model import _model
 from examples.language_model import _report
 from examples.language_model import _text
 from examples.language_model._methods import METHODS
-from examples.language_model._methods import OPTIMIZERS
 from examples.language_model._methods import Method
-from examples.language_model._methods import cast
+from examples.language_model._methods import code
 from examples.language_model._methods import recorded
-from examples.language_model._methods import setting
 from examples.language_model._methods import transformation
 from examples.language_model.checkpoints import Checkpoints
 
-LENGTH = 64
-BATCH = 16
 HELD_OUT_BATCHES = 32
 HELD_OUT_BATCH = 64
 
@@ -69,7 +65,7 @@ PORTION = 10
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Trains one model for each method and reports on all of them."""
-  flags = parse(argv)
+  flags = _flags.parse(argv)
   console = Console(quiet=not flags.devices.first)
   if flags.resume:
     for name, found in flags.checkpoints.items():
@@ -83,7 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     return
   _report.write_csv(runs, flags.out / "steps.csv")
   _report.draw(runs, flags.out / "steps.png", describe(flags))
-  console.print(_report.table(runs))
+  console.print(_report.table(runs, flags.lr))
+  best = _report.best(runs)
+  console.print()
+  console.print(_report.seen(runs, len(flags.broken)), markup=False, highlight=False)
+  if best:
+    console.print(f"\nTo train as '{best.name}' did, copy:\n", highlight=False)
+    console.print(code(best.name, flags), markup=False, soft_wrap=True)
+    console.print()
   for name in ("steps.csv", "steps.png"):
     console.print(f"Wrote {flags.out / name}", soft_wrap=True, highlight=False)
 
@@ -91,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
   """Trains one model from the start and tests it on held-out text."""
   method = METHODS[name]
-  length = LENGTH + 1  # Inputs and targets overlap.
+  length = _flags.LENGTH + 1  # Inputs and targets overlap.
 
   def make() -> tuple[_model.Transformer, nnx.Optimizer]:
     rngs = nnx.Rngs(flags.seed)
-    model = _model.Transformer(flags.width, flags.layers, LENGTH, rngs)
+    model = _model.Transformer(flags.width, flags.layers, _flags.LENGTH, rngs)
     return model, nnx.Optimizer(model, transformation(method, flags), wrt=nnx.Param)
 
   model, optimizer = flags.devices.build(make)
@@ -105,9 +108,10 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
     steps = start(checkpoints, model, optimizer) if checkpoints else []
     bars.update(bar, completed=len(steps))
     before = len(steps)
-    batches = _text.windows(
-      flags.text.train, flags.steps, BATCH, length, flags.seed, before
+    windows = _text.windows(
+      flags.text.train, flags.steps, _flags.BATCH, length, flags.seed, before
     )
+    batches = zip(windows, weights(flags, before), strict=True)
     started = speed = math.nan
     while len(steps) < flags.steps:
       # A checkpoint needs the model of its step, and not of a later one.
@@ -128,11 +132,15 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
   return _report.Run(
     name,
     method.measured,
-    flags.lr,
     steps,
     held_out(model, flags.text.held_out, flags.seed, flags.devices),
-    speed,
   )
+
+
+def weights(flags: argparse.Namespace, first: int) -> Iterator[np.float32]:
+  """Yields what each step's loss counts: 1, and NaN where a batch is broken."""
+  for step in range(first, flags.steps):
+    yield np.float32(np.nan if step in flags.broken else 1)
 
 
 def start(
@@ -147,43 +155,28 @@ def start(
   return rows
 
 
-def configuration(name: str, flags: argparse.Namespace) -> dict[str, Any]:
-  """All that a run's numbers depend on, except for how many steps it has."""
-  method = METHODS[name]
-  text = flags.text.train
-  return {
-    "clip": name,
-    **({method.flag: setting(method, flags)} if method.flag else {}),
-    "optimizer": flags.optimizer,
-    "lr": flags.lr,
-    "width": flags.width,
-    "layers": flags.layers,
-    "seed": flags.seed,
-    "dtype": jnp.dtype(flags.dtype).name,
-    "batch": BATCH,
-    "length": LENGTH,
-    "text": f"{len(text)} bytes, CRC {zlib.crc32(text):08x}",
-  }
-
-
 def make_step(
   method: Method, dtype: Any, devices: _devices.One
 ) -> Callable[..., dict[str, jax.Array]]:
   """A training step: float32 weights, loss and gradients in `dtype`."""
 
   @nnx.jit
-  def step(model: Any, optimizer: Any, batch: jax.Array) -> dict[str, jax.Array]:
-    graph, weights = nnx.split(model)
-    loss, grads = jax.value_and_grad(lambda w: _model.loss(nnx.merge(graph, w), batch))(
-      cast(weights, dtype)
-    )
+  def step(
+    model: Any, optimizer: Any, batch: jax.Array, weight: jax.Array
+  ) -> dict[str, jax.Array]:
+    graph, params = nnx.split(model)
+
+    def loss_of(params: Any) -> jax.Array:
+      return weight * _model.loss(nnx.merge(graph, params), batch)
+
+    loss, grads = jax.value_and_grad(loss_of)(optax.tree.cast(params, dtype))
     optimizer.update(model, grads)
     devices.keep((model, optimizer))
     # What clipping did is a part of the optimizer's state, free to read.
     return {"loss": loss} | recorded(method, optimizer)
 
-  return lambda model, optimizer, batch: devices.wait(
-    step(model, optimizer, devices.batch(batch)), (model, optimizer)
+  return lambda model, optimizer, batch, weight: devices.wait(
+    step(model, optimizer, devices.batch(batch), weight), (model, optimizer)
   )
 
 
@@ -191,13 +184,13 @@ def portions(
   step: Callable[..., dict[str, jax.Array]],
   model: Any,
   optimizer: Any,
-  batches: Iterator[Any],
+  batches: Iterator[tuple[np.ndarray, np.float32]],
 ) -> Iterator[list[dict[str, float]]]:
   """Runs all steps; yields their results on the host, the first one at once."""
-  yield fetch([step(model, optimizer, next(batches))])
+  yield fetch([step(model, optimizer, *next(batches))])
   pending = []
   for batch in batches:
-    pending.append(step(model, optimizer, batch))
+    pending.append(step(model, optimizer, *batch))
     if len(pending) == 2 * PORTION:
       yield fetch(pending[:PORTION])
       del pending[:PORTION]
@@ -221,7 +214,8 @@ def held_out(
   model: Any, text: Any, seed: int, devices: _devices.One = _devices.ONE
 ) -> float:
   """Nats per byte on text that was not trained on, with float32 weights."""
-  batches = _text.windows(text, HELD_OUT_BATCHES, HELD_OUT_BATCH, LENGTH + 1, seed)
+  length = _flags.LENGTH + 1
+  batches = _text.windows(text, HELD_OUT_BATCHES, HELD_OUT_BATCH, length, seed)
   losses = [devices.wait(test_loss(model, devices.batch(x))) for x in batches]
   return float(sum(losses)) / HELD_OUT_BATCHES
 
@@ -242,9 +236,11 @@ def show(bars: Progress, bar: Any, steps: list[Any], speed: float) -> None:
   """Brings the bar of a run up to date."""
   last, done = steps[-1], len(steps)
   clipped = 100 * last["steps_clipped"] / done
+  tokens = speed * _flags.BATCH * _flags.LENGTH
   status = (
-    f"loss {last['loss']:.3f} {speed * BATCH * LENGTH / 1000:.0f}k tok/s"
+    f"loss {last['loss']:.3f} {tokens / 1000:.0f}k tok/s"
     f" norm {_report.number(last['norm'])} clipped {clipped:.0f}%"
+    f" skipped {last['steps_skipped']}"
   )
   before = bars.tasks[bar].completed
   bars.update(bar, completed=done, status=status)
@@ -261,126 +257,3 @@ def describe(flags: argparse.Namespace) -> str:
     f" {flags.layers} layers, {jnp.dtype(flags.dtype).name} gradients,"
     f" seed {flags.seed}"
   )
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """Reads and checks all flags, the text and the folder of `--out`."""
-  parser = _flags.Parser(
-    prog="python -m examples.language_model",
-    description=__doc__.partition("\n")[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-  add = parser.add_argument
-  add(
-    "--clip",
-    type=_flags.methods,
-    default="none,global",
-    help=f"methods to compare, of {','.join(METHODS)}",
-  )
-  for name, method in METHODS.items():
-    if method.flag:
-      add(
-        f"--{method.flag}",
-        type=_flags.threshold,
-        default=method.default,
-        help=f"threshold of '{name}'; its norm: {method.measured}",
-      )
-  add("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd has momentum")
-  rates = ", ".join(f"{name} {lr:g}" for name, (_, lr) in OPTIMIZERS.items())
-  add(
-    "--lr",
-    type=_flags.rate,
-    default=argparse.SUPPRESS,
-    help=f"learning rate (default: {rates})",
-  )
-  add("--steps", type=_flags.positive, default=300, help="steps of each run")
-  add("--width", type=_flags.width, default=64, help=f"a multiple of {_model.HEAD}")
-  add("--layers", type=_flags.positive, default=2, help="transformer blocks")
-  add("--seed", type=_flags.natural, default=0, help="of the weights and the batches")
-  add("--out", type=Path, default="out", help="folder of the results")
-  add(
-    "--checkpoint",
-    type=Path,
-    metavar="DIR",
-    default=argparse.SUPPRESS,
-    help="write checkpoints there, in a folder for each method",
-  )
-  add(
-    "--checkpoint-every",
-    type=_flags.positive,
-    metavar="N",
-    default=argparse.SUPPRESS,
-    help="steps between two checkpoints (default: 100); the last step has one too",
-  )
-  add(
-    "--resume",
-    action="store_true",
-    default=argparse.SUPPRESS,
-    help="go on from the latest checkpoints in DIR, if there are any",
-  )
-  low = parser.add_mutually_exclusive_group()
-  for flag, dtype in (("--bf16", jnp.bfloat16), ("--fp16", jnp.float16)):
-    low.add_argument(
-      flag,
-      dest="dtype",
-      action="store_const",
-      const=dtype,
-      default=jnp.float32,
-      help=f"loss and gradients in {jnp.dtype(dtype).name}, weights in float32",
-    )
-  _devices.add_arguments(parser)
-  flags = parser.parse_args(argv)
-  flags.devices = _devices.find(flags, BATCH, parser.error)
-  if "lr" not in flags:
-    flags.lr = OPTIMIZERS[flags.optimizer][1]
-  for method in METHODS.values():
-    try:
-      method.build(setting(method, flags))
-    except ValueError as error:
-      parser.error(f"argument --{method.flag}: {error}")
-  try:
-    if flags.devices.first:
-      flags.out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    parser.error(f"argument --out: {flags.out}: {error.strerror}")
-  try:
-    flags.text = _text.load()
-  except OSError as error:
-    parser.error(f"no text to train on: {error}")
-  find_checkpoints(flags, parser.error)
-  settings = [configuration(name, flags) for name in flags.clip]
-  _devices.check_same((flags.steps, settings), parser.error)
-  return flags
-
-
-def find_checkpoints(flags: argparse.Namespace, error: Callable[[str], Any]) -> None:
-  """Opens the folders of all runs; whatever is wrong is said before the first."""
-  flags.checkpoints = {}
-  if "checkpoint" not in flags:
-    for flag in ("checkpoint_every", "resume"):
-      if flag in flags:
-        error(f"argument --{flag.replace('_', '-')}: give --checkpoint DIR as well")
-    flags.resume, flags.checkpoint_every = False, flags.steps
-    return
-  flags.resume = "resume" in flags
-  flags.checkpoint_every = getattr(flags, "checkpoint_every", 100)
-  for name in flags.clip:
-    folder = flags.checkpoint / name
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-    except OSError as failed:
-      error(f"argument --checkpoint: {folder}: {failed.strerror}")
-    found = Checkpoints(folder, configuration(name, flags))
-    if found.latest is not None and not flags.resume:
-      error(
-        f"argument --checkpoint: {folder} holds a checkpoint of step"
-        f" {found.latest}; go on from it with --resume, or name another folder"
-      )
-    if found.problem:
-      error(f"argument --resume: {found.problem}, or name another --checkpoint")
-    if (found.latest or 0) > flags.steps:
-      error(
-        f"argument --steps: {flags.steps}: the checkpoint in {folder} is of step"
-        f" {found.latest}; ask for at least as many"
-      )
-    flags.checkpoints[name] = found

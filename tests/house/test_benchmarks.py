@@ -24,7 +24,7 @@ def test_the_tables_of_the_page_are_that_of_the_results():
 @pytest.mark.programs
 @pytest.mark.foreign  # optax mixes dtypes.
 def test_overhead_of_a_small_model():
-  rows = overhead.run(
+  rows = overhead.measured(
     16, 1, jnp.float32, repeats=2, optimizers=("sgd",), read_bytes_per_s=1e10
   )
   assert [row["method"] for row in rows] == list(overhead.FEW)

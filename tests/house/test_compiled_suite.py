@@ -153,7 +153,7 @@ class TestSuite:
 
     monkeypatch.setattr(_compiling, "step", fails)
     monkeypatch.setattr(_targets, "devices", lambda *_: jax.devices()[:1])
-    rows = list(compiled.run("h100", True, "1,000 leaves.*layer_norm"))
+    rows = list(compiled.counts("h100", True, "1,000 leaves.*layer_norm"))
     assert [row["error"] for row in rows] == ["too much shared data"]
     assert rows[0]["peer"] == "optax.clip_by_block_rms"
     assert rows[0]["kernels_over_optax"] is None

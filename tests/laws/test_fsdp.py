@@ -14,6 +14,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("rich")
 from flax import nnx
 
+from examples.language_model import _flags
 from examples.language_model import _text
 from examples.language_model import train as language_model
 
@@ -135,7 +136,7 @@ def test_flags_that_do_not_go_together_are_one_line(flags, words, one_line_error
 
 
 def test_a_batch_that_cannot_be_divided_is_one_line(monkeypatch, capsys):
-  monkeypatch.setattr(language_model, "BATCH", jax.device_count() + 1)
+  monkeypatch.setattr(_flags, "BATCH", jax.device_count() + 1)
   with pytest.raises(SystemExit):
     language_model.main(["--fsdp"])
   err = capsys.readouterr().err
@@ -144,7 +145,7 @@ def test_a_batch_that_cannot_be_divided_is_one_line(monkeypatch, capsys):
 
 
 def test_a_batch_is_the_same_however_it_is_placed(tmp_path):
-  flags = language_model.parse(["--fsdp", f"--out={tmp_path}"])
+  flags = _flags.parse(["--fsdp", f"--out={tmp_path}"])
   (batch,) = _text.windows(flags.text.train, 1, 16, 9, seed=0)
   placed = flags.devices.batch(batch)
   assert placed.addressable_shards[0].data.shape == (16 // jax.device_count(), 9)

@@ -19,6 +19,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("rich")
 import orbax.checkpoint as ocp
 
+from examples.language_model import _flags
 from examples.language_model import _text
 from examples.language_model import train as language_model
 from examples.language_model.checkpoints import Checkpoints
@@ -278,7 +279,7 @@ class TestFlags:
     text = _text.Text(np.arange(1000, dtype=np.uint8), np.arange(99, dtype=np.uint8))
     monkeypatch.setattr(_text, "load", lambda: text)
     command = ["--clip=global", f"--checkpoint={tmp_path}", f"--out={tmp_path}"]
-    flags = language_model.parse(command)
+    flags = _flags.parse(command)
     with flags.checkpoints["global"] as checkpoints:
       train(checkpoints, 4)
 

@@ -1,4 +1,4 @@
-"""The training script as its user meets it: flags, files, table, errors."""
+"""The language model as its user meets it: flags, files, table, words, errors."""
 
 import csv
 import math
@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("flax")
@@ -20,6 +21,7 @@ pytest.importorskip("rich")
 import qk_clip
 from rich.console import Console
 
+from examples.language_model import _flags
 from examples.language_model import _methods
 from examples.language_model import _report
 from examples.language_model import _text
@@ -70,16 +72,16 @@ def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
   printed = capsys.readouterr().out
   table = printed[printed.index("method") :].partition("Wrote")[0]
   for name in names:
-    assert re.search(rf"^ *{name} +0\.2 ", table, re.MULTILINE)
+    assert re.search(rf"^ *{name} +\d", table, re.MULTILINE)
   assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", language_model.METHODS)
+@pytest.mark.parametrize("name", _methods.METHODS)
 def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
   # Without the model, which takes seconds to compile for each method.
-  method = language_model.METHODS[name]
-  flags = language_model.parse([f"--clip={name}", f"--out={tmp_path}"])
-  tx = language_model.transformation(method, flags)
+  method = _methods.METHODS[name]
+  flags = _flags.parse([f"--clip={name}", f"--out={tmp_path}"])
+  tx = _methods.transformation(method, flags)
   params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
   state = tx.init(params)
   update = jax.jit(tx.update)
@@ -97,12 +99,57 @@ def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
 
 def test_a_table_of_the_widest_numbers_fits_80_columns(capsys):
   step = dict.fromkeys(_report.FIELDS, 1.0) | {"loss": math.nan, "norm": 2.76e10}
-  wide = _report.Run("layer-percentile", "norm", 0.0003, [step], math.nan, 123.0)
-  Console().print(_report.table([wide]))
+  step["limit"] = 0.000123
+  step["coefficient"] = 1.2e-10
+  step["steps_skipped"] = 0
+  wide = _report.Run("layer-percentile", "norm", [step], math.nan)
+  Console().print(_report.table([wide], 0.0003))
   printed = capsys.readouterr().out
   assert max(map(len, printed.splitlines())) <= 80
-  for cell in ("layer-percentile", "0.0003", "diverged", "2.76e+10", "123"):
+  for cell in ("layer-percentile", "0.0003", "diverged", "2.8e+10", "0.00012"):
     assert cell in printed
+
+
+def test_broken_batches_are_skipped_and_the_words_say_so(tmp_path, capsys):
+  rows = run(tmp_path, "--clip=global", "--steps=5", "--broken-every=2")
+  assert [row["steps_skipped"] for row in rows] == ["0", "1", "1", "2", "2"]
+  assert [math.isfinite(float(row["loss"])) for row in rows] == [
+    *(True, False, True, False, True)
+  ]
+  # What is broken changes nothing: the step after it goes on from the same weights.
+  assert float(rows[4]["loss"]) < float(rows[0]["loss"])
+  said = " ".join(capsys.readouterr().out.split())
+  assert "'global' ended at " in said
+  assert "2 batches were broken on purpose" in said
+  assert "tx = optax_clip.skip_nonfinite( optax.chain( optax_clip.clip_by_" in said
+
+
+@pytest.mark.parametrize("name", [name for name in _methods.METHODS if name != "none"])
+def test_the_call_to_copy_makes_the_clip_that_was_used(name, tmp_path):
+  flags = _flags.parse([f"--clip={name}", "--optimizer=adamw", f"--out={tmp_path}"])
+  code = _methods.code(name, flags)
+  assert max(map(len, code.splitlines())) <= 80
+  parts = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(optax, "chain", lambda *own: parts.extend(own) or optax.identity())
+    exec(code, {"optax": optax, "optax_clip": optax_clip})
+  method = _methods.METHODS[name]
+  # The chain that `optax.adamw` is of is among the parts, too.
+  clip = repr(method.build(_methods.setting(method, flags)))
+  assert [repr(tx) for tx in parts].count(clip) == 1
+
+
+def test_the_call_to_copy_is_that_of_the_best_run():
+  step = dict.fromkeys(_report.FIELDS, 1.0)
+  worse, best, dead = (
+    _report.Run(name, "norm", [step], loss)
+    for name, loss in (("a", 2.0), ("b", 1.0), ("c", math.nan))
+  )
+  assert _report.best([worse, best, dead]) is best
+  assert _report.best([dead]) is None
+  assert "'b' ended at 1.000" in _report.seen([worse, best, dead], 0)
+  assert "'c' diverged" in _report.seen([worse, best, dead], 0)
+  assert "Every run diverged" in _report.seen([dead], 0)
 
 
 def test_thresholds_reach_their_methods(tmp_path):

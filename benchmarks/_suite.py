@@ -1,0 +1,28 @@
+"""What every timed suite is told: `run(options)` measures it and returns its rows."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+Rows = list[dict[str, Any]]
+
+
+class Options(NamedTuple):
+  """Says how much to measure, and on what.
+
+  Attributes:
+    quick: whether to take smaller models and fewer rounds.
+    accelerator: whether the device is one, which has room for larger models.
+    read_bytes_per_s: what the device reads in a second, as measured in this run.
+    note: a function to tell what is measured.
+  """
+
+  quick: bool
+  accelerator: bool
+  read_bytes_per_s: float
+  note: Callable[[str], None] = lambda text: None
+
+  @property
+  def repeats(self) -> int:
+    """How many interleaved rounds."""
+    return 5 if self.quick else 25
