@@ -6,17 +6,20 @@ Users have one device, so the tests do. Tests that need a mesh are marked `mesh`
 XLA compiles most tests with little optimisation, which takes a third of the time.
 Tests of what it makes of sums and of whole steps are marked `optimized`, and
 `pytest -m optimized` runs them, compiled as users have it. `pytest -m house` runs what
-looks at the project itself: prose, pages, messages, tables. `pytest -m programs` runs
+looks at the project itself: prose, pages, messages, tables. `pytest -m every` runs the
+methods and dtypes of which the others are examples. `pytest -m programs` runs
 what takes long and breaks no law: examples, processes that are killed, the tests of
 other libraries.
 """
 
 import gc
 import os
+import pathlib
 import re
 import subprocess
 import sys
 
+from helpers import short_run
 import hypothesis
 import jax
 import jaxlib
@@ -44,9 +47,10 @@ _QUICKLY = (
   "--xla_cpu_use_fusion_emitters=false",
   "--xla_cpu_parallel_codegen_split_count=1",
 )
+_TESTS = pathlib.Path(__file__).parent
 _DEVICES = "--xla_force_host_platform_device_count"
 # Tests that run only if `-m` says something about them.
-_ASKED_FOR = ("slow", "optimized", "programs", "house", "mesh")
+_ASKED_FOR = ("slow", "every", "optimized", "programs", "house", "mesh")
 
 
 def accepted(flags):
@@ -115,13 +119,23 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_ignore_collect(collection_path, config):
   """Imports no file without a test that is asked for by its mark alone."""
   mark = config.option.markexpr
-  if mark not in _ASKED_FOR or not collection_path.name.startswith("test_"):
+  # Which cases are left to `every` stands in helpers/short_run.py.
+  if (
+    mark not in _ASKED_FOR
+    or mark == "every"
+    or not collection_path.name.startswith("test_")
+  ):
     return None
   return f"mark.{mark}" not in collection_path.read_text() or None
 
 
 def pytest_collection_modifyitems(config, items):
   """Leaves tests out that run only if `-m` says something about them."""
+  for item in items:
+    file = item.path.relative_to(_TESTS).as_posix()
+    test, _, words = item.name.partition("[")
+    if not short_run.stays(file, test, words.removesuffix("]")):
+      item.add_marker("every")
   mark = config.option.markexpr
   left_out = [name for name in _ASKED_FOR if name not in mark]
   if _is_asked("slow", mark):

@@ -1,0 +1,249 @@
+"""Which cases of parametrised tests stand in the default run.
+
+What a test says does not always depend on the method, or on the dtype: that a state may
+be donated is a matter of how a state is made, of which there are four kinds. Of such a
+test the default run takes one case of each kind, and `pytest -m every` the others, which
+`.ci/run` does too. Oracles, what passes bit for bit, finiteness and memories are asked
+of all methods in the default run.
+
+Compiling is nearly all of the time: a case that shares its program with others costs
+nothing, and is not left out.
+"""
+
+# One of each kind: a fixed limit, units and weights, a threshold that learns, a chain.
+KINDS = ("clip_by_global_norm", "adaptive_grad_clip", "zclip", "stable_spam")
+FIXED = KINDS[:2]
+# What others' wrappers see: a state with and without a memory.
+WRAPPED = (KINDS[0], KINDS[2])
+LEARNED = ("autoclip", "zclip", "clip_by_layer_percentile")
+GUARDS = ("skip_nonfinite", "skip_spikes", "dynamic_loss_scale", "both")
+WIDE = ("float32", "bfloat16")
+
+# For each test the words of which one stands in the id of a case that stays. The words
+# of an id are what stands between its hyphens. Without words no case stays.
+STAYS: dict[str, dict[str, tuple[str, ...]]] = {
+  "laws/test_contract.py": {
+    "test_updates_are_those_of_the_oracle": WIDE,
+    "test_without_jit_the_result_is_the_same": (KINDS[0], "clippy"),
+    "test_every_order_is_that_of_the_oracle": (KINDS[0], "inf"),
+    "test_float64_stays_float64": (*FIXED, "clip_by_block_rms"),
+    "test_complex_updates_are_those_of_the_oracle": FIXED,
+    "test_arrays_without_elements_pass_and_do_not_count": (
+      *KINDS,
+      "clippy",
+      "clip_by_group_norm",
+    ),
+    "test_scalars_and_plain_arrays_are_trees": ("clip", *FIXED),
+    "test_numpy_leaves_and_python_floats_are_taken": FIXED[:1],
+    "test_weak_types_stay": ("clip", *WRAPPED),
+    "test_within_the_limit_nothing_changes": WIDE,
+    "test_zeros_stay_zeros_with_their_signs": WIDE[:1],
+    "test_complex_updates_within_the_limit_do_not_change": FIXED[:1],
+    "test_within_the_limit_nothing_changes_without_jit": FIXED,
+    "test_finite_updates_are_clipped_to_the_limit": WIDE,
+    "test_float64_over_its_whole_range": FIXED,
+    "test_grad_and_jvp_are_finite": (*KINDS[:3], "clippy"),
+    "test_every_order_has_a_finite_derivative_at_zero": FIXED[:1],
+    "test_init_and_update_return_states_of_one_kind": ("bfloat16",),
+    "test_no_two_fields_share_a_buffer": KINDS,
+    "test_donated_updates_and_states_work": KINDS,
+    "test_vmap_is_a_loop": KINDS[1:3],
+    "test_chain": (KINDS[0], "clippy"),
+    "test_masked_clips_only_what_is_selected": FIXED,
+    "test_multi_transform_clips_each_label_on_its_own": FIXED[:1],
+    "test_inject_hyperparams_with_mixed_dtypes": (KINDS[0], "clip"),
+    "test_injected_thresholds_change_without_recompiling": FIXED,
+    "test_multi_steps_clips_the_mean": WRAPPED[1:],
+    "test_apply_if_finite_rejects_and_goes_on": WRAPPED[1:],
+    "test_metrics_are_read_through_every_wrapper": WRAPPED[1:],
+    "test_the_step_after_a_non_finite_one_does_not_know_of_it": (
+      "propagate",
+      *WRAPPED,
+    ),
+    "test_scan_over_steps": KINDS[1:3],
+    "test_empty_trees_pass": KINDS,
+  },
+  "laws/test_against_optax.py": {
+    "test_agc_agrees_for_given_axes": ("0",),
+    "test_unitwise_norm_agrees": ("shape2", "shape4"),
+    "test_unitwise_clip_agrees": ("shape1",),
+    "test_derivative_at_zero": FIXED[:1],
+    "test_bfloat16_result_above_its_limit": (),
+    "test_unrecorded_states_are_those_of_optax": FIXED[:1],
+  },
+  "laws/test_bad_input.py": {
+    "test_rank_beyond_five": (),
+  },
+  "laws/test_compositions.py": {
+    "test_laws": WIDE[:1],
+  },
+  "laws/test_counters.py": {"test_steps_go_on": (*KINDS, "skip_spikes")},
+  "laws/test_derivatives.py": {
+    "test_a_step_that_was_not_taken_does_not_depend_on_its_gradients": (
+      "skip_spikes-update",
+    ),
+    "test_nor_does_that_of_one_member_of_an_ensemble": GUARDS[:1],
+    "test_by_the_updates_of_which_it_takes_the_norm": WIDE[1:],
+  },
+  "laws/test_edge_cases.py": {
+    "test_array_thresholds_do_not_change_dtypes": WIDE[1:],
+    "test_a_nonfinite_element_gives_zeros_with_zero": WIDE[1:],
+    "test_all_zero_is_unchanged_with_norm_0": WIDE[1:],
+    "test_max_norm_inf_is_unchanged": WIDE[1:],
+    "test_max_norm_0_gives_zeros": WIDE[1:],
+    "test_a_schedule_is_evaluated_at_each_step": FIXED,
+    "test_float16_weights_and_updates_are_measured_in_float32": ("float16",),
+  },
+  "laws/test_equivariance.py": {
+    "test_limits_and_updates_have_the_units_of_gradients": LEARNED,
+    "test_so_has_a_suggestion": (),
+  },
+  "laws/test_stacked.py": {
+    "test_stacked_layers_are_clipped_as_separate_ones": KINDS[1:2],
+    "test_linen_scan": (),
+  },
+  "guards/test_loss_scale.py": {
+    "test_scales_of_which_not_all_are_powers_of_two": ("float16",),
+  },
+  "guards/test_signals.py": {
+    "test_a_spike_does_not_raise_the_limit_it_is_judged_by": ("capped",),
+  },
+  "guards/test_skip.py": {
+    "test_healthy_steps_are_those_of_the_transformation_inside": ("both",),
+    "test_scan_and_vmap": ("both",),
+    "test_states_keep_their_types_and_are_donated": ("both",),
+    "test_weakly_typed_updates_stay_weakly_typed": GUARDS[:1],
+    "test_a_broken_step_changes_nothing": (GUARDS[0], "both"),
+  },
+  "methods/test_clip_tree.py": {
+    "test_it_divides_by_the_limit": WIDE[1:],
+    "test_each_is_clipped_by_its_own_norm": WIDE[1:],
+    "test_derivatives": (),
+  },
+  "methods/test_functions.py": {
+    "test_per_example_layer": WIDE[:1],
+    "test_per_example_global": WIDE[1:],
+    "test_unitwise_norm": WIDE[1:],
+    "test_unitwise_norm_over_given_axes": ("-1", "axis3"),
+    "test_unitwise_clip": WIDE[1:],
+    "test_per_example_under_jit_and_with_a_traced_limit": (),
+  },
+  "methods/test_per_example.py": {
+    "test_derivatives_are_those_of_the_others": ("forward-nan",),
+    "test_the_others_are_summed_as_if_it_were_not_there": WIDE[1:],
+  },
+  "methods/test_qk_clip.py": {
+    "test_layouts": ("2",),
+    "test_exact_logits_exceed_tau_by_the_documented_rounding_at_most": WIDE[1:],
+    "test_a_logit_without_negative_terms_never_exceeds_tau_at_all": WIDE[1:],
+    "test_the_largest_logits": WIDE[1:],
+    "test_layers_that_are_stacked": ("1",),
+  },
+  "norms/test_ratios.py": {
+    "test_leaves_of_unlike_dtypes_meet_their_own_weights": (
+      "measure0-fdf ffd",
+      "measure1-fdd ddf",
+    ),
+    "test_is_a_limit_of_zero_where_weights_are_zero": ("zero",),
+    "test_a_large_ratio_scales_its_own_leaf": (KINDS[1], "relative layer_rms"),
+  },
+  "norms/test_scalars.py": {
+    "test_units_side_by_side_are_as_leaf_by_leaf": ("gpu-True",),
+    "test_a_vector_is_taken_apart_bit_for_bit": ("17", "257"),
+  },
+  "report/test_layers.py": {
+    "test_a_norm_merged_of_layers_is_that_of_float64": ("2",),
+    "test_each_layer_against_float64": ("global",),
+    "test_a_bad_step_names_the_first_layer_that_is_not_finite": (
+      "stacked",
+      "skip_nonfinite",
+    ),
+    "test_through_wrappers": ("MultiSteps", "masked"),
+    "test_derivatives_are_those_without_the_record": (),
+    "test_donation_scan_and_vmap": (),
+  },
+  "report/test_metrics.py": {
+    "test_through_wrappers": ("jit-all of them", "jit-MultiSteps"),
+    "test_counters": FIXED,
+  },
+  "report/test_observe.py": {
+    "test_updates_are_passed_on_bit_for_bit": ("bfloat16",),
+    "test_through_wrappers": ("alone", "MultiSteps", "around skip_nonfinite"),
+    "test_a_history_of_any_scale": ("1e+200",),
+    "test_the_norm_is_measured_once": ("observed, guarded-guarded",),
+  },
+  "report/test_records.py": {
+    "test_a_norm_beyond_float32_is_recorded_as_the_largest": FIXED,
+    "test_guards_too": ("skip_spikes",),
+    "test_the_norm_is_that_of_the_last_step_whether_taken_or_not": ("update",),
+  },
+  "report/test_watching.py": {
+    "test_is_the_norm_of_what_comes_out": ("clip", *FIXED, "clippy"),
+  },
+  "thresholds/test_custom_parts.py": {
+    "test_a_measure_may_call_what_the_package_offers": ("unitwise_norm-observe",),
+  },
+  "thresholds/test_geometric.py": {
+    "test_an_early_spike_is_bounded_by_the_first_norms": ("zclip",),
+  },
+  "thresholds/test_learned_faults.py": {
+    "test_memory_is_as_without_the_step": ("propagate", *LEARNED),
+  },
+  "thresholds/test_learned_state.py": {
+    "test_every_threshold_works_with_every_measure": ("at_most",),
+    "test_inject_hyperparams_changes_nothing": ("zclip", "clip_by_history"),
+    "test_derivatives_are_finite_at_zero": (*LEARNED[:2], "stable_spam"),
+    "test_memory_is_float32_whatever_the_updates_are": ("float64", "bfloat16"),
+    "test_an_ensemble_is_its_members": ("adagc",),
+    "test_multi_steps_learns_once_per_step": ("adagc",),
+  },
+  "thresholds/test_learned_traces.py": {
+    "test_a_huge_finite_norm_leaves_a_useful_memory": (*LEARNED, "adagc"),
+    "test_percentile": ("100",),
+  },
+  "thresholds/test_learned_vectors.py": {
+    "test_soft_actions_in_half_precision": ("bfloat16-rational", "float16-tanh"),
+    "test_soft_actions_differentiate_at_zero": ("rational", "floored"),
+  },
+  "thresholds/test_limits.py": {
+    "test_it_measures_and_never_clips": tuple(f"None-{name}" for name in FIXED),
+    "test_what_is_traced_or_a_schedule_is_meant": FIXED,
+    "test_it_stays_0": FIXED,
+  },
+  "trees/test_groups.py": {
+    "test_it_passes_bit_for_bit_whatever_the_norm_is": WIDE[1:],
+    "test_axes_by_path": (),
+    "test_axes_by_name": (),
+  },
+  "trees/test_leaves.py": {
+    "test_the_others_are_updated_as_without_them": ("adagc",),
+    "test_a_model_may_have_leaves_that_get_no_updates": (
+      *(f"{name}-float0" for name in KINDS),
+      "skip_spikes-float0",
+    ),
+    "test_dtypes_are_never_promoted_implicitly": (*KINDS, "skip_spikes"),
+  },
+  "trees/test_matrix_optimizers.py": {
+    "test_labels_are_the_leaves_that_muon_takes": ("a tree",),
+    "test_the_rules_differ": (),
+    "test_what_other_leaves_leave_of_muons_update": (),
+  },
+}
+
+
+def stays(
+  file: str, test: str, words: str, table: dict[str, dict[str, tuple[str, ...]]] = STAYS
+) -> bool:
+  """Returns whether a case stands in the default run.
+
+  Args:
+    file: the path of the test's file in `tests`.
+    test: its name.
+    words: the id of the case; empty if the test has one case.
+    table: which cases stay.
+  """
+  keep = table.get(file, {}).get(test)
+  if keep is None:
+    return True
+  # An id such as "1e-30" or "-1" has hyphens of its own.
+  return any(f"-{word}-" in f"-{words}-" for word in keep)
