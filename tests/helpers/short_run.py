@@ -2,9 +2,9 @@
 
 What a test says does not always depend on the method, or on the dtype: that a state may
 be donated is a matter of how a state is made, of which there are four kinds. Of such a
-test the default run takes one case of each kind, and `pytest -m every` the others, which
-`.ci/run` does too. Oracles, what passes bit for bit, finiteness and memories are asked
-of all methods in the default run.
+test the default run takes one case of each kind, and `pytest -m every` the others, as
+`.ci/run` does. Oracles, what passes bit for bit, finiteness and memories are asked of
+all methods in the default run.
 
 Compiling is nearly all of the time: a case that shares its program with others costs
 nothing, and is not left out.

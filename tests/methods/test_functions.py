@@ -73,6 +73,8 @@ def test_global_norm_of_nothing(tree):
     ([np.inf, np.nan], np.nan),
     ([3e38] * 4, np.finfo(np.float32).max),
     ([2e-38] * 4, 4e-38),
+    # One square is a normal number, and the others underflow.
+    ([1.2e-19, *[1e-19] * 100], (1.2**2 + 100) ** 0.5 * 1e-19),
     ([0.0, -0.0], 0.0),
   ],
 )

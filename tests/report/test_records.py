@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optax_clip
+from optax_clip import actions
 from optax_clip import measures
 from optax_clip import thresholds
 
@@ -250,3 +251,19 @@ class TestLayersOfAPart:
     _, state = jax.jit(tx.update)(tree, tx.init(tree))
     found = self.layers(lambda: optax_clip.layer_metrics(state, tree), "x[0]")
     assert found is None or len(found) == 3
+
+
+def test_each_norm_is_compared_with_its_own_limit():
+  limits = jnp.array([10.0, 1.0])
+  each = optax_clip.Threshold(
+    lambda norms: optax.EmptyState(), lambda norms, state, **_: (limits, state)
+  )
+  # Norms of units are in one array for each leaf.
+  measure = measures.unit_norm(axis=0)
+  tx = optax_clip.clip_with(measure, each, actions.rescale(), name="each")
+  for norms, share in (((5.0, 0.5), 0), ((5.0, 2.0), 0.5), ((20.0, 2.0), 1)):
+    updates = {name: jnp.full((1, 1), x) for name, x in zip("ab", norms, strict=True)}
+    _, state = jax.jit(tx.update)(updates, tx.init(updates))
+    found = optax_clip.metrics(state)
+    assert found["each/clipped_fraction"] == share
+    assert found["each/steps_clipped"] == (1 if share else 0)
