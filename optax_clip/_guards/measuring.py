@@ -55,7 +55,7 @@ class Measuring(NamedTuple):
     if not self.by_layer:
       return None
 
-    def stacks(params: Params) -> list[int]:
+    def stacks(params: Params) -> list[tuple[int, ...]]:
       return _measured.of_layers(self.measure, params).layout(params).stacks()
 
     return stacks

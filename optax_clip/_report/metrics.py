@@ -13,6 +13,11 @@ from optax_clip._types import OptState
 
 Array = jax.Array
 _REPORTED = (Record, SkipRecord, LossScale)
+# Of errors: clips by fixed limits take any state, and so record nothing in it.
+_CONVERT = (
+  "The state of another chain has none either, even where update takes it:"
+  " optax_clip.convert_state(tx, params, old_state) makes one of it."
+)
 
 
 def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Array]:
@@ -24,8 +29,8 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
   Args:
     opt_state: any optimizer state that holds states of this package, however deep: in
       `optax.chain`, `masked`, `multi_transform`, `inject_hyperparams`, `MultiSteps`,
-      `apply_if_finite`; or a Flax NNX `Optimizer` or Linen `TrainState`, which have it
-      as ``opt_state``.
+      `apply_if_finite`, `contrib.sam`; or what has such a state in it, as a Flax NNX
+      `Optimizer` or a Linen `TrainState`.
     allow_empty: whether to return an empty dictionary for a state without a record,
       instead of raising an error.
 
@@ -74,7 +79,7 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
       f"opt_state, a {type(opt_state).__name__}, holds no record. Pass the state that"
       " init or update of a clip, a guard or observe returned (a checkpoint restored as"
       " plain dictionaries is none). With record=False they record nothing, and clip"
-      " records with record=True only. Or pass allow_empty=True."
+      f" records with record=True only. {_CONVERT} Or pass allow_empty=True."
     )
   # A user's name may look like a numbered one.
   chosen = {name for name, _ in found}
@@ -121,15 +126,21 @@ def loss_scale(opt_state: OptState) -> Array:
     raise ValueError(
       f"opt_state holds {len(found)} loss scales, and must hold one. Wrap the optimizer"
       " in one dynamic_loss_scale, and pass the state that its init returned."
+      f" {_CONVERT}"
     )
   return array(found[0][1].scale)
 
 
 def entries(opt_state: OptState, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-  """Finds the entries of some kinds in a state; returns each with its key."""
-  state = getattr(opt_state, "opt_state", opt_state)
+  """Finds the entries of some kinds in a state; returns each with its key.
+
+  A state of optax may have a field ``opt_state`` beside others, so that only what is no
+  tree itself, as an `Optimizer` of some Flax NNX, is asked for what it has as that.
+  """
+  if jax.tree_util.all_leaves([opt_state]):
+    opt_state = getattr(opt_state, "opt_state", opt_state)
   nodes = jax.tree_util.tree_leaves_with_path(
-    state, is_leaf=lambda node: isinstance(node, kinds)
+    opt_state, is_leaf=lambda node: isinstance(node, kinds)
   )
   return [(path[-1].key, node) for path, node in nodes if isinstance(node, kinds)]
 
@@ -159,7 +170,7 @@ def the_entry(
   if not found:
     raise ValueError(
       f"opt_state holds no {words[0]}. {ask}, and pass the state that the last update"
-      " returned."
+      f" returned. {_CONVERT}"
     )
   fitting = [(key, entry) for key, entry in found if name in (None, key)]
   if len(fitting) != 1:

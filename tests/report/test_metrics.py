@@ -1,5 +1,7 @@
 """What `metrics` reads out of every kind of optimizer state."""
 
+import dataclasses
+
 from flax import nnx
 import flax.linen
 from flax.training import train_state
@@ -425,3 +427,75 @@ def test_norm_beyond_the_largest_float():
   assert got["norm"] == np.finfo(np.float32).max
   assert got["steps_clipped"] == 1
   assert got["steps_nonfinite"] == 0
+
+
+# --- States of several optimizers -----------------------------------------------
+
+
+def sharpness_aware():
+  """What SAM of optax keeps: the states of an outer and of an inner optimizer."""
+  outer = optax_clip.dynamic_loss_scale(
+    optax_clip.observe(
+      optax.chain(
+        optax_clip.clip_by_global_norm(1.0, name="outer", record="layers"),
+        optax.sgd(0.1),
+      ),
+      4,
+    )
+  )
+  inner = optax.chain(optax.contrib.normalize(), optax_clip.clip(1.0, record=True))
+  return outer, optax.contrib.sam(outer, inner)
+
+
+def test_all_optimizers_of_a_state_are_read():
+  outer, tx = sharpness_aware()
+  state = tx.init(PARAMS)
+  keys = {key.split("/")[0] for key in metrics(state)}
+  assert keys == {"outer", "observe", "dynamic_loss_scale", "clip"}
+  # What others read does not stand in one of them only.
+  twice = state._replace(adv_state=(state.adv_state, outer.init(PARAMS)))
+  for read in (
+    optax_clip.loss_scale,
+    optax_clip.norm_history,
+    lambda state: optax_clip.layer_metrics(state, PARAMS),
+  ):
+    read(state)
+    with pytest.raises(ValueError, match="opt_state holds 2 "):
+      read(twice)
+
+
+def test_an_object_with_two_states_is_read_whole():
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass
+  class Both:
+    opt_state: object
+    slow: object
+
+  first = optax_clip.clip_by_global_norm(1.0)
+  second = optax_clip.clip_by_layer_norm(1.0)
+  state = Both(first.init(PARAMS), second.init(PARAMS))
+  keys = {key.split("/")[0] for key in metrics(state)}
+  assert keys == {"clip_by_global_norm", "clip_by_layer_norm"}
+
+
+def test_an_object_that_is_no_tree_is_asked_for_its_state():
+  class Trainer:
+    opt_state = optax_clip.clip_by_global_norm(1.0).init(PARAMS)
+
+  assert metrics(Trainer())["clip_by_global_norm/steps"] == 0
+
+
+def test_a_state_of_another_chain_says_how_to_convert_it():
+  """A clip by a fixed limit takes the state that optax's has, and records nothing."""
+  ours, theirs = (
+    optax.chain(x.clip_by_global_norm(1.0), optax.sgd(0.1)) for x in (optax_clip, optax)
+  )
+  _, state = ours.update(GRADS, theirs.init(PARAMS))
+  for read in (
+    metrics,
+    optax_clip.loss_scale,
+    optax_clip.norm_history,
+    lambda state: optax_clip.layer_metrics(state, PARAMS),
+  ):
+    with pytest.raises(ValueError, match=r"optax_clip\.convert_state\(tx, params"):
+      read(state)
