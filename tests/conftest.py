@@ -50,7 +50,8 @@ _QUICKLY = (
 _TESTS = pathlib.Path(__file__).parent
 _DEVICES = "--xla_force_host_platform_device_count"
 # Tests that run only if `-m` says something about them.
-_ASKED_FOR = ("slow", "every", "optimized", "programs", "house", "mesh")
+_ASKED_FOR = ("slow", "every", "optimized", "house", "programs", "mesh")
+_PLACES = ("house", "programs", "mesh")
 
 
 def accepted(flags):
@@ -143,7 +144,10 @@ def pytest_collection_modifyitems(config, items):
     left_out = [name for name in left_out if name == "mesh"]
 
   def is_left_out(item):
-    return any(map(item.get_closest_marker, left_out))
+    marks = [name for name in _ASKED_FOR if item.get_closest_marker(name)]
+    # Of a page, or on a mesh, and a whole program: the last one says where it runs.
+    weaker = [name for name in marks if name in _PLACES][:-1]
+    return any(name in left_out and name not in weaker for name in marks)
 
   config.hook.pytest_deselected(items=list(filter(is_left_out, items)))
   items[:] = [item for item in items if not is_left_out(item)]

@@ -19,7 +19,7 @@ from examples.language_model import _text
 from examples.language_model import train as language_model
 
 # Flax promotes ranks implicitly.
-pytestmark = [pytest.mark.foreign, pytest.mark.programs]
+pytestmark = [pytest.mark.foreign, pytest.mark.programs, pytest.mark.mesh]
 
 ROOT = Path(__file__).parents[2]
 # As the fixture below, in a process of its own.
