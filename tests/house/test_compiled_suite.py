@@ -128,7 +128,7 @@ ENTRY %main (a: f32[100,8]) -> f32[100,8] {
     assert _programs._size(shape) == 8 + 16 + 8 + 4 + 8
 
   @pytest.mark.foreign  # AdamW of optax mixes dtypes.
-  @pytest.mark.parametrize("count", [1, 8])
+  @pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.mesh)])
   def test_a_step_of_this_machine(self, count):
     tx = optax.chain(optax_clip.clip_by_global_norm(1.0), optax.adamw(1e-3))
     shapes = [(512, 64), (64,), (64, 512)]

@@ -116,6 +116,7 @@ def state_specs(tx, params, specs):
   )
 
 
+@pytest.mark.mesh
 @each_tx
 def test_specs_of_a_state_and_a_sharded_step(tx, mesh):
   specs = state_specs(tx, PARAMS, SPECS)
