@@ -13,7 +13,9 @@ counter, no threshold's memory::
     inner.update, and with `guarded_step` also the addition to the parameters
 
 Guards directly inside one another become one guard with several judges, the outermost
-first: a judge neither learns from steps that one before it refused, nor counts them.
+first: a judge neither learns from steps that one before it refused, nor counts them. A
+loss scale comes before all others, wherever it stands among them: its scale must fall
+in the very step that it refuses, and others judge unscaled norms.
 
 On CPU, updates that leave the branch need a buffer of their own, as large as the
 gradients. Parameters and state that leave it replace the old ones in place. Hence the
@@ -78,13 +80,16 @@ class Guard:
   Attributes:
     inner: the transformation that all judges stand around.
     judges: the outermost first.
+    kinds: what their memories are, for errors.
   """
 
   inner: optax.GradientTransformation
   judges: tuple[Judge, ...]
+  kinds: tuple[_validate.Kind, ...]
 
   def init(self, params: Params) -> GuardState:
     state = self.inner.init(params)
+    _inside.refuse_loss_scales(self.judges[0].name, state)
     params = _leaves.floats_only(params)
     for judge in reversed(self.judges):
       record: dict[str, Any] = {judge.name: blank()}
@@ -128,12 +133,13 @@ class Guard:
     known = _handed.at_hand()
     loss = recorded_loss(extra_args)
     seen, take = updates, jnp.asarray(True)
-    reached, verdicts, scales = [], [], []
-    for judge, own in zip(self.judges, states, strict=True):
+    reached, verdicts, scales = {}, {}, []
+    order = sorted(range(len(states)), key=lambda i: not self.judges[i].scales)
+    for i in order:
+      judge, own = self.judges[i], states[i]
       with _handed.scope(known):
         verdict = judge.judge(seen, weights, own.memory, _own(own), extra_args)
-      reached.append(take)
-      verdicts.append(verdict)
+      reached[i], verdicts[i] = take, verdict
       take = take & verdict.take
       scales.append(verdict.scale)
       known, seen = _unscaled(verdict.known, seen, weights, verdict.scale)
@@ -150,19 +156,27 @@ class Guard:
       return finish(new), later
 
     result, later = _skipped_step.taken_or_kept(take, step, updates, kept, inner_state)
-    steps = list(zip(states, verdicts, reached, strict=True))
-    for own, verdict, before in reversed(steps):
-      records = {key: noted(x, verdict, loss) for key, x in own.record.items()}
-      after = (verdict.memory, records)
-      if own is not states[0]:
-        after = _unless_refused(before, after, (own.memory, own.record))
+    for i, own in reversed(list(enumerate(states))):
+      records = {key: noted(x, verdicts[i], loss) for key, x in own.record.items()}
+      after = (verdicts[i].memory, records)
+      if i != order[0]:
+        after = _unless_refused(reached[i], after, (own.memory, own.record))
       later = GuardState(later, *after)
     return result, later
+
+  def scales(self, state: GuardState) -> list[Array]:
+    """Returns by what the updates are divided before they reach `inner`."""
+    found = []
+    for judge in self.judges:
+      if judge.scales:
+        found += [x.scale for x in state.memory.values()]
+      state = state.inner
+    return found
 
   def _apart(self, state: Any, updates: Updates) -> tuple[list[GuardState], Any]:
     """Splits a state: one for each judge, and that of the transformation inside."""
     states = []
-    for judge in self.judges:
+    for judge, kind in zip(self.judges, self.kinds, strict=True):
       if not isinstance(state, GuardState) or not isinstance(state.record, dict):
         raise TypeError(
           f"The state of the guard {judge.name!r} must be the GuardState that its init"
@@ -170,7 +184,6 @@ class Guard:
           " tx; of a checkpoint of another chain, optax_clip.convert_state(tx, params,"
           " old_state) makes one."
         )
-      kind = _validate.Kind(f"the guard {judge.name!r}")
       kind.check(state.memory, functools.partial(judge.init, updates))
       states.append(state)
       state = state.inner
@@ -190,10 +203,12 @@ def guarded(inner: Any, judge: Judge) -> optax.GradientTransformationExtraArgs:
   _validate.instance(
     optax.GradientTransformation, "optax, as optax.adamw(1e-3)", inner=inner
   )
-  judges = (judge,)
+  judges, kinds = [judge], [_validate.Kind(f"the guard {judge.name!r}")]
   if isinstance(inner.update, Guard):
-    inner, judges = inner.update.inner, (judge, *inner.update.judges)
-  guard = Guard(inner, judges)
+    judges += inner.update.judges
+    kinds += inner.update.kinds
+    inner = inner.update.inner
+  guard = Guard(inner, tuple(judges), tuple(kinds))
   return optax.GradientTransformationExtraArgs(guard.init, guard)
 
 
@@ -302,8 +317,13 @@ def _unscaled(
   if any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(updates)):
     # Division rounds them to few digits after they were measured: measure again.
     return Known(), new
+  return in_units_of(scale, known, new, params), new
+
+
+def in_units_of(scale: Array, known: Known, new: Updates, params: Params) -> Known:
+  """Divides norms by a scale, and makes them those of other updates."""
 
   def change(blocks: list[Extended]) -> list[Extended]:
     return [x._replace(value=x.value / scale.astype(x.value.dtype)) for x in blocks]
 
-  return known.moved(new, params, change), new
+  return known.moved(new, params, change)

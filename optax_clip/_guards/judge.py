@@ -48,6 +48,18 @@ class Verdict(NamedTuple):
   scale: Array | None = None
 
 
+class LossScale(NamedTuple):
+  """Holds what `dynamic_loss_scale` remembers.
+
+  Attributes:
+    scale: f32[], the factor for the next loss.
+    finite_steps: i32[], steps taken since the scale last changed.
+  """
+
+  scale: Array
+  finite_steps: Array
+
+
 class Judge(NamedTuple):
   """Decides whether a step is taken.
 
@@ -56,9 +68,12 @@ class Judge(NamedTuple):
     init: ``init(params)``: returns the memory before the first step.
     judge: ``judge(updates, params, memory, record, extra_args)``: returns a `Verdict`.
     stacks: maps parameters to the layers that are recorded; `None`: none are.
+    scales: whether it unscales the updates for all others; its memory is then
+      ``{name: LossScale}``.
   """
 
   name: str
   init: Callable[[Any], Any]
   judge: Callable[[Any, Any, Any, SkipRecord, dict[str, Any]], Verdict]
   stacks: Callable[[Any], list[tuple[int, ...]]] | None = None
+  scales: bool = False

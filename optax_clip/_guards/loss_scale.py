@@ -1,7 +1,6 @@
 """How float16 gradients neither underflow nor end a run: loss scaling."""
 
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.types import Measure
 from optax_clip._guards.guard import guarded
 from optax_clip._guards.judge import Judge
+from optax_clip._guards.judge import LossScale
 from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
@@ -24,18 +24,6 @@ from optax_clip._types import Updates
 Array = jax.Array
 # Beyond this, a scale's inverse is no normal float, and unscaled updates are 0.
 _LARGEST = 2.0**126
-
-
-class LossScale(NamedTuple):
-  """Holds what `dynamic_loss_scale` remembers.
-
-  Attributes:
-    scale: f32[], the factor for the next loss.
-    finite_steps: i32[], steps taken since the scale last changed.
-  """
-
-  scale: Array
-  finite_steps: Array
 
 
 @named
@@ -71,8 +59,15 @@ def dynamic_loss_scale(
   mixed precision: gradients are then float32 here. This unscales float16 gradients in
   float32 and rounds them back, which may lose what the scale has saved.
 
+  Put it outermost. Other guards and `observe` may also stand directly around it: they
+  see unscaled norms either way, and guards judge only steps that did not overflow. A
+  clip or `optax.MultiSteps` goes inside, so that a microbatch that overflows is skipped
+  before it is accumulated; between a guard and a loss scale, ``init`` refuses it.
+  Around a loss scale `optax.MultiSteps` and `optax.apply_if_finite` keep it from
+  falling, and the run stops.
+
   Args:
-    inner: as in `skip_nonfinite`; `skip_spikes` here judges unscaled norms.
+    inner: as in `skip_nonfinite`.
     init_scale: the first scale. Powers of two, here and below, are exact.
     growth_interval: after so many finite steps in a row the scale grows.
     growth_factor: how many times it grows, at least 1.
@@ -93,7 +88,8 @@ def dynamic_loss_scale(
 
   Raises:
     TypeError: if `inner` is not a transformation.
-    ValueError: if a number is outside its range.
+    ValueError: if a number is outside its range; in ``init`` of what stands around it,
+      if there is something between the two.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_clip
@@ -163,4 +159,4 @@ def dynamic_loss_scale(
       scale=scale,
     )
 
-  return guarded(inner, Judge(name, init, judge, measuring.stacks))
+  return guarded(inner, Judge(name, init, judge, measuring.stacks, scales=True))

@@ -10,6 +10,7 @@ from optax_clip import actions
 from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Threshold
+from optax_clip._guards.guard import Guard
 from optax_clip._guards.skip import skip_nonfinite
 from optax_clip._methods.fixed import clip_by_global_norm
 from optax_clip._thresholds.geometric import geometric
@@ -56,7 +57,8 @@ def protect(
 
   Raises:
     TypeError: if `inner` is not a transformation.
-    ValueError: if `clip` is negative.
+    ValueError: if `clip` is negative, or `inner` a `dynamic_loss_scale`, which goes
+      around.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip
@@ -73,6 +75,11 @@ def protect(
     1 1
   """
   _validate.instance(optax.GradientTransformation, "optax", inner=inner)
+  if isinstance(inner.update, Guard) and any(x.scales for x in inner.update.judges):
+    raise ValueError(
+      "inner must not be a dynamic_loss_scale: protect would clip scaled gradients. Put"
+      " it around: dynamic_loss_scale(protect(optimizer))."
+    )
   if clip is None:
     clip = geometric()
   if isinstance(clip, Threshold):

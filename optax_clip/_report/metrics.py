@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import Record
 from optax_clip._algebra.record import SkipRecord
-from optax_clip._guards.loss_scale import LossScale
+from optax_clip._guards.judge import LossScale
 from optax_clip._types import OptState
 
 Array = jax.Array

@@ -142,7 +142,10 @@ def observe(
   )
 
   def init(params: Params) -> ObserveState:
-    return ObserveState(watch.init(params), inner.init(params))
+    state = inner.init(params)
+    if not isinstance(inner.update, _guard.Guard):
+      _inside.refuse_loss_scales(name, state)
+    return ObserveState(watch.init(params), state)
 
   def update(
     updates: Updates,
@@ -158,7 +161,12 @@ def observe(
     given_updates, updates = updates, _leaves.with_values(updates)
     weights = _leaves.floats_only(params)
     known = measuring.measured(updates, weights, extra_args).known
-    with _handed.scope(known):
+    shown = known
+    if isinstance(inner.update, _guard.Guard):
+      # Norms have the unit that the clip inside sees, whatever the loss scale.
+      for scale in inner.update.scales(state.inner):
+        shown = _guard.in_units_of(scale, shown, updates, weights)
+    with _handed.scope(shown):
       passed, seen = watch.update(updates, state.seen, params, **extra_args)
     if isinstance(inner.update, _guard.Guard):
       # A guard's branch takes buffers: what came in is one already.
