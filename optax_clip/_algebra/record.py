@@ -33,8 +33,9 @@ class Record(NamedTuple):
       ``limit``; the smallest ``coefficient``; ``norm_after``, the largest norm after
       clipping; ``clipped_fraction``, the share of norms above their limit.
     rates: f32[2], ``clip_rate`` and ``nonfinite_rate``, the shares of steps that
-      clipped, and that had a NaN or an inf, among the last 100 or so: running averages
-      that start at 0 and forget 1% in each step.
+      clipped, and that had a NaN or an inf: running averages that start at 0 and forget
+      1% in each step. `reported` divides them by what the weights of all steps add up
+      to, so that the share is that of all steps at first, of the last 100 or so later.
     counts: i32[7], ``steps``; ``steps_clipped`` and ``steps_nonfinite``, how many of
       them there were; ``last_clipped`` and ``last_nonfinite``, the last one, counted
       from 1, or 0; ``clipped`` and ``nonfinite``, 1 if the last step was one, else 0.
@@ -96,14 +97,17 @@ class SkipRecord(NamedTuple):
   Attributes:
     shown: f32[2], the (largest) ``norm`` of the last step, skipped or not, and the
       (smallest) ``limit`` of these norms; inf if there is none.
-    kept: f32[4], ``skip_rate``, as ``clip_rate`` in `Record`; ``nonfinite_loss``, the
-      ``loss=`` of the last step that was skipped because it was not finite;
-      ``spike_norm`` and ``spike_loss`` of the last one that was skipped as a spike. A
-      loss that was not passed is NaN.
-    counts: i32[7], ``skipped``, 1 if the last step was skipped, else 0; ``reason``, the
-      `SkipReason` of the last skipped step; ``consecutive``, how many steps up to the
-      last one were skipped; ``steps``; ``steps_skipped``; ``last_nonfinite`` and
-      ``last_spike``, the last steps that were skipped as such, counted from 1, or 0.
+    kept: f32[4], ``skip_rate``, as ``clip_rate`` in `Record`;
+      ``nonfinite_step_loss``, the loss, finite or not, of the last step that was
+      skipped because it was not finite; ``spike_norm`` and ``spike_loss`` of the last
+      one that was skipped as a spike. 0 until there was one, and where no loss was
+      passed. A loss of NaN is kept as inf: the state of a healthy step has no NaN.
+    counts: i32[10], ``skipped``, 1 if the last step was skipped, else 0; ``reason``,
+      the `SkipReason` of the last skipped step; ``consecutive``, how many steps up to the
+      last one were skipped; ``steps``; ``steps_skipped``, the sum of ``steps_nan``,
+      ``steps_inf`` and ``steps_spike``, skipped for a NaN, an inf without a NaN, and a
+      spike; ``last_nonfinite`` and ``last_spike``, the last steps that were skipped as
+      such, counted from 1, or 0.
   """
 
   shown: Array
@@ -123,10 +127,10 @@ _ENTRIES: dict[type, tuple[tuple[str, ...], ...]] = {
   ),
   SkipRecord: (
     ("norm", "limit"),
-    ("skip_rate", "nonfinite_loss", "spike_norm", "spike_loss"),
+    ("skip_rate", "nonfinite_step_loss", "spike_norm", "spike_loss"),
     (
       *("skipped", "reason", "consecutive", "steps", "steps_skipped"),
-      *("last_nonfinite", "last_spike"),
+      *("steps_nan", "steps_inf", "steps_spike", "last_nonfinite", "last_spike"),
     ),
   ),
 }
@@ -138,6 +142,18 @@ def entries(record: Record | SkipRecord) -> dict[str, Array]:
     name: vector[..., i]
     for names, vector in zip(_ENTRIES[type(record)], record, strict=True)
     for i, name in enumerate(names)
+  }
+
+
+def reported(record: Record | SkipRecord) -> dict[str, Array]:
+  """Names the entries of a record for users, with rates that know when they began."""
+  found = {name: jnp.asarray(x) for name, x in entries(record).items()}
+  steps = jnp.maximum(found["steps"], 1).astype(jnp.float32)
+  # What all weights add up to: 1 - 0.99^steps.
+  weights = -jnp.expm1(steps * math.log1p(-_RATE_WEIGHT))
+  return {
+    name: jnp.minimum(x / weights, 1) if name.endswith("_rate") else x
+    for name, x in found.items()
   }
 
 
@@ -206,7 +222,7 @@ def noted(
 
 
 def rate(last: Array, happened: Array) -> Array:
-  """Averages whether something happened, and forgets 1% in each step."""
+  """Averages whether something happened, from 0 on; see `reported`."""
   return last + _RATE_WEIGHT * (happened.astype(jnp.float32) - last)
 
 

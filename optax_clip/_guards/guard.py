@@ -38,11 +38,11 @@ from optax_clip._algebra import record as _record
 from optax_clip._algebra.handed import Known
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards import inside as _inside
+from optax_clip._guards import loss as _loss
 from optax_clip._guards import skipped_step as _skipped_step
 from optax_clip._guards.judge import Judge
 from optax_clip._guards.record import blank
 from optax_clip._guards.record import noted
-from optax_clip._guards.record import recorded_loss
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._repr import short
@@ -131,7 +131,7 @@ class Guard:
     weights = _leaves.floats_only(params)
     states, inner_state = self._apart(state, updates)
     known = _handed.at_hand()
-    loss = recorded_loss(extra_args)
+    loss = _loss.recorded(extra_args)
     seen, take = updates, jnp.asarray(True)
     reached, verdicts, scales = {}, {}, []
     order = sorted(range(len(states)), key=lambda i: not self.judges[i].scales)

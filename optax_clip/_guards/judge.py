@@ -23,6 +23,13 @@ class SkipReason(enum.IntEnum):
   NORM_SPIKE = 3
   LOSS_SPIKE = 4
 
+  def __str__(self) -> str:
+    """Returns the name: where reasons are read by people, a number says nothing."""
+    return self.name
+
+  def __format__(self, spec: str) -> str:
+    return format(self.value if spec else self.name, spec)
+
 
 class Verdict(NamedTuple):
   """Says what a judge decided, and what it measured.
@@ -32,6 +39,7 @@ class Verdict(NamedTuple):
     reason: i32[], why not; NONE if it is taken.
     norm: f32[], for the record.
     limit: f32[], for the record.
+    is_nan: bool[], if something is not finite, whether it is a NaN.
     memory: the judge's memory after the step.
     known: the norms that it measured.
     layers: each layer's norm, if that is recorded.
@@ -42,6 +50,7 @@ class Verdict(NamedTuple):
   reason: Array
   norm: Array
   limit: Array
+  is_nan: Array
   memory: Any
   known: Known
   layers: LayerNorms | None = None

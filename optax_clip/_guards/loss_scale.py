@@ -148,11 +148,13 @@ def dynamic_loss_scale(
     larger = jnp.minimum(scale * growth_factor, jnp.minimum(max_scale, _LARGEST))
     smaller = jnp.maximum(scale * backoff_factor, jnp.maximum(min_scale, 1 / _LARGEST))
     new_scale = jnp.where(finite, jnp.where(grow, larger, scale), smaller)
+    norm = jnp.max(seen.sizes, initial=0)
     return Verdict(
       take=finite,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
-      norm=jnp.max(seen.sizes, initial=0) / scale.astype(seen.sizes.dtype),
+      norm=norm / scale.astype(norm.dtype),
       limit=jnp.full((), jnp.inf, jnp.float32),
+      is_nan=jnp.isnan(norm),
       memory={key: LossScale(new_scale, jnp.where(grow, 0, steps))},
       known=seen.known,
       layers=layers,

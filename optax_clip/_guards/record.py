@@ -11,31 +11,16 @@ from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.record import counted
 from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.judge import Verdict
-from optax_clip._norms import mesh as _mesh
-from optax_clip._norms import power_sums as _power_sums
 
 Array = jax.Array
-
-
-def recorded_loss(extra_args: dict[str, Any]) -> Array:
-  """Returns the ``loss=`` for the record: f32[], NaN if none was passed.
-
-  A loss that differs over a mesh does not count: with it the state would differ, too.
-  """
-  loss = extra_args.get("loss")
-  loss = jnp.asarray(jnp.nan if loss is None else loss)
-  is_number = loss.size == 1 and jnp.issubdtype(loss.dtype, jnp.floating)
-  if not is_number or _mesh.varying_axes(loss):
-    return jnp.full((), jnp.nan, jnp.float32)
-  return _record.single(loss.reshape(()).astype(_power_sums.accumulator(loss.dtype)))
 
 
 def blank() -> SkipRecord:
   """Makes the record before the first step."""
   return SkipRecord(
     shown=jnp.asarray([0, jnp.inf], jnp.float32),
-    kept=jnp.asarray([0, jnp.nan, 0, jnp.nan], jnp.float32),
-    counts=jnp.zeros(7, jnp.int32),
+    kept=jnp.zeros(4, jnp.float32),
+    counts=jnp.zeros(10, jnp.int32),
   )
 
 
@@ -63,18 +48,22 @@ def _skip_noted(last: SkipRecord, verdict: Verdict, loss: Array) -> SkipRecord:
   steps = optax.safe_increment(old["steps"])
   is_spike = verdict.reason >= SkipReason.NORM_SPIKE
   spike, nonfinite = skipped & is_spike, skipped & ~is_spike
+  nan, inf = nonfinite & verdict.is_nan, nonfinite & ~verdict.is_nan
   counts = [
     skipped.astype(jnp.int32),
     jnp.where(skipped, verdict.reason, old["reason"]),
     jnp.where(skipped, optax.safe_increment(old["consecutive"]), 0),
     steps,
     counted(skipped, old["steps_skipped"]),
+    counted(nan, old["steps_nan"]),
+    counted(inf, old["steps_inf"]),
+    counted(spike, old["steps_spike"]),
     jnp.where(nonfinite, steps, old["last_nonfinite"]),
     jnp.where(spike, steps, old["last_spike"]),
   ]
   kept = [
     _record.rate(old["skip_rate"], skipped),
-    jnp.where(nonfinite, loss, old["nonfinite_loss"]),
+    jnp.where(nonfinite, loss, old["nonfinite_step_loss"]),
     jnp.where(spike, norm, old["spike_norm"]),
     jnp.where(spike, loss, old["spike_loss"]),
   ]

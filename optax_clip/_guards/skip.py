@@ -13,12 +13,12 @@ from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.record import counted
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
+from optax_clip._guards import loss as _loss
 from optax_clip._guards.guard import guarded
 from optax_clip._guards.judge import Judge
 from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
-from optax_clip._norms import mesh as _mesh
 from optax_clip._repr import named
 from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import memory as _memory
@@ -90,6 +90,10 @@ def skip_nonfinite(
   goes on as if the step had not been. Finite gradients never have a norm of inf here,
   so that no finite step is lost, whatever its size.
 
+  It judges the gradient. Of a skipped step it records the ``loss=`` (or ``value=``)
+  that was passed to ``update``; a loss of NaN alone skips nothing. To skip that step
+  too, take ``skip_spikes(inner, thresholds.constant(jnp.inf), signals=("loss",))``.
+
   The test needs no read of its own: a clip inside that measures what `measure` does,
   and stands first in its chain, takes over the norm. On CPU a jitted AdamW step takes
   2.0 times as long as with the clip alone, and a copy of the gradients; with
@@ -98,9 +102,10 @@ def skip_nonfinite(
 
   Args:
     inner: the transformation, usually a chain of a clip and an optimizer.
-    max_consecutive: `None`: never takes a step that is not finite. A number: after so
-      many in a row takes the next one, NaN and all, so that the run fails visibly, as
-      with `optax.apply_if_finite`. To stop by yourself instead, read
+    max_consecutive: how many steps in a row are skipped at most: the next one is then
+      taken, NaN and all, so that the run fails visibly, as with
+      `optax.apply_if_finite`. `None`: no NaN is ever taken. (`skip_spikes` then takes
+      the next spike, and never a NaN.) To stop by yourself instead, read
       ``metrics(state)["skip_nonfinite/consecutive"]``.
     measure: what to measure, the global norm by default. Pass the measure of the clip
       inside, as `measures.layer_norm()` for `clip_by_layer_norm`, or one with
@@ -145,11 +150,13 @@ def skip_nonfinite(
     take = finite
     if max_consecutive is not None:
       take = finite | (_record.entries(record)["consecutive"] >= max_consecutive)
+    norm = jnp.max(seen.sizes, initial=0)
     return Verdict(
       take=take,
       reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
-      norm=jnp.max(seen.sizes, initial=0),
+      norm=norm,
       limit=jnp.full((), jnp.inf, jnp.float32),
+      is_nan=jnp.isnan(norm),
       memory=memory,
       known=seen.known,
       layers=seen.layers,
@@ -195,18 +202,20 @@ def skip_spikes(
       Ordinary steps should stay below its limit: take a high percentile, or a low one
       with a `factor`.
     signals: ``("norm",)``, ``("loss",)`` or both. Pass the loss to ``update`` or
-      `guarded_step` as ``loss=``, unscaled and averaged over devices. It may have any
-      sign: the threshold learns and judges its distance from the mean loss over about
-      the last 100 steps taken, and a loss below that mean is never a spike.
+      `guarded_step` as ``loss=`` (or ``value=``, optax's name, where there is none),
+      unscaled and averaged over devices. It may have any sign: the threshold learns
+      and judges its distance from the mean loss over about the last 100 steps taken,
+      and a loss below that mean is never a spike.
     factor: f > 0, how many times its limit a signal may be.
     warmup: so many steps at first, and after each fresh start, are no spikes (but the
       threshold learns from them). Thresholds that need values to begin with have no
       limit before they have them, whatever this is.
     cooldown: so many steps after a spike are no spikes: at most every
       ``cooldown + 1``-th step is skipped.
-    max_consecutive: after so many skipped spikes without a step taken the threshold
-      starts afresh; steps that are not finite neither count nor interrupt. `None`:
-      never, which skips a risen level for as long as it lasts.
+    max_consecutive: how many spikes are skipped at most without a step taken: the next
+      one is then taken, and the threshold starts afresh from it. Steps that are not
+      finite are never taken, and neither count nor interrupt. (`skip_nonfinite` then
+      takes the NaN.) `None`: a risen level is skipped for as long as it lasts.
     measure: as in `skip_nonfinite`. With several norms each has its own limit, and one
       spike suffices.
     inner, record: as in `skip_nonfinite`.
@@ -276,13 +285,15 @@ def skip_spikes(
     seen = measuring.measured(updates, params, extra_args)
     finite_norm = jnp.all(jnp.isfinite(seen.sizes))
     finite, values = finite_norm, seen.sizes if by_norm else seen.sizes[:0]
+    is_nan = jnp.any(jnp.isnan(seen.sizes))
     count = values.size
     old, level, new_level = memory.threshold, jnp.zeros(()), jnp.zeros(())
     signs = jnp.ones_like(values)
     if by_loss:
       old, level = memory.threshold
-      loss = _loss(extra_args)
+      loss = _loss.judged(extra_args)
       finite &= jnp.isfinite(loss)
+      is_nan |= jnp.isnan(loss)
       loss = _record.single(loss)
       # Half the range, so that a difference between two is a float.
       bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
@@ -343,6 +354,7 @@ def skip_spikes(
       ),
       norm=norm,
       limit=limit,
+      is_nan=is_nan,
       memory=SpikeMemory(
         threshold=learned,
         learned=jnp.where(shift, 1, counted(take, memory.learned)),
@@ -358,19 +370,3 @@ def skip_spikes(
     )
 
   return guarded(inner, Judge(name, init, judge, measuring.stacks))
-
-
-def _loss(extra_args: dict[str, Any]) -> Array:
-  loss = extra_args.get("loss")
-  if loss is None:
-    raise TypeError(
-      "loss is a signal, but was not passed. Pass it, as in tx.update(grads, state,"
-      " params, loss=loss)."
-    )
-  loss = jnp.asarray(loss)
-  if loss.ndim:
-    raise ValueError(f"loss must be a scalar, got shape {loss.shape}: average it.")
-  if not jnp.issubdtype(loss.dtype, jnp.floating):
-    loss = loss.astype(jnp.float32)
-  axes = _mesh.varying_axes(loss)
-  return jax.lax.pmean(loss, axes) if axes else loss

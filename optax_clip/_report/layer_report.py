@@ -103,7 +103,7 @@ class LayerReport:
     if self.nonfinite is not None:
       lines.append(
         f"step {self.nonfinite_step} was not finite: first {self.nonfinite}"
-        f"{self._outcome(self.nonfinite_step, 'last_nonfinite', 'nonfinite_loss')}"
+        f"{self._outcome(self.nonfinite_step, 'last_nonfinite', 'nonfinite_step_loss')}"
       )
     if self.spike is not None:
       lines.append(
@@ -119,7 +119,11 @@ class LayerReport:
       return ""
     if self.skips[counter] != step:
       return "; taken"
-    return f"; skipped, loss {self.skips[loss]:.4g}"
+    value = self.skips[loss]
+    if not value:
+      return "; skipped"  # None was passed.
+    shown = f"{value:.4g}" if np.isfinite(value) else "not finite"
+    return f"; skipped, loss {shown}"
 
 
 def layer_metrics(
@@ -214,7 +218,7 @@ def layer_metrics(
     spike=paths[spike] if spike >= 0 else None,
     spike_step=int(values.spike_step),
     spike_growth=float(values.spike_growth),
-    skips={k: v.item() for x in skips for k, v in _record.entries(x).items()},
+    skips={k: v.item() for x in skips for k, v in _record.reported(x).items()},
     exploding=exploding,
     # Before the first step all are 0, and leaves without elements always.
     vanishing=[path for path in vanishing if values.steps and path not in empty],

@@ -45,7 +45,7 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
     * ``<name>/clipped_fraction``: f32, the share of norms above their limit.
     * ``<name>/norm_after``: f32, the norm after clipping. Of several, the largest.
     * ``<name>/clip_rate``, ``<name>/nonfinite_rate``: f32, the share of such steps
-      among the last 100 or so; running averages that start at 0.
+      among all at first, and among the last 100 or so later; running averages.
     * ``<name>/steps``, ``<name>/steps_clipped``, ``<name>/steps_nonfinite``:
       i32, counted since `init`.
     * ``<name>/last_clipped``, ``<name>/last_nonfinite``: i32, the last such step,
@@ -54,8 +54,9 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
 
     For `skip_nonfinite`, `skip_spikes` and `dynamic_loss_scale`, the fields of
     `SkipRecord`: ``norm``, ``limit``, ``skipped``, ``reason``, ``consecutive``,
-    ``steps``, ``steps_skipped``, ``skip_rate``, and when the last non-finite step and
-    the last spike were, and their losses; `dynamic_loss_scale` adds ``scale`` and
+    ``steps``, ``steps_skipped`` and how many of these for a NaN, an inf or a spike,
+    ``skip_rate``, and when the last non-finite step and the last spike were, and their
+    losses; `dynamic_loss_scale` adds ``scale`` and
     ``finite_steps``. A clip inside a guard shows the norm, limit and coefficient of
     the last step, taken or skipped, but counts only steps taken.
 
@@ -100,7 +101,7 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
 def _values(entry: Any) -> dict[str, Array]:
   # Flax NNX wraps each leaf of the state.
   entry = type(entry)._make(map(array, entry))
-  return entry._asdict() if isinstance(entry, LossScale) else _record.entries(entry)
+  return entry._asdict() if isinstance(entry, LossScale) else _record.reported(entry)
 
 
 def loss_scale(opt_state: OptState) -> Array:
