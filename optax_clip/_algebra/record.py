@@ -103,8 +103,8 @@ class SkipRecord(NamedTuple):
       one that was skipped as a spike. 0 until there was one, and where no loss was
       passed. A loss of NaN is kept as inf: the state of a healthy step has no NaN.
     counts: i32[10], ``skipped``, 1 if the last step was skipped, else 0; ``reason``,
-      the `SkipReason` of the last skipped step; ``consecutive``, how many steps up to the
-      last one were skipped; ``steps``; ``steps_skipped``, the sum of ``steps_nan``,
+      the `SkipReason` of the last skipped step; ``consecutive``, how many steps up to
+      the last one were skipped; ``steps``; ``steps_skipped``, the sum of ``steps_nan``,
       ``steps_inf`` and ``steps_spike``, skipped for a NaN, an inf without a NaN, and a
       spike; ``last_nonfinite`` and ``last_spike``, the last steps that were skipped as
       such, counted from 1, or 0.
@@ -187,7 +187,8 @@ def noted(
   if not count:
     return last._replace(counts=last.counts + jnp.eye(7, dtype=jnp.int32)[0])
   together = _mesh.on_one_device(jax.tree.leaves((sizes, limits, applied)))
-  if any(x.ndim for x in limits):
+  # Where dtypes differ, each block has the limit as its dtype rounds it.
+  if any(x.ndim for x in limits) or len({x.dtype for x in sizes}) > 1:
     pairs = zip(sizes, limits, strict=True)
     whole = [jnp.broadcast_to(x, n.shape) for n, x in pairs]
     limits = _side_by_side(whole, together)

@@ -57,6 +57,41 @@ class TestFloat64:
       assert np.isinf(optax_clip.metrics(state)[f"{guard.__name__}/norm"])
 
 
+class TestSeveralDtypes:
+  """Each norm is judged by its limit in its own dtype, whatever dtype comes first."""
+
+  @pytest.mark.parametrize(
+    ("limit", "norms", "clipped"),
+    [
+      (1e50, {"a": 0.0, "b": 1e60}, 1),
+      (1e50, {"a": 0.0, "b": 1e40}, 0),
+      (1e-50, {"a": 0.0, "b": 1e-60}, 0),
+      (1e-50, {"a": 0.0, "b": 1e-40}, 1),
+      # Above the limit in float64; equal to it in float32.
+      (0.1, {"a": 0.0, "b": 0.1 * (1 + 5e-9)}, 1),
+      # The float32 of 0.1 is above 0.1, and equal to the limit in its own dtype.
+      (0.1, {"a": 0.1, "b": 0.0}, 0),
+    ],
+  )
+  @pytest.mark.parametrize("first", ["float32", "float64"])
+  @pytest.mark.parametrize("several", [False, True], ids=["one limit", "one each"])
+  def test_of_layers(self, limit, norms, clipped, first, several):
+    with jax.enable_x64(True):
+      names = ("a", "b") if first == "float32" else ("b", "a")
+      dtypes = {"a": jnp.float32, "b": jnp.float64}
+      updates = [jnp.full(1, norms[name], dtypes[name]) for name in names]
+      limits = jnp.full(2, limit) if several else limit
+      tx = optax_clip.clip_with(
+        measures.layer_norm(), thresholds.constant(limits), actions.rescale()
+      )
+      new, state = tx.update(updates, tx.init(updates))
+      found = optax_clip.metrics(state)
+      changed = [not np.array_equal(x, y) for x, y in zip(new, updates, strict=True)]
+      assert sum(changed) == clipped
+      assert found["clip/clipped"] == found["clip/steps_clipped"] == clipped
+      assert found["clip/clipped_fraction"] == clipped / 2
+
+
 class TestStepsNotTaken:
   """A guard keeps what it is around; of the record the last step is wanted."""
 
