@@ -147,7 +147,7 @@ class Guard:
     def step(updates: Updates) -> tuple[Any, Any]:
       # Divided again here: XLA would hold in a buffer what goes into a branch.
       for scale in scales:
-        updates = _divided(updates, scale)
+        updates = divided(updates, scale)
       handed = known.moved(updates, weights)
       updates = _leaves.restored(updates, given_updates)
       new, later = _inside.update(
@@ -295,16 +295,17 @@ def _unless_refused(before: Array, new: Any, old: Any) -> Any:
   return jax.tree.unflatten(treedef, chosen)
 
 
-def _divided(updates: Updates, scale: Array | None) -> Any:
+def divided(updates: Updates, scale: Array | None) -> Any:
+  """Divides updates by a scale in float32 or wider; `None` is 1."""
   if scale is None:
     return updates
 
-  def divided(x: Array) -> Array:
+  def quotient(x: Array) -> Array:
     wide = x.dtype if jnp.iscomplexobj(x) else _power_sums.accumulator(x.dtype)
     inverse = (1 / scale).astype(jnp.finfo(wide).dtype)
     return (x.astype(wide) * inverse).astype(x.dtype)
 
-  return jax.tree.map(divided, updates)
+  return jax.tree.map(quotient, updates)
 
 
 def _unscaled(
@@ -313,7 +314,7 @@ def _unscaled(
   """Divides updates by a scale; returns them with what is known of them then."""
   if scale is None:
     return known, updates
-  new = _divided(updates, scale)
+  new = divided(updates, scale)
   if any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(updates)):
     # Division rounds them to few digits after they were measured: measure again.
     return Known(), new

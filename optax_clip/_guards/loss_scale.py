@@ -9,6 +9,7 @@ import optax
 from optax_clip import _validate
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.types import Measure
+from optax_clip._guards.guard import divided
 from optax_clip._guards.guard import guarded
 from optax_clip._guards.judge import Judge
 from optax_clip._guards.judge import LossScale
@@ -45,9 +46,11 @@ def dynamic_loss_scale(
   With :math:`g` the gradient of :math:`S \cdot \text{loss}`:
 
   .. math::
-      u, S \leftarrow \begin{cases} \text{inner}(g / S),\ S & \|g\| \text{ finite} \\
+      u, S \leftarrow \begin{cases} \text{inner}(g / S),\ S & \|g\|,\ \|g / S\|
+      \text{ finite} \\
       \text{inner}(g / S),\ \min(2 S, S_{max}) & \text{... for the 2000th time in a
-      row} \\ 0,\ \max(S / 2, S_{min}) & \text{else} \end{cases}
+      row} \\ 0,\ S & \text{only } \|g\| \text{ finite} \\ 0,\ \max(S / 2, S_{min})
+      & \text{else} \end{cases}
 
   float16 holds nothing between 6e-8 and 0, so differentiate the loss times a large
   number: ``loss * loss_scale(state)``. In one pass over the gradients this unscales
@@ -68,12 +71,18 @@ def dynamic_loss_scale(
 
   Args:
     inner: as in `skip_nonfinite`.
-    init_scale: the first scale. Powers of two, here and below, are exact.
+    init_scale: the first scale, from 2^-126 to 2^126. Powers of two, here and below,
+      are exact.
     growth_interval: after so many finite steps in a row the scale grows.
     growth_factor: how many times it grows, at least 1.
     backoff_factor: multiplies the scale on a step that is not finite; in (0, 1].
     min_scale: the scale never falls below this, or 2^-126 if that is more. Persistent
-      NaNs drive it here.
+      NaNs drive it here. At this bound a step that overflows is skipped again and
+      again: if ``scale`` in `metrics` stays here while ``consecutive`` grows, and
+      ``steps_inf`` with it, the unscaled gradients overflow inside the forward or
+      backward pass, and a lower bound, as 2^-14, lets them through. Below 1 the
+      unscaled gradients are measured too, in one more read, as they may be too large
+      for their dtype; then the step is skipped and the scale stays.
     max_scale: the scale never grows beyond this, or 2^126 if that is less.
     measure: as in `skip_nonfinite`. It must be homogeneous and read the updates alone,
       as all in `optax_clip.measures` but `relative` do.
@@ -112,22 +121,22 @@ def dynamic_loss_scale(
   References:
     Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740.
   """
-  _validate.positive(
-    init_scale=init_scale,
-    growth_interval=growth_interval,
-    min_scale=min_scale,
-    max_scale=max_scale,
-  )
+  _validate.positive(init_scale=init_scale, min_scale=min_scale, max_scale=max_scale)
+  _validate.within(1 / _LARGEST, _LARGEST, init_scale=init_scale)
+  _validate.steps(least=1, growth_interval=growth_interval)
   if isinstance(min_scale, (int, float)) and isinstance(max_scale, (int, float)):
     _validate.within(min_scale, max_scale, init_scale=init_scale)
   _validate.within(1, float("inf"), growth_factor=growth_factor)
   _validate.positive(backoff_factor=backoff_factor)
   _validate.within(0, 1, backoff_factor=backoff_factor)
   measuring = Measuring.of(measure, record)
+  # Divided by less than 1, what was finite may not be: see `judge`.
+  lowest = (init_scale, min_scale)
+  enlarges = not all(isinstance(x, (int, float)) and x >= 1 for x in lowest)
 
   def init(params: Params) -> dict[str, LossScale]:
     del params
-    scale = jnp.array(init_scale, jnp.float32)
+    scale = jnp.clip(jnp.array(init_scale, jnp.float32), 1 / _LARGEST, _LARGEST)
     return {name: LossScale(scale, jnp.zeros((), jnp.int32))}
 
   def judge(
@@ -142,16 +151,23 @@ def dynamic_loss_scale(
     seen = measuring.measured(updates, params, extra_args)
     layers = None if seen.layers is None else seen.layers.divided(scale)
     finite = jnp.all(jnp.isfinite(seen.sizes))
+    take = finite
+    if enlarges:
+      # A lower scale would not help: these gradients are too large for their dtype.
+      again = measuring._replace(by_layer=False)
+      unscaled = divided(updates, scale)
+      sizes = again.measured(unscaled, params, extra_args).sizes
+      take = finite & jnp.all(jnp.isfinite(sizes))
 
-    steps = jnp.where(finite, optax.safe_increment(finite_steps), 0)
+    steps = jnp.where(take, optax.safe_increment(finite_steps), 0)
     grow = steps >= growth_interval
     larger = jnp.minimum(scale * growth_factor, jnp.minimum(max_scale, _LARGEST))
     smaller = jnp.maximum(scale * backoff_factor, jnp.maximum(min_scale, 1 / _LARGEST))
     new_scale = jnp.where(finite, jnp.where(grow, larger, scale), smaller)
     norm = jnp.max(seen.sizes, initial=0)
     return Verdict(
-      take=finite,
-      reason=jnp.where(finite, SkipReason.NONE, SkipReason.NONFINITE_NORM),
+      take=take,
+      reason=jnp.where(take, SkipReason.NONE, SkipReason.NONFINITE_NORM),
       norm=norm / scale.astype(norm.dtype),
       limit=jnp.full((), jnp.inf, jnp.float32),
       is_nan=jnp.isnan(norm),

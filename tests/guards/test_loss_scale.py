@@ -147,3 +147,97 @@ class TestRangeOfTheScale:
     assert scale >= SMALLEST
     np.testing.assert_array_equal(updates, [-1])
     assert optax_clip.metrics(state)["dynamic_loss_scale/skipped"] == 0
+
+
+class TestScalesBelowOne:
+  """Gradients are divided by them, and may then be too large for their dtype."""
+
+  def run(self, gradients, **keywords):
+    """Of each step: the parameters, the scale, and whether it was skipped."""
+    tx = optax_clip.dynamic_loss_scale(optax.sgd(0.1), min_scale=2.0**-14, **keywords)
+    params = {"w": jnp.ones(2, jnp.float16)}
+
+    def step(carry, number):
+      params, state = carry
+      scale = optax_clip.loss_scale(state)
+      exact = gradients(number) * jnp.stack([scale, 0 * scale])
+      grads = exact.astype(jnp.float16)  # As from a backward pass: too large is inf.
+      updates, state = tx.update({"w": grads}, state, params)
+      params = optax.apply_updates(params, updates)
+      skipped = optax_clip.metrics(state)["dynamic_loss_scale/skipped"]
+      return (params, state), (params["w"], scale, skipped)
+
+    start = params, tx.init(params)
+    return jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(20))[1])()
+
+  @pytest.mark.foreign  # The learning rate of optax is a float32.
+  def test_what_its_dtype_cannot_hold_unscaled_is_skipped(self):
+    weights, scales, skipped = self.run(lambda _: jnp.float32(1e6), init_scale=1.0)
+    np.testing.assert_array_equal(weights, np.ones((20, 2)))
+    assert np.all(skipped)
+    # It stays where the scaled gradients are finite: a lower one would not help.
+    assert scales[-1] == 2.0**-4
+
+  @pytest.mark.foreign
+  def test_the_steps_after_it_are_taken(self):
+    weights, scales, skipped = self.run(
+      lambda number: jnp.where(number < 10, 1e6, 1.0), init_scale=1.0
+    )
+    assert np.flatnonzero(skipped).tolist() == list(range(10))
+    assert scales[-1] == 2.0**-4
+    np.testing.assert_allclose(np.float32(weights[-1]), [0, 1], atol=2e-3)
+
+  @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+  def test_elements_count_and_not_their_norm(self, dtype):
+    tx = optax_clip.dynamic_loss_scale(
+      optax.identity(), init_scale=0.25, min_scale=0.25
+    )
+    update, most = jax.jit(tx.update), float(jnp.finfo(dtype).max)
+    # Divided by the scale, one is beyond the dtype; then only the norm of 100 is.
+    one = jnp.zeros(100).at[0].set(most / 3).astype(dtype)
+    updates, state = update(one, tx.init(one))
+    found = optax_clip.metrics(state)
+    np.testing.assert_array_equal(updates, jnp.zeros_like(one))
+    assert found["dynamic_loss_scale/steps_inf"] == 1
+    assert found["dynamic_loss_scale/scale"] == 0.25
+    many = jnp.full(100, most / 8).astype(dtype)
+    updates, state = update(many, tx.init(many))
+    np.testing.assert_array_equal(updates, 4 * many)
+    assert optax_clip.metrics(state)["dynamic_loss_scale/skipped"] == 0
+
+  @pytest.mark.parametrize(("least", "reads"), [(1.0, 1), (0.5, 2)])
+  def test_only_below_1_gradients_are_measured_twice(self, least, reads):
+    calls, plain = [], measures.global_norm()
+
+    def counting(*arguments, **keywords):
+      calls.append(arguments)
+      return plain.measure(*arguments, **keywords)
+
+    tx = optax_clip.dynamic_loss_scale(
+      optax.identity(), min_scale=least, measure=plain._replace(measure=counting)
+    )
+    grads = jnp.ones(3)
+    jax.eval_shape(tx.update, grads, tx.init(grads))
+    assert len(calls) == reads
+
+
+class TestTheFirstScale:
+  @pytest.mark.parametrize("scale", [2.0**127, float("inf"), 2.0**-127])
+  def test_one_whose_inverse_is_no_float_is_refused(self, scale):
+    with pytest.raises(ValueError, match="init_scale must be between"):
+      optax_clip.dynamic_loss_scale(
+        optax.sgd(0.1), scale, min_scale=2.0**-140, max_scale=float("inf")
+      )
+
+  def test_one_that_is_traced_is_bounded(self):
+    @jax.jit
+    def run(scale):
+      tx = optax_clip.dynamic_loss_scale(optax.sgd(0.1), scale, max_scale=scale)
+      state = tx.init(jnp.zeros(1))
+      used = optax_clip.loss_scale(state)
+      grads = jnp.float32([2.0**-10]) * used
+      return used, tx.update(grads, state)[0]
+
+    used, updates = run(2.0**127)
+    assert used == LARGEST
+    np.testing.assert_allclose(updates, [-0.1 * 2.0**-10], rtol=1e-6)
