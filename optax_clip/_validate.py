@@ -98,6 +98,20 @@ def nonnegative(**values: Any) -> None:
       )
 
 
+def steps(*, least: int = 0, **values: Any) -> None:
+  """Raises unless each named value is a whole number of steps, at least `least`."""
+  for name, value in values.items():
+    concrete = _numeric(name, value)
+    # Counters are int32, and a fraction or inf would be rounded to some other number.
+    if concrete is not None and not np.all(
+      (concrete >= least) & (concrete < 2**31) & (concrete == np.floor(concrete))
+    ):
+      raise ValueError(
+        f"{name} must be a whole number of steps from {least} to 2147483647, got"
+        f" {value!r}."
+      )
+
+
 def known_norm(norm: Any) -> None:
   """Raises unless a value can be a norm: at least 0, or NaN."""
   concrete = _numeric("norm", norm)

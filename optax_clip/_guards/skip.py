@@ -21,6 +21,7 @@ from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
 from optax_clip._repr import named
 from optax_clip._thresholds import geometric as _geometric
+from optax_clip._thresholds import limits as _limits
 from optax_clip._thresholds import memory as _memory
 from optax_clip._thresholds import window as _window
 from optax_clip._types import GuardRecording
@@ -121,7 +122,7 @@ def skip_nonfinite(
 
   Raises:
     TypeError: if `inner` is not a transformation.
-    ValueError: if `max_consecutive` is negative.
+    ValueError: if `max_consecutive` is no whole number >= 0.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip
@@ -135,7 +136,7 @@ def skip_nonfinite(
     [0. 0.] 1
   """
   if max_consecutive is not None:
-    _validate.nonnegative(max_consecutive=max_consecutive)
+    _validate.steps(max_consecutive=max_consecutive)
   measuring = Measuring.of(measure, record)
 
   def judge(
@@ -213,7 +214,8 @@ def skip_spikes(
     cooldown: so many steps after a spike are no spikes: at most every
       ``cooldown + 1``-th step is skipped.
     max_consecutive: how many spikes are skipped at most without a step taken: the next
-      one is then taken, and the threshold starts afresh from it. Steps that are not
+      one is then taken, and the threshold starts afresh from it (schedules in it, which
+      learn nothing, go on). Steps that are not
       finite are never taken, and neither count nor interrupt. (`skip_nonfinite` then
       takes the NaN.) `None`: a risen level is skipped for as long as it lasts.
     measure: as in `skip_nonfinite`. With several norms each has its own limit, and one
@@ -251,9 +253,9 @@ def skip_spikes(
       f"signals must be ('norm',), ('loss',) or ('norm', 'loss'), got {signals!r}."
     )
   _validate.positive(factor=factor)
-  _validate.nonnegative(warmup=warmup, cooldown=cooldown)
+  _validate.steps(warmup=warmup, cooldown=cooldown)
   if max_consecutive is not None:
-    _validate.nonnegative(max_consecutive=max_consecutive)
+    _validate.steps(max_consecutive=max_consecutive)
   if threshold is None:
     threshold = _window.history(sigmas=6.0)
     # Distances of the loss have small ones among them by chance: no measure of others.
@@ -324,8 +326,8 @@ def skip_spikes(
 
     _, later = threshold.update(values, old)
     # After a lasting shift the memory holds this step alone.
-    blank = jnp.zeros_like(values)
-    _, afresh = threshold.update(values, threshold.init(blank))
+    blank = _limits.restarted(threshold, jnp.zeros_like(values), old)
+    _, afresh = threshold.update(values, blank)
     learned = jax.tree.map(
       lambda new, now, old: jnp.where(shift, new, jnp.where(take, now, old)),
       afresh,

@@ -60,7 +60,8 @@ def clipped_mean(
     ord: the order of the measure's norms; the warm-up makes the global norm of them.
       It cannot be traced.
   """
-  _validate.positive(ratio=ratio, warmup=warmup)
+  _validate.positive(ratio=ratio)
+  _validate.steps(least=1, warmup=warmup)
   if warmup_norm is not None:
     _validate.positive(warmup_norm=warmup_norm)
   _validate.fraction(decay=decay)

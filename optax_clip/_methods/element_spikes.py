@@ -122,7 +122,7 @@ def clip_element_spikes(
     Training, 2025, arXiv:2501.06842.
   """
   _validate.positive(theta=theta)
-  _validate.nonnegative(warmup=warmup)
+  _validate.steps(warmup=warmup)
   if decay is not None:
     _validate.fraction(decay=decay)
     decay = _memory.number(decay)

@@ -74,7 +74,8 @@ def zscore(
   """
   _validate.nonnegative(z_threshold=z_threshold, eps=eps)
   _validate.fraction(decay=decay)
-  _validate.positive(warmup=warmup, clip_factor=clip_factor)
+  _validate.positive(clip_factor=clip_factor)
+  _validate.steps(least=1, warmup=warmup)
   _validate.choice(("adaptive_scaling", "mean", "percentile"), mode=mode)
   z, alpha, factor, eps, warmup = map(
     _memory.number, (z_threshold, decay, clip_factor, eps, warmup)

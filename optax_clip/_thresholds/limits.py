@@ -29,7 +29,8 @@ class ScheduleState(NamedTuple):
   """Holds the state of `scheduled`.
 
   Attributes:
-    step: i32[], how many steps were taken; each update adds one.
+    step: i32[], how many steps were taken; each update adds one. `skip_spikes` keeps it
+      where it makes a threshold start afresh.
   """
 
   step: Array
@@ -150,7 +151,7 @@ def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Thre
     limit: for the first steps: a non-negative float, a schedule, a traced scalar
       or a `Threshold`. None by default.
   """
-  _validate.nonnegative(steps=steps)
+  _validate.steps(steps=steps)
   steps = _memory.number(steps)
   first = of(limit)
 
@@ -173,6 +174,22 @@ def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Thre
     return limits, WarmupState(seen, memory, other)
 
   return Threshold(init, update)
+
+
+def restarted(threshold: Threshold, norms: Array, old: Any) -> Any:
+  """Makes a memory that has learned nothing yet; schedules stay at their step.
+
+  Args:
+    threshold: any threshold.
+    norms: what its `init` takes.
+    old: its state.
+  """
+  return jax.tree.map(
+    lambda new, last: last if isinstance(last, ScheduleState) else new,
+    threshold.init(norms),
+    old,
+    is_leaf=lambda node: isinstance(node, ScheduleState),
+  )
 
 
 def until_learned(threshold: Threshold, limit: Limit) -> Threshold:

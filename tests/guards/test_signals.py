@@ -246,3 +246,78 @@ def test_an_early_spike_is_skipped_by_default(place):
 
 def test_with_the_loss_as_a_signal_nothing_is_judged_early():
   assert not np.any(early(("norm", "loss"), 9))
+
+
+class TestSchedulesAndFreshStarts:
+  """After a lasting rise what was learned starts afresh; steps taken stay counted."""
+
+  NORMS = np.float32([*[0.5] * 12, 3, 3, 3, 8, 8, 0.5])
+
+  def limits(self, threshold, norms=NORMS):
+    """The limit at each step, and which steps were skipped."""
+    tx = optax_clip.skip_spikes(optax.sgd(0.1), threshold, max_consecutive=2)
+
+    def step(state, norm):
+      _, state = tx.update({"w": norm[None]}, state)
+      found = optax_clip.metrics(state)
+      return state, [found[f"skip_spikes/{key}"] for key in ("limit", "skipped")]
+
+    start = tx.init({"w": jnp.zeros(1)})
+    limits, skipped = jax.jit(lambda: jax.lax.scan(step, start, norms)[1])()
+    return np.asarray(limits), np.flatnonzero(skipped).tolist()
+
+  def test_a_schedule_follows_the_steps_taken(self):
+    schedule = optax.linear_schedule(10, 1, 9)
+    limits, skipped = self.limits(thresholds.scheduled(schedule))
+    assert skipped == [12, 13, 15, 16]
+    np.testing.assert_allclose(limits, [*range(10, 1, -1), *[1] * 9])
+
+  def test_so_does_the_cap_of_a_threshold_that_learns(self):
+    cap = optax.linear_schedule(10, 1, 9)
+    capped = thresholds.at_most(thresholds.geometric(factor=100.0), cap)
+    limits, skipped = self.limits(capped)
+    assert skipped == [12, 13, 15, 16]
+    np.testing.assert_allclose(limits[9:], 1)
+
+  def test_and_the_limit_of_a_warm_up_and_one_until_there_is_another(self):
+    early = optax.linear_schedule(10, 1, 9)
+    for make in (
+      lambda: thresholds.warmup(thresholds.constant(9.0), 100, early),
+      lambda: thresholds.until_learned(thresholds.constant(float("inf")), early),
+    ):
+      assert self.limits(make())[1] == [12, 13, 15, 16]
+
+  def test_what_is_learned_starts_afresh(self):
+    limits, skipped = self.limits(thresholds.geometric(factor=2.0))
+    assert skipped == [12, 13, 15, 16]
+    assert limits[15] == 6  # Twice the norm of the step before, and of no other.
+
+  def test_each_has_its_own_state_where_several_are_joined(self):
+    learned = thresholds.geometric(factor=2.0)
+    joined = thresholds.at_most(learned, optax.constant_schedule(100.0))
+    assert self.limits(joined)[1] == self.limits(learned)[1]
+
+
+class TestTheWait:
+  """Nothing is judged before the threshold has a limit, and no longer than that."""
+
+  @pytest.mark.parametrize("signals", [("loss",), ("norm", "loss")])
+  @pytest.mark.parametrize("window", [8, 40])
+  def test_follows_the_window_of_the_threshold(self, signals, window):
+    threshold = thresholds.history(3, window=window)
+    tx = optax_clip.skip_spikes(optax.sgd(0.1), threshold, signals=signals)
+    # The first loss starts the level; half a window of distances from it follows.
+    wait = 1 + window // 2
+    losses = np.tile(2 + noise(11, 60), (2, 1)).astype(np.float32)
+    losses[[0, 1], [wait - 1, wait]] = 1e9
+
+    def step(state, loss):
+      _, state = tx.update({"w": jnp.ones(1)}, state, loss=loss)
+      return state, optax_clip.metrics(state)["skip_spikes/skipped"]
+
+    def run(row):
+      return jax.lax.scan(step, tx.init({"w": jnp.zeros(1)}), row)[1]
+
+    skipped = jax.jit(lambda rows: jax.lax.map(run, rows))(losses)
+    assert skipped[0, wait - 1] == 0
+    assert skipped[1, wait] == 1

@@ -614,7 +614,7 @@ class TestBadInput:
       (
         lambda: optax_clip.skip_nonfinite(optax.sgd(1.0), -1),
         ValueError,
-        "max_consecutive must be non-negative, got -1",
+        "max_consecutive must be a whole number of steps from 0 .*, got -1",
       ),
       (
         lambda: optax_clip.skip_spikes(optax.sgd(1.0), signals="norm"),
@@ -639,7 +639,31 @@ class TestBadInput:
       (
         lambda: optax_clip.skip_spikes(optax.sgd(1.0), warmup=-1),
         ValueError,
-        "warmup must be non-negative",
+        "warmup must be a whole number of steps",
+      ),
+      *(
+        (
+          functools.partial(optax_clip.skip_spikes, optax.sgd(1.0), **{name: value}),
+          ValueError,
+          f"{name} must be a whole number of steps from 0 .*, got {value!r}",
+        )
+        for name in ("warmup", "cooldown", "max_consecutive")
+        for value in (0.5, float("inf"), 2**31)
+      ),
+      (
+        lambda: optax_clip.skip_nonfinite(optax.sgd(1.0), 0.5),
+        ValueError,
+        "max_consecutive must be a whole number of steps",
+      ),
+      (
+        lambda: optax_clip.dynamic_loss_scale(optax.sgd(1.0), growth_interval=0.5),
+        ValueError,
+        "growth_interval must be a whole number of steps from 1",
+      ),
+      (
+        lambda: thresholds.warmup(thresholds.percentile(), 0.5),
+        ValueError,
+        "steps must be a whole number of steps",
       ),
       (
         lambda: optax_clip.skip_nonfinite(optax.sgd(1.0), measure="global_norm"),
