@@ -108,15 +108,9 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
         writer.writerow((run.name, number, *(step[f] for f in FIELDS)))
 
 
-def table(runs: Sequence[Run], lr: float) -> Table:
+def table(runs: Sequence[Run]) -> Table:
   """Makes the closing table, at most 80 columns wide."""
-  measured = "; ".join(f"{run.name}: {run.measured}" for run in runs)
   result = Table(
-    caption=f"\nAll at learning rate {lr:g}. Norms: {measured}."
-    "\nClipped: steps in which something was clipped; kept: what was left of the most"
-    " clipped update. Skipped: steps that were not finite. Losses in nats/byte; train:"
-    f" mean of the last {LAST} steps that were taken.",
-    caption_justify="left",
     box=box.SIMPLE_HEAD,
     padding=(0, 1, 0, 0),
     pad_edge=False,
@@ -145,6 +139,17 @@ def table(runs: Sequence[Run], lr: float) -> Table:
       _loss(run.held_out),
     )
   return result
+
+
+def notes(runs: Sequence[Run], lr: float) -> str:
+  """Says what the columns of the table are."""
+  measured = "; ".join(f"{run.name}: {run.measured}" for run in runs)
+  return (
+    f"All at learning rate {lr:g}. Norms: {measured}. Clipped: steps in which something"
+    " was clipped; kept: what was left of the most clipped update. Skipped: steps that"
+    f" were not finite. Losses in nats/byte; train: mean of the last {LAST} steps that"
+    " were taken."
+  )
 
 
 def median(values: np.ndarray) -> float:

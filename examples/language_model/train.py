@@ -79,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     return
   _report.write_csv(runs, flags.out / "steps.csv")
   _report.draw(runs, flags.out / "steps.png", describe(flags))
-  console.print(_report.table(runs, flags.lr))
+  console.print()
+  console.print(_report.table(runs))
+  console.print()
+  console.print(_report.notes(runs, flags.lr), style="dim", highlight=False)
   best = _report.best(runs)
   console.print()
   console.print(_report.seen(runs, len(flags.broken)), markup=False, highlight=False)
@@ -234,13 +237,14 @@ def progress(console: Console) -> Progress:
 
 def show(bars: Progress, bar: Any, steps: list[Any], speed: float) -> None:
   """Brings the bar of a run up to date."""
-  last, done = steps[-1], len(steps)
+  taken = (step for step in reversed(steps) if math.isfinite(step["loss"]))
+  last, done = next(taken, steps[-1]), len(steps)
   clipped = 100 * last["steps_clipped"] / done
   tokens = speed * _flags.BATCH * _flags.LENGTH
   status = (
     f"loss {last['loss']:.3f} {tokens / 1000:.0f}k tok/s"
     f" norm {_report.number(last['norm'])} clipped {clipped:.0f}%"
-    f" skipped {last['steps_skipped']}"
+    f" skipped {steps[-1]['steps_skipped']}"
   )
   before = bars.tasks[bar].completed
   bars.update(bar, completed=done, status=status)
