@@ -9,6 +9,7 @@ from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import Record
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards.judge import LossScale
+from optax_clip._report import stuck as _stuck
 from optax_clip._types import OptState
 
 Array = jax.Array
@@ -63,6 +64,9 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
     A second transformation with the same name is ``<name>_1``, and so on, in the
     state's order.
 
+  Outside `jit` it warns if a guard inside `optax.MultiSteps` has skipped its last two
+  steps for NaNs: the accumulator keeps them, and no step will be taken any more.
+
   Raises:
     ValueError: if `opt_state` holds no record, unless `allow_empty`.
 
@@ -82,6 +86,7 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
       " plain dictionaries is none). With record=False they record nothing, and clip"
       f" records with record=True only. {_CONVERT} Or pass allow_empty=True."
     )
+  _stuck.warn(_unwrapped(opt_state))
   # A user's name may look like a numbered one.
   chosen = {name for name, _ in found}
   result: dict[str, Array] = {}
@@ -133,17 +138,22 @@ def loss_scale(opt_state: OptState) -> Array:
 
 
 def entries(opt_state: OptState, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-  """Finds the entries of some kinds in a state; returns each with its key.
+  """Finds the entries of some kinds in a state; returns each with its key."""
+  nodes = jax.tree_util.tree_leaves_with_path(
+    _unwrapped(opt_state), is_leaf=lambda node: isinstance(node, kinds)
+  )
+  return [(path[-1].key, node) for path, node in nodes if isinstance(node, kinds)]
+
+
+def _unwrapped(opt_state: OptState) -> OptState:
+  """Returns what a framework's optimizer has as its state.
 
   A state of optax may have a field ``opt_state`` beside others, so that only what is no
   tree itself, as an `Optimizer` of some Flax NNX, is asked for what it has as that.
   """
   if jax.tree_util.all_leaves([opt_state]):
-    opt_state = getattr(opt_state, "opt_state", opt_state)
-  nodes = jax.tree_util.tree_leaves_with_path(
-    opt_state, is_leaf=lambda node: isinstance(node, kinds)
-  )
-  return [(path[-1].key, node) for path, node in nodes if isinstance(node, kinds)]
+    return getattr(opt_state, "opt_state", opt_state)
+  return opt_state
 
 
 def the_entry(

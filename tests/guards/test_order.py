@@ -127,3 +127,35 @@ def test_protect_does_not_clip_scaled_gradients(guard):
     protect(scale(sgd), guard=guard)
   with pytest.raises(ValueError, match=r"dynamic_loss_scale\(protect\(optimizer\)\)"):
     protect(skip(scale(sgd)), guard=guard)
+
+
+class TestInsideAnAccumulator:
+  """There a NaN stays, so that a guard skips all that follows; `metrics` says so."""
+
+  def run(self, tx, values):
+    state, update, moved = tx.init(PARAMS), jax.jit(tx.update), []
+    for value in values:
+      grads = jax.tree.map(lambda x, v=value: jnp.full_like(x, v), PARAMS)
+      updates, state = update(grads, state, PARAMS)
+      moved.append(bool(np.any(updates["w"])))
+    return moved, state
+
+  @pytest.mark.foreign
+  def test_metrics_warn_that_it_skips_for_good(self):
+    moved, state = self.run(accumulate(skip(sgd)), [1, np.nan, *[1] * 4])
+    assert not any(moved)
+    with pytest.warns(UserWarning, match=r"'skip_nonfinite' stands inside optax\.Mult"):
+      optax_clip.metrics(state)
+    # Not in a program, where nobody knows.
+    jax.jit(optax_clip.metrics)(state)
+
+  @pytest.mark.foreign
+  def test_nothing_is_said_of_a_run_that_goes_on(self):
+    """Nor of a guard around the accumulator, which loses one microbatch."""
+    for tx in (accumulate(skip(sgd)), skip(accumulate(sgd))):
+      moved, state = self.run(tx, [1, 1, 1, 1])
+      assert moved == [False, True, False, True]
+      optax_clip.metrics(state)
+    moved, state = self.run(skip(accumulate(sgd)), [1, np.nan, 1, np.nan, np.nan, 1, 1])
+    assert moved == [False, False, True, False, False, False, True]
+    optax_clip.metrics(state)
