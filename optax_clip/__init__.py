@@ -19,6 +19,7 @@ from optax_clip._methods.adagc import adagc
 from optax_clip._methods.agc import adaptive_grad_clip
 from optax_clip._methods.agc import unitwise_clip
 from optax_clip._methods.agc import unitwise_norm
+from optax_clip._methods.attention_logits import max_attention_logits
 from optax_clip._methods.autoclip import autoclip
 from optax_clip._methods.autoclip import clip_by_layer_percentile
 from optax_clip._methods.clippy import clippy
@@ -33,7 +34,6 @@ from optax_clip._methods.layers import clip_by_group_norm
 from optax_clip._methods.layers import clip_by_layer_norm
 from optax_clip._methods.per_example import per_example_global_norm_clip
 from optax_clip._methods.per_example import per_example_layer_norm_clip
-from optax_clip._methods.qk_clip import max_attention_logits
 from optax_clip._methods.qk_clip import qk_clip
 from optax_clip._methods.stable_spam import adaclip
 from optax_clip._methods.stable_spam import adagn

@@ -8,12 +8,13 @@ from typing import NamedTuple
 from typing import TypeAlias
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from optax_clip import _validate
 from optax_clip import actions
+from optax_clip._methods import attention_logits as _logits
 from optax_clip._norms import extended as _extended
+from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._trees import axes as _axes
@@ -125,7 +126,8 @@ def qk_clip(
       "max_logits must hold one float for each query head, got"
       f" {most.dtype}{list(most.shape)}. See optax_clip.max_attention_logits."
     )
-  most = most.astype(_power_sums.accumulator(most.dtype))
+  # They are few, and heads of a group may lie on several devices.
+  most = _mesh.replicated(most.astype(_power_sums.accumulator(most.dtype)))
   tree = {"query": query, "key": key}
   places = _places(tree, most.ndim, head_axis)
   widths, key_heads = _widths(places, most.shape, fused)
@@ -138,74 +140,6 @@ def qk_clip(
   ]
   scaled = jax.tree.unflatten(treedef, new)
   return scaled["query"], scaled["key"]
-
-
-def max_attention_logits(
-  query: Array,
-  key: Array,
-  mask: Array | None = None,
-  *,
-  scale: Scalar | None = None,
-  is_causal: bool = False,
-) -> Array:
-  r"""Measures the largest attention logit of each query head, for `qk_clip`.
-
-  .. math::
-      S_h = \max_{b, i, j} \; s \, q_{b i h} \cdot k_{b j h}
-
-  It makes all logits once more, in float32: for small models, or for a step of many.
-  What an attention kernel returns as the logarithm of its sum of exponentials may
-  stand for it: that is never below S, and above it at most by the logarithm of the
-  number of keys.
-
-  Args:
-    query: ``[..., queries, heads, dim]``, as `jax.nn.dot_product_attention` takes it.
-    key: ``[..., keys, key_heads, dim]``; `key_heads` divides `heads`, and each serves
-      as many query heads that lie side by side.
-    mask: booleans, True where a query sees a key; broadcast to
-      ``[..., heads, queries, keys]``.
-    scale: s, ``1 / sqrt(dim)`` by default.
-    is_causal: whether no query sees a later key.
-
-  Returns:
-    f32[heads]. NaN if one of its logits is NaN; -inf if no query sees a key. Inside of
-    `shard_map` it is that of the device: collect it by `jax.lax.pmax` over the axes of
-    batch and sequence.
-
-  Raises:
-    ValueError: if the key heads do not divide the query heads.
-
-  Example:
-    >>> import jax.numpy as jnp, optax_clip
-    >>> query = jnp.array([[[3.0, 4.0], [1.0, 0.0]]])  # One position, two heads.
-    >>> print(optax_clip.max_attention_logits(query, query, scale=1.0))
-    [25.  1.]
-
-  References:
-    Kimi Team, Kimi K2: Open Agentic Intelligence, 2025, arXiv:2507.20534.
-  """
-  heads, key_heads = query.shape[-2], key.shape[-2]
-  _check_groups(heads, key_heads)
-  dtype = _power_sums.accumulator(query.dtype, key.dtype)
-  grouped = query.reshape(*query.shape[:-2], key_heads, heads // key_heads, -1)
-  logits = jnp.einsum(
-    "...tkgd,...skd->...kgts",
-    grouped.astype(dtype),
-    key.astype(dtype),
-    precision=lax.Precision.HIGHEST,
-  )
-  logits = logits.reshape(*logits.shape[:-4], heads, *logits.shape[-2:])
-  factor = query.shape[-1] ** -0.5 if scale is None else scale
-  logits = logits * jnp.asarray(factor, dtype)
-  seen = jnp.ones(logits.shape[-2:], bool)
-  if is_causal:
-    seen = jnp.tril(seen)
-  seen = jnp.broadcast_to(seen, logits.shape)
-  if mask is not None:
-    seen = seen & jnp.broadcast_to(mask, logits.shape)
-  logits = jnp.where(seen, logits, -jnp.inf)
-  others = tuple(i for i in range(logits.ndim) if i != logits.ndim - 3)
-  return jnp.max(logits, axis=others, initial=-jnp.inf)
 
 
 def _factors(
@@ -345,7 +279,7 @@ def _widths(
       )
   counts = {p.sizes[-1] // width for p in keys}
   for count in counts:
-    _check_groups(heads, count)
+    _logits.check_groups(heads, count)
   if len(counts) > 1:
     raise ValueError(
       f"head_axis: the leaves of key have different numbers of heads, {sorted(counts)}."
@@ -355,11 +289,3 @@ def _widths(
     1 if not fused else width if p.is_key else p.sizes[-1] // heads for p in places
   ]
   return widths, max(counts, default=0)
-
-
-def _check_groups(heads: int, key_heads: int) -> None:
-  if key_heads < 1 or heads % key_heads:
-    raise ValueError(
-      f"key has {key_heads} heads, which do not divide the {heads} query heads: each"
-      " key head must serve as many query heads. Check the axis of heads."
-    )

@@ -242,14 +242,14 @@ def replicated(x: Array) -> Array:
   """Replicates an array whose type says that it is sharded."""
   if not is_explicitly_sharded(x):
     return x
-  return _resharded(x, like=x, spec=jax.sharding.PartitionSpec())
+  return resharded(x, like=x, spec=jax.sharding.PartitionSpec())
 
 
 def sharded_like(x: Array, like: Array) -> Array:
   """Reshards an array as the type of another in its shape says."""
   if not is_explicitly_sharded(like):
     return x
-  return _resharded(x, like, jax.typeof(like).sharding.spec)
+  return resharded(x, like, jax.typeof(like).sharding.spec)
 
 
 def on_mesh_of(x: Array, like: Array) -> Array:
@@ -264,11 +264,11 @@ def on_mesh_of(x: Array, like: Array) -> Array:
     return x
   if not jax.typeof(x).sharding.mesh.empty:
     return x
-  return _resharded(x, like, jax.sharding.PartitionSpec())
+  return resharded(x, like, jax.sharding.PartitionSpec())
 
 
-def _resharded(x: Array, like: Array, spec: jax.sharding.PartitionSpec) -> Array:
-  """Reshards an array, as a spec says, over the mesh of another one."""
+def resharded(x: Array, like: Array, spec: jax.sharding.PartitionSpec) -> Array:
+  """Reshards an array, as a spec says, over the mesh that another's type names."""
   # A spec alone would need `jax.set_mesh`, which frameworks do not all call.
   mesh = jax.typeof(like).sharding.mesh
   return _reshard(x, jax.sharding.NamedSharding(mesh, spec))

@@ -597,3 +597,76 @@ def test_errors_name_the_argument(call, error, words):
     call(optax_clip.qk_clip)
   for word in words:
     assert word in str(caught.value), (word, str(caught.value))
+
+
+# How heads of queries and of keys lie on a mesh whose types say it: sizes of the mesh,
+# and which of its axes divide them.
+HEADS_ON_MESHES = {
+  "all devices": ((8,), "a", None),
+  "both axes, keys one": ((2, 4), ("a", "b"), "a"),
+  "both axes, keys the other": ((4, 2), ("a", "b"), "b"),
+}
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("kind", HEADS_ON_MESHES)
+def test_fewer_key_heads_than_devices(kind):
+  """Explicit axes, as `jax.make_mesh` makes them: there is nothing to do."""
+  sizes, heads, key_heads = HEADS_ON_MESHES[kind]
+  mesh = jax.make_mesh(sizes, ("a", "b")[: len(sizes)])
+  query, key = random_weights(1, 2)
+  most = np.float32(largest_of(query, key, tokens(1)))
+
+  def placed(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+  def clipped(query, key, most):
+    flat = [x.reshape(EMBED, -1) for x in (query, key)]
+    return [
+      *optax_clip.qk_clip(query, key, most, TAU),
+      *optax_clip.qk_clip(*flat, most, TAU, head_axis=-1, fused=True),
+      *optax_clip.qk_clip(query[None], key[None], most[None], TAU, head_axis=(0, -2)),
+    ]
+
+  arguments = (
+    placed(query, None, heads),
+    placed(key, None, key_heads),
+    placed(most, heads),
+  )
+  want = jax.jit(clipped)(query, key, most)
+  got = jax.jit(clipped)(*arguments)
+  for x, y in zip(want, got, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-6)
+  for old, new in zip(arguments, got[:2], strict=False):
+    assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+
+
+# Where queries and keys are divided: batch, positions, heads, dimensions.
+LOGITS_ON_MESHES = {
+  "heads": ((8,), (None, None, "a"), ()),
+  "batch and heads": ((2, 4), ("a", None, "b"), ("a",)),
+  "heads of both": ((2, 4), (None, None, ("a", "b")), (None, None, "a")),
+  "batch of the query": ((2, 4), ("a", None, "b"), ()),
+  "dimensions": ((2, 4), (None, None, "a", "b"), (None, None, "a", "b")),
+  "positions of the key": ((2, 4), (None, None, "b"), (None, "b")),
+  "only the key": ((2, 4), (), (None, None, "a")),
+}
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("kind", LOGITS_ON_MESHES)
+def test_logits_of_heads_on_meshes(kind):
+  sizes, query_spec, key_spec = LOGITS_ON_MESHES[kind]
+  mesh = jax.make_mesh(sizes, ("a", "b")[: len(sizes)])
+  rng = np.random.default_rng(0)
+  query = rng.normal(size=(2, 4, 8, 4)).astype(np.float32)
+  key = rng.normal(size=(2, 4, 2, 4)).astype(np.float32)
+
+  def largest(query, key):
+    return optax_clip.max_attention_logits(query, key, is_causal=True)
+
+  got = jax.jit(largest)(
+    jax.device_put(query, NamedSharding(mesh, P(*query_spec))),
+    jax.device_put(key, NamedSharding(mesh, P(*key_spec))),
+  )
+  np.testing.assert_allclose(got, jax.jit(largest)(query, key), rtol=1e-6)
