@@ -69,13 +69,13 @@ def timed(names: Sequence[str], options: argparse.Namespace) -> list[dict[str, A
   import jax
   from rich.console import Console
 
-  from benchmarks import _report
+  from benchmarks import _rows
   from benchmarks import _suite
   from benchmarks import _timing
 
   console = Console()
   rows: list[dict[str, Any]] = []
-  with _report.progress(console) as note:
+  with _rows.progress(console) as note:
     note("bandwidth")
     limits = _timing.bandwidth(2**26 if options.quick else 2**28, 11)
     on_accelerator = jax.default_backend() != "cpu"
@@ -84,7 +84,7 @@ def timed(names: Sequence[str], options: argparse.Namespace) -> list[dict[str, A
     )
     for name in names:
       rows += importlib.import_module(f"benchmarks.{name}").run(given)
-  _report.show(rows, console)
+  _rows.show(rows, console)
   about = _timing.environment() | limits
   console.print("  ".join(f"{k} {v}" for k, v in about.items() if isinstance(v, str)))
   console.print(
@@ -92,7 +92,7 @@ def timed(names: Sequence[str], options: argparse.Namespace) -> list[dict[str, A
     f" copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s"
   )
   if options.json:
-    _report.write(rows, about, options.json)
+    _rows.write(rows, about, options.json)
   if options.png:
     from benchmarks import _charts
 

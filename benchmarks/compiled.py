@@ -351,7 +351,7 @@ def run(options: argparse.Namespace) -> Rows:
   """Compiles, shows and writes; returns the rows."""
   from rich.console import Console
 
-  from benchmarks import _report
+  from benchmarks import _rows
 
   console = Console()
   try:
@@ -366,13 +366,13 @@ def run(options: argparse.Namespace) -> Rows:
     path = options.json and _of_target(options.json, target, targets)
     old = path.read_text() if path and path.exists() and options.only else None
     rows, notes = [], about(target)
-    with _report.progress(console) as note:
+    with _rows.progress(console) as note:
       for row in measured(target, options.quick, options.only, note):
         rows.append(row)
         if path:  # As they come: a run that stops leaves some.
-          _report.write(merged(rows, old), notes, path)
+          _rows.write(merged(rows, old), notes, path)
     every += rows
-    _report.show(rows, console)
+    _rows.show(rows, console)
     for row in rows:
       if "error" in row:
         text = Cell(*(row[key] for key in Cell._fields)).text()

@@ -36,7 +36,7 @@ def measure(
   study: str, quick: bool, path: pathlib.Path | None, note: Any
 ) -> list[dict[str, Any]]:
   """Measures one study; writes rows as they come, so that a stopped run leaves some."""
-  from benchmarks import _report
+  from benchmarks import _rows
   from benchmarks import _timing
 
   module = importlib.import_module(f"studies.{study}")
@@ -47,7 +47,7 @@ def measure(
     rows.append(row)
     if path:
       wall = {"wall_s": round(time.perf_counter() - started)}
-      _report.write(rows, about | wall, path)
+      _rows.write(rows, about | wall, path)
   return rows
 
 

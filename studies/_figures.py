@@ -13,7 +13,7 @@ from studies import _regret
 from studies import _summary
 from studies import untuned
 from studies import update_clipping
-from studies._methods import METHODS
+from studies._compared import METHODS
 from studies._summary import Row
 from studies._summary import select
 from studies._summary import values

@@ -20,8 +20,8 @@ from examples.language_model import _model
 from examples.language_model import _text
 import optax_clip
 from studies import _sweep
-from studies._methods import METHODS
-from studies._methods import Transformation
+from studies._compared import METHODS
+from studies._compared import Transformation
 
 Array = jax.Array
 

@@ -17,7 +17,7 @@ import optax
 
 from studies import _digits
 from studies import _sweep
-from studies._methods import METHODS
+from studies._compared import METHODS
 
 Array = jax.Array
 

@@ -36,10 +36,9 @@ import optax
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import optax_clip
+from studies import _digits
 
 SEEDS = 5
 STEPS = 150
@@ -108,19 +107,6 @@ class Run(NamedTuple):
   accuracy: np.ndarray
 
 
-def digits() -> list[np.ndarray]:
-  """Images and labels to train on and to test on, always split in the same way."""
-  images, labels = load_digits(return_X_y=True)
-  train_x, test_x, train_y, test_y = train_test_split(
-    np.float32(images / 16),
-    labels.astype(np.int32),
-    test_size=0.2,
-    random_state=0,
-    stratify=labels,
-  )
-  return [train_x, test_x, train_y, test_y]
-
-
 def init(key: jax.Array) -> dict[str, Any]:
   """Parameters in float32; residual branches and the output start small."""
   keys = iter(jax.random.split(key, 2 + 2 * BLOCKS))
@@ -172,7 +158,7 @@ def train(library: str, variant: str, seeds: int = SEEDS) -> Run:
     variant: a key of `VARIANTS`.
     seeds: how many, from 0.
   """
-  train_x, test_x, train_y, test_y = map(jnp.asarray, digits())
+  train_x, train_y, test_x, test_y = map(jnp.asarray, _digits.data())
   reduce, scale = VARIANTS[variant].reduce, VARIANTS[variant].scale
   tx = optimizer(library, scale)
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from studies import _sweep
-from studies._methods import METHODS
+from studies._compared import METHODS
 
 Array = jax.Array
 

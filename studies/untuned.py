@@ -22,8 +22,8 @@ import optax
 import optax_clip
 from studies import _small_tasks
 from studies import _sweep
-from studies._methods import METHODS
-from studies._methods import constant
+from studies._compared import METHODS
+from studies._compared import constant
 
 # All gradients are multiplied by this before the clip, and divided by it after.
 SCALES = (0.01, 1.0, 100.0)

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from examples.language_model import _types
+from examples.language_model import _numbers
 
 _AXIS = "devices"
 
@@ -129,14 +129,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add(
     "--processes",
-    type=_types.positive,
+    type=_numbers.positive,
     metavar="N",
     default=argparse.SUPPRESS,
     help="how many they are",
   )
   add(
     "--process",
-    type=_types.natural,
+    type=_numbers.natural,
     metavar="I",
     default=argparse.SUPPRESS,
     help="which of them this is, from 0; that one prints and writes",

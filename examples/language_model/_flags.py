@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from examples.language_model import _devices
 from examples.language_model import _model
+from examples.language_model import _numbers
 from examples.language_model import _text
-from examples.language_model import _types
-from examples.language_model._methods import METHODS
-from examples.language_model._methods import OPTIMIZERS
-from examples.language_model._methods import setting
+from examples.language_model._clips import METHODS
+from examples.language_model._clips import OPTIMIZERS
+from examples.language_model._clips import setting
 from examples.language_model.checkpoints import Checkpoints
 
 # What no flag sets: windows of so many bytes, and so many in a batch.
@@ -45,7 +45,7 @@ def methods(value: str) -> list[str]:
   return names
 
 
-_WIDTH = _types.checked(
+_WIDTH = _numbers.checked(
   int,
   lambda x: x >= 1 and x % _model.HEAD == 0,
   f"a positive multiple of {_model.HEAD}",
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if method.flag:
       add(
         f"--{method.flag}",
-        type=_types.threshold,
+        type=_numbers.threshold,
         default=method.default,
         help=f"threshold of '{name}'; its norm: {method.measured}",
       )
@@ -78,21 +78,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   rates = ", ".join(f"{name} {rate:g}" for name, (_, _, rate) in OPTIMIZERS.items())
   add(
     "--lr",
-    type=_types.rate,
+    type=_numbers.rate,
     default=argparse.SUPPRESS,
     help=f"learning rate (default: {rates})",
   )
-  add("--steps", type=_types.positive, default=300, help="steps of each run")
+  add("--steps", type=_numbers.positive, default=300, help="steps of each run")
   add("--width", type=_WIDTH, default=64, help=f"a multiple of {_model.HEAD}")
-  add("--layers", type=_types.positive, default=2, help="transformer blocks")
+  add("--layers", type=_numbers.positive, default=2, help="transformer blocks")
   add(
     "--broken-every",
-    type=_types.natural,
+    type=_numbers.natural,
     default=100,
     metavar="N",
     help="batches to one whose loss is NaN, as from a broken file; 0: none",
   )
-  add("--seed", type=_types.natural, default=0, help="of the weights and the batches")
+  add("--seed", type=_numbers.natural, default=0, help="of the weights and the batches")
   add("--out", type=Path, default="out", help="folder of the results")
   add(
     "--checkpoint",
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add(
     "--checkpoint-every",
-    type=_types.positive,
+    type=_numbers.positive,
     metavar="N",
     default=argparse.SUPPRESS,
     help="steps between two checkpoints (default: 100); the last step has one too",

@@ -46,13 +46,13 @@ from rich.progress import TextColumn
 from examples.language_model import _devices
 from examples.language_model import _flags
 from examples.language_model import _model
-from examples.language_model import _report
+from examples.language_model import _outcome
 from examples.language_model import _text
-from examples.language_model._methods import METHODS
-from examples.language_model._methods import Method
-from examples.language_model._methods import code
-from examples.language_model._methods import recorded
-from examples.language_model._methods import transformation
+from examples.language_model._clips import METHODS
+from examples.language_model._clips import Method
+from examples.language_model._clips import code
+from examples.language_model._clips import recorded
+from examples.language_model._clips import transformation
 from examples.language_model.checkpoints import Checkpoints
 
 HELD_OUT_BATCHES = 32
@@ -77,15 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [train(name, flags, bars) for name in flags.clip]
   if not flags.devices.first:
     return
-  _report.write_csv(runs, flags.out / "steps.csv")
-  _report.draw(runs, flags.out / "steps.png", describe(flags))
+  _outcome.write_csv(runs, flags.out / "steps.csv")
+  _outcome.draw(runs, flags.out / "steps.png", describe(flags))
   console.print()
-  console.print(_report.table(runs))
+  console.print(_outcome.table(runs))
   console.print()
-  console.print(_report.notes(runs, flags.lr), style="dim", highlight=False)
-  best = _report.best(runs)
+  console.print(_outcome.notes(runs, flags.lr), style="dim", highlight=False)
+  best = _outcome.best(runs)
   console.print()
-  console.print(_report.seen(runs, len(flags.broken)), markup=False, highlight=False)
+  console.print(_outcome.seen(runs, len(flags.broken)), markup=False, highlight=False)
   if best:
     console.print(f"\nTo train as '{best.name}' did, copy:\n", highlight=False)
     console.print(code(best.name, flags), markup=False, soft_wrap=True)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"Wrote {flags.out / name}", soft_wrap=True, highlight=False)
 
 
-def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
+def train(name: str, flags: argparse.Namespace, bars: Progress) -> _outcome.Run:
   """Trains one model from the start and tests it on held-out text."""
   method = METHODS[name]
   length = _flags.LENGTH + 1  # Inputs and targets overlap.
@@ -132,7 +132,7 @@ def train(name: str, flags: argparse.Namespace, bars: Progress) -> _report.Run:
           show(bars, bar, steps, speed)
       if checkpoints:
         checkpoints.save(len(steps), nnx.state((model, optimizer)))
-  return _report.Run(
+  return _outcome.Run(
     name,
     method.measured,
     steps,
@@ -243,7 +243,7 @@ def show(bars: Progress, bar: Any, steps: list[Any], speed: float) -> None:
   tokens = speed * _flags.BATCH * _flags.LENGTH
   status = (
     f"loss {last['loss']:.3f} {tokens / 1000:.0f}k tok/s"
-    f" norm {_report.number(last['norm'])} clipped {clipped:.0f}%"
+    f" norm {_outcome.number(last['norm'])} clipped {clipped:.0f}%"
     f" skipped {steps[-1]['steps_skipped']}"
   )
   before = bars.tasks[bar].completed

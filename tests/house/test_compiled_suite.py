@@ -18,7 +18,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import _charts
 from benchmarks import _compiling
 from benchmarks import _programs
-from benchmarks import _report
+from benchmarks import _rows
 from benchmarks import _targets
 from benchmarks import compiled
 from benchmarks import costs
@@ -191,7 +191,7 @@ class TestSuite:
     from rich.console import Console
 
     console = Console(width=80, record=True)
-    _report.show(self.rows(), console)
+    _rows.show(self.rows(), console)
     text = console.export_text()
     assert "h100, a step of adamw on 84M float32 parameters in 61 leaves" in text
     assert re.search(r"kern\. +/opt\. +tiny +bytes +temp +cond +secs +/opt\.", text)

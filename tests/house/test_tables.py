@@ -14,10 +14,10 @@ import optax
 import pytest
 
 from benchmarks import compiled
-from examples.language_model import _methods as examples
+from examples.language_model import _clips as examples
 import optax_clip
 from optax_clip import thresholds
-from studies import _methods as studies
+from studies import _compared as studies
 
 pytestmark = pytest.mark.house
 

@@ -15,7 +15,7 @@ NAMES = {"python": "Python", "jax": "JAX", "optax": "optax"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/limits.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/faq.md"])
 def test_pages_name_the_versions_that_are_tested(page, name):
   text = " ".join((ROOT / page).read_text().split())
   assert "{} {} to {}".format(NAMES[name], *TESTED[name]) in text

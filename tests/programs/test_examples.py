@@ -21,9 +21,9 @@ pytest.importorskip("rich")
 import qk_clip
 from rich.console import Console
 
+from examples.language_model import _clips
 from examples.language_model import _flags
-from examples.language_model import _methods
-from examples.language_model import _report
+from examples.language_model import _outcome
 from examples.language_model import _text
 from examples.language_model import train as language_model
 import optax_clip
@@ -61,10 +61,10 @@ def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
   names = ["none", "global", "layer", "agc", "value", "layer-percentile"]
   rows = run(tmp_path, "--clip", ",".join(names))
   assert [row["run"] for row in rows] == [name for name in names for _ in range(3)]
-  assert list(rows[0]) == ["run", "step", *_report.FIELDS]
+  assert list(rows[0]) == ["run", "step", *_outcome.FIELDS]
   for number, row in enumerate(rows):
     assert row["step"] == str(number % 3 + 1)
-    assert all(math.isfinite(float(row[f])) for f in _report.FIELDS if f != "limit")
+    assert all(math.isfinite(float(row[f])) for f in _outcome.FIELDS if f != "limit")
     assert math.isinf(float(row["limit"])) == (row["run"] == "none")
   # The same weights, the same first batch.
   assert len({row["loss"] for row in rows if row["step"] == "1"}) == 1
@@ -76,12 +76,12 @@ def test_each_run_leaves_a_row_a_step_and_is_in_the_table(tmp_path, capsys):
   assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", _methods.METHODS)
+@pytest.mark.parametrize("name", _clips.METHODS)
 def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
   # Without the model, which takes seconds to compile for each method.
-  method = _methods.METHODS[name]
+  method = _clips.METHODS[name]
   flags = _flags.parse([f"--clip={name}", f"--out={tmp_path}"])
-  tx = _methods.transformation(method, flags)
+  tx = _clips.transformation(method, flags)
   params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
   state = tx.init(params)
   update = jax.jit(tx.update)
@@ -89,8 +89,8 @@ def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
   for size in (*(1 + step % 7 for step in range(130)), 10_000):
     grads = jax.tree.map(lambda p, size=size: 0.01 * size * p, params)
     updates, state = update(grads, state, params)
-  seen = _methods.recorded(method, state)
-  assert set(_report.FIELDS) - {"loss"} <= set(seen)
+  seen = _clips.recorded(method, state)
+  assert set(_outcome.FIELDS) - {"loss"} <= set(seen)
   assert seen["norm"] > 1
   # The figure shows both.
   assert jnp.isfinite(seen["limit"]) or name == "none"
@@ -98,12 +98,12 @@ def test_every_method_clips_and_records_what_the_script_reads(name, tmp_path):
 
 
 def test_a_table_of_the_widest_numbers_fits_80_columns(capsys):
-  step = dict.fromkeys(_report.FIELDS, 1.0) | {"loss": math.nan, "norm": 2.76e10}
+  step = dict.fromkeys(_outcome.FIELDS, 1.0) | {"loss": math.nan, "norm": 2.76e10}
   step["limit"] = 0.000123
   step["coefficient"] = 1.2e-10
   step["steps_skipped"] = 0
-  wide = _report.Run("layer-percentile", "norm", [step], math.nan)
-  Console().print(_report.table([wide]))
+  wide = _outcome.Run("layer-percentile", "norm", [step], math.nan)
+  Console().print(_outcome.table([wide]))
   printed = capsys.readouterr().out
   assert max(map(len, printed.splitlines())) <= 80
   for cell in ("layer-percentile", "diverged", "2.8e+10", "0.00012"):
@@ -124,32 +124,32 @@ def test_broken_batches_are_skipped_and_the_words_say_so(tmp_path, capsys):
   assert "tx = optax_clip.skip_nonfinite( optax.chain( optax_clip.clip_by_" in said
 
 
-@pytest.mark.parametrize("name", [name for name in _methods.METHODS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in _clips.METHODS if name != "none"])
 def test_the_call_to_copy_makes_the_clip_that_was_used(name, tmp_path):
   flags = _flags.parse([f"--clip={name}", "--optimizer=adamw", f"--out={tmp_path}"])
-  code = _methods.code(name, flags)
+  code = _clips.code(name, flags)
   assert max(map(len, code.splitlines())) <= 80
   parts = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(optax, "chain", lambda *own: parts.extend(own) or optax.identity())
     exec(code, {"optax": optax, "optax_clip": optax_clip})
-  method = _methods.METHODS[name]
+  method = _clips.METHODS[name]
   # The chain that `optax.adamw` is of is among the parts, too.
-  clip = repr(method.build(_methods.setting(method, flags)))
+  clip = repr(method.build(_clips.setting(method, flags)))
   assert [repr(tx) for tx in parts].count(clip) == 1
 
 
 def test_the_call_to_copy_is_that_of_the_best_run():
-  step = dict.fromkeys(_report.FIELDS, 1.0)
+  step = dict.fromkeys(_outcome.FIELDS, 1.0)
   worse, best, dead = (
-    _report.Run(name, "norm", [step], loss)
+    _outcome.Run(name, "norm", [step], loss)
     for name, loss in (("a", 2.0), ("b", 1.0), ("c", math.nan))
   )
-  assert _report.best([worse, best, dead]) is best
-  assert _report.best([dead]) is None
-  assert "'b' ended at 1.000" in _report.seen([worse, best, dead], 0)
-  assert "'c' diverged" in _report.seen([worse, best, dead], 0)
-  assert "Every run diverged" in _report.seen([dead], 0)
+  assert _outcome.best([worse, best, dead]) is best
+  assert _outcome.best([dead]) is None
+  assert "'b' ended at 1.000" in _outcome.seen([worse, best, dead], 0)
+  assert "'c' diverged" in _outcome.seen([worse, best, dead], 0)
+  assert "Every run diverged" in _outcome.seen([dead], 0)
 
 
 def test_thresholds_reach_their_methods(tmp_path):

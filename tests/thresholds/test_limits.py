@@ -143,7 +143,7 @@ def injected(limit, **keywords):
 
 @pytest.mark.parametrize("limit", [1e5, 1e-8])
 def test_an_injected_limit_keeps_its_range_with_a_dtype_of_its_own(limit):
-  """As docs/limits.md has it."""
+  """As docs/faq.md has it."""
   _, recorded = injected(limit, hyperparam_dtype=jnp.float32)
   np.testing.assert_allclose(recorded, limit, rtol=1e-6)
 
