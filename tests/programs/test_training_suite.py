@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks import _marked
 import studies
+from studies import __main__ as command
 from studies import _agreement
 from studies import _page
 from studies import _regret
@@ -374,6 +375,36 @@ def test_a_diverged_run_is_worth_a_guess():
   row = {"loss": [2.0, None, 1e9]}
   assert _summary.losses(row) == [2.0, math.log(256), math.log(256)]
   assert _summary.diverged(row) == 2
+
+
+def test_the_command_writes_a_study_where_it_is_told_and_nowhere_else(
+  monkeypatch, tmp_path, capsys
+):
+  rows = rows_of("batch_range")
+  monkeypatch.setattr(batch_range, "run", lambda quick, note: iter(rows))
+  monkeypatch.setattr(_page, "PAGE", tmp_path / "page.md")
+  monkeypatch.setattr(_page, "FIGURES", tmp_path)
+  path = tmp_path / "mine.json"
+  assert command.main(["batch_range", "--json", str(path)]) == rows
+  assert json.loads(path.read_text())["rows"] == rows
+  assert command.main(["batch_range", "--quick"]) == rows
+  assert list(tmp_path.iterdir()) == [path]
+  assert _page.tables("batch_range", rows) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["bach_range"], "invalid choice: 'bach_range'"),
+    (["all", "--json", "x.json"], "argument --json: a file is for one study"),
+    (["untuned", "--quick", "--draw"], "not allowed with argument --quick"),
+  ],
+)
+def test_a_wrong_command_is_an_error(arguments, words, capsys):
+  with pytest.raises(SystemExit) as caught:
+    command.main(arguments)
+  assert caught.value.code == 2
+  assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("study", studies.STUDIES)
