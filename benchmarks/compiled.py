@@ -44,6 +44,7 @@ def transformer(blocks: int = 12) -> list[tuple[int, ...]]:
 # The shapes of each model, and with --quick.
 MODELS: dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
   "transformer": (transformer(), transformer(2)),
+  "one matrix": ([(768, 3072)], [(96, 128)]),
   "300 mixed leaves": (
     [(256, 1024), (1024,), (256,)] * 100,
     [(256, 1024), (1024,), (256,)] * 10,
@@ -156,6 +157,8 @@ def methods() -> dict[str, Method]:
     ),
     "adagn": optax_clip.adagn,
     "clippy": optax_clip.clippy,
+    "spectral_clip": lambda: optax_clip.spectral_clip(1.0),
+    "clip_by_spectral_norm": lambda: optax_clip.clip_by_spectral_norm(1.0),
     "clip_element_spikes": optax_clip.clip_element_spikes,
   }
   found = {
@@ -195,7 +198,10 @@ def is_ours(method: str) -> bool:
 def cells() -> list[Cell]:
   """Lists all programs, with those to compare in a row."""
   layers = (_LAYER, "clip_by_layer_norm")
-  found = [Cell(name) for name in methods()]
+  # A matrix is a program of its own: these compile for minutes with more of them.
+  single = [name for name in methods() if "spectral" in name]
+  found = [Cell(name) for name in methods() if name not in single]
+  found += [Cell(name, "one matrix") for name in (_GLOBAL, *single)]
   found += [Cell(name, dtype="bfloat16") for name in _BFLOAT16]
   for optimizer in ("sgd", "lion", "muon"):
     found += [Cell(name, optimizer=optimizer) for name in _FEW]

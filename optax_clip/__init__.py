@@ -35,6 +35,8 @@ from optax_clip._methods.layers import clip_by_layer_norm
 from optax_clip._methods.per_example import per_example_global_norm_clip
 from optax_clip._methods.per_example import per_example_layer_norm_clip
 from optax_clip._methods.qk_clip import qk_clip
+from optax_clip._methods.spectral import clip_by_spectral_norm
+from optax_clip._methods.spectral import spectral_clip
 from optax_clip._methods.stable_spam import adaclip
 from optax_clip._methods.stable_spam import adagn
 from optax_clip._methods.stable_spam import stable_spam
@@ -74,6 +76,7 @@ __all__ = [
   "clip_by_history",
   "clip_by_layer_norm",
   "clip_by_layer_percentile",
+  "clip_by_spectral_norm",
   "clip_element_spikes",
   "clip_tree",
   "clip_with",
@@ -98,6 +101,7 @@ __all__ = [
   "replay_limits",
   "skip_nonfinite",
   "skip_spikes",
+  "spectral_clip",
   "stable_spam",
   "states",
   "suggest_max_norm",

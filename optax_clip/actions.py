@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 from optax_clip import _validate
 from optax_clip._algebra.types import Action
+from optax_clip._matrices import clip as _matrices
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import power_sums as _power_sums
+from optax_clip._norms import rounding as _rounding
 from optax_clip._norms.extended import Extended
 from optax_clip._types import Scalar
 
@@ -26,12 +28,14 @@ Array = jax.Array
 
 __all__ = [
   "clamp",
+  "clip_singular_values",
   "floored",
   "normalize",
   "rational",
   "rescale",
   "rescale_elements",
   "rescale_to_unit",
+  "soft_clip_singular_values",
   "square_root",
   "tanh",
 ]
@@ -122,8 +126,8 @@ def clamp(*, strict: bool = False) -> Action:
     # In a leaf of eight bits this could cost an eighth of the limit: there the limit is
     # what float32 holds of it.
     if strict and jnp.finfo(leaf.dtype).bits > 8:
-      limit = _next_below(limit)
-    bound = _cast(limit, leaf.dtype, toward_zero=strict)
+      limit = _rounding.next_below(limit)
+    bound = _rounding.cast(limit, leaf.dtype, toward_zero=strict)
     # Not two comparisons with -L and L: XLA turns them into a minimum and a maximum,
     # in which CPUs flush subnormals.
     signed = jnp.where(leaf < 0, -bound, bound)
@@ -245,6 +249,46 @@ def rescale_elements() -> Action:
   return Action(rescale().weigh, apply)
 
 
+def clip_singular_values(*, strict: bool = False) -> Action:
+  r"""Clips each singular value of a matrix at the limit; what is within passes.
+
+  .. math::
+      U \, \text{diag}(s) \, V^T \leftarrow U \, \text{diag}(\min(s, L)) \, V^T
+
+  By matmuls alone, with a proof: the largest singular value of the result, rounded to
+  the leaf's dtype, is at most L (1 + 1e-3), in bfloat16 L (1 + 2^-8). A matrix within
+  the limit passes bit for bit. Vectors and scalars are scaled, which is the same. The
+  norm may be any upper bound, as the 2-norm (`measures.layer_norm`), which decides most
+  matrices for nothing; it is recorded as the proven one where the matrix is looked at.
+
+  Args:
+    strict: whether L itself bounds the result: matrices less than the tolerance below
+      it are clipped, too.
+  """
+  settle = functools.partial(_matrices.settled, soft=False, strict=strict)
+  return rescale(strict=strict)._replace(settle=settle)
+
+
+def soft_clip_singular_values(*, strict: bool = False) -> Action:
+  r"""Shrinks each singular value of a matrix below the limit (SPECTRA).
+
+  .. math::
+      U \, \text{diag}(s) \, V^T \leftarrow
+      U \, \text{diag}(s / \sqrt{1 + s^2 / L^2}) \, V^T
+
+  The bound of the result is that of `actions.clip_singular_values`, and every matrix
+  changes. Vectors and scalars are shrunk by their 2-norm, which is the same.
+
+  Args:
+    strict: as in `actions.clip_singular_values`.
+
+  References:
+    Jiang, Semenov & Stich, SPECTRA, 2026, arXiv:2603.14315.
+  """
+  settle = functools.partial(_matrices.settled, soft=True, strict=strict)
+  return square_root()._replace(settle=settle)
+
+
 def _below_limit(dtype: Any) -> float:
   """The share of a limit that `strict` allows."""
   return float(1 - _STRICT_EPSILONS * jnp.finfo(dtype).eps)
@@ -295,64 +339,10 @@ def _scaled(leaf: Array, coefficient: Extended, *, toward_zero: bool) -> Array:
     # The cast above rounded the coefficient of a float64 norm.
     value = value * (1 - 2 * jnp.finfo(wide).eps)
   product = leaf.astype(wide) * unit * value
-  if toward_zero and _shares_range(leaf.dtype, wide):
+  if toward_zero and _rounding.shares_range(leaf.dtype, wide):
     # No selection: subnormals become zero even within the limit.
-    return _cast(product, leaf.dtype, toward_zero=True)
+    return _rounding.cast(product, leaf.dtype, toward_zero=True)
   # A selection, not a product with 1: CPUs flush subnormal products to zero. A value of
   # 1 has the unit 1; comparing that too would take a TPU a kernel for each leaf.
-  new = _cast(product, leaf.dtype, toward_zero=toward_zero)
+  new = _rounding.cast(product, leaf.dtype, toward_zero=toward_zero)
   return jnp.where(value == 1, leaf, new)
-
-
-def _cast(x: Array, dtype: Any, *, toward_zero: bool) -> Array:
-  """Casts `x` to a dtype of at most its precision, to nearest or toward zero."""
-  if not toward_zero:
-    return x.astype(dtype)
-  if _shares_range(dtype, x.dtype):
-    # No norm has counted subnormals, and no relative margin covers their errors.
-    x = jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, jnp.zeros_like(x), x)
-  if dtype == x.dtype:
-    return x  # The product rounded it, which the margin of `strict` covers.
-  return _toward_zero(dtype, x)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _toward_zero(dtype: Any, x: Array) -> Array:
-  """Casts `x`, rounding toward zero; the derivative is that of ``x.astype(dtype)``."""
-  result = x.astype(dtype)
-  # The next value toward zero has the bit pattern that is smaller by one.
-  carrier = jnp.dtype(f"uint{jnp.finfo(dtype).bits}")
-  below = lax.bitcast_convert_type(
-    lax.bitcast_convert_type(result, carrier) - carrier.type(1), dtype
-  )
-  away = jnp.abs(result).astype(x.dtype) > jnp.abs(x)
-  return jnp.where(away, below, result)
-
-
-@_toward_zero.defjvp
-def _toward_zero_jvp(
-  dtype: Any, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-  return _toward_zero(dtype, *primals), tangents[0].astype(dtype)
-
-
-@jax.custom_jvp
-def _next_below(limit: Array) -> Array:
-  """Returns the next float toward zero; its derivative is 1.
-
-  The limit was rounded to the nearest float, which may lie above the exact one.
-  """
-  below = jnp.nextafter(limit, jnp.zeros_like(limit))
-  return jnp.where(jnp.isfinite(limit), below, limit)
-
-
-@_next_below.defjvp
-def _next_below_jvp(
-  primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-  return _next_below(*primals), tangents[0]
-
-
-def _shares_range(dtype: Any, wide: Any) -> bool:
-  """Returns whether a dtype's subnormals are subnormal in the wide one as well."""
-  return bool(jnp.finfo(dtype).tiny <= jnp.finfo(wide).tiny)

@@ -40,6 +40,7 @@ import numpy as np
 from optax_clip import _validate
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Parts
+from optax_clip._matrices.measure import spectral_norm
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import layout as _layout
 from optax_clip._norms import mesh as _mesh
@@ -67,6 +68,7 @@ __all__ = [
   "layer_norm",
   "layer_rms",
   "relative",
+  "spectral_norm",
   "unit_norm",
 ]
 
@@ -125,7 +127,7 @@ def layer_norm(
       None if layer is None else _axes.stacked_axes(shape, layer)
       for shape, layer in zip(shapes, layers, strict=True)
     ]
-    return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
+    return _layout.of_leaves(updates, dims, layers, axis_name, specs)
 
   key = ("layer", axis_name, specs, stacked)
   return Measure(layout, _Norm("layer", p, key, layout), ord=_growing(p))
@@ -237,7 +239,7 @@ def unit_norm(
       _axes.stacked_unit_axes(shape, own, layer)
       for shape, own, layer in zip(shapes, given, layers, strict=True)
     ]
-    return _leaf_by_leaf(updates, dims, layers, axis_name, specs)
+    return _layout.of_leaves(updates, dims, layers, axis_name, specs)
 
   key = (axis, axis_name, specs, stacked)
   return Measure(layout, _Norm("unit", p, key, layout))
@@ -363,20 +365,3 @@ def _growing(ord: float) -> float | None:
 def _whole_cuts(updates: Updates, axis_name: AxisName, specs: Specs) -> list[_mesh.Cut]:
   """Finds how a mesh divides leaves whose norms cover all of each leaf."""
   return _mesh.cuts(updates, [None] * len(jax.tree.leaves(updates)), axis_name, specs)
-
-
-def _leaf_by_leaf(
-  updates: Updates,
-  dims: Sequence[tuple[int, ...] | None],
-  layers: Sequence[tuple[int, ...] | None],
-  axis_name: AxisName,
-  specs: Specs,
-) -> Layout:
-  leaves = _leaves.floating_leaves(updates)
-  cuts = _mesh.cuts(updates, dims, axis_name, specs)
-  # In one vector, norms that vary over unlike mesh axes would all vary over all.
-  kinds = [
-    frozenset(_mesh.varying_axes(x)) - set(cut.axes)
-    for x, cut in zip(leaves, cuts, strict=True)
-  ]
-  return _layout.leaf_by_leaf(leaves, dims, cuts, layers, kinds)

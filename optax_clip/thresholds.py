@@ -14,6 +14,7 @@ from optax_clip._methods.zclip import zscore
 from optax_clip._thresholds.average import average
 from optax_clip._thresholds.geometric import geometric
 from optax_clip._thresholds.limits import at_most
+from optax_clip._thresholds.limits import by_shape
 from optax_clip._thresholds.limits import constant
 from optax_clip._thresholds.limits import of
 from optax_clip._thresholds.limits import per_group
@@ -26,6 +27,7 @@ from optax_clip._thresholds.window import percentile
 __all__ = [
   "at_most",
   "average",
+  "by_shape",
   "clipped_mean",
   "constant",
   "geometric",

@@ -44,6 +44,12 @@ METHODS = {
   "layer": Method(
     optax_clip.clip_by_layer_norm, "largest layer norm", "max-layer-norm", 0.3
   ),
+  "spectral": Method(
+    optax_clip.spectral_clip, "largest singular value", "max-singular", 0.3
+  ),
+  "spectral-norm": Method(
+    optax_clip.clip_by_spectral_norm, "largest spectral norm", "max-spectral", 0.3
+  ),
   "rms": Method(optax_clip.clip_by_block_rms, "largest layer RMS", "max-rms", 0.003),
   "agc": Method(optax_clip.adaptive_grad_clip, "largest |g|/|w|", "max-ratio", 0.03),
   "value": Method(

@@ -37,6 +37,7 @@ import optax
 
 from optax_clip import _validate
 from optax_clip._algebra import record as _record
+from optax_clip._algebra import shapes as _shapes
 from optax_clip._algebra.measured import LayerNorms
 from optax_clip._algebra.measured import Norms
 from optax_clip._algebra.measured import largest
@@ -184,7 +185,6 @@ def clip_with(
       found = found._replace(blocks=blocks)
       sizes = found.sizes()
     limits, memory = _limited(threshold, found.layout, sizes, memory, extra_args)
-    pairs = list(zip(found.blocks, limits, strict=True))
 
     def weighed(norm: Extended, limit: Array) -> tuple[Extended, Any]:
       coefficient = action.weigh(norm, limit)
@@ -192,9 +192,18 @@ def clip_with(
       shown = _factor_and_norm(norm, coefficient) if stateful else None
       return coefficient, shown
 
-    weights = _scalars.each(weighed, pairs, last=len(Extended._fields))
-    coefficients, applied = [x for x, _ in weights], [x for _, x in weights]
-    clipped = _applied(action, found.layout, coefficients, limits, updates)
+    def weights(found: Norms) -> tuple[list[Extended], list[Any]]:
+      pairs = list(zip(found.blocks, limits, strict=True))
+      both = _scalars.each(weighed, pairs, last=len(Extended._fields))
+      return [x for x, _ in both], [x for _, x in both]
+
+    coefficients, applied = weights(found)
+    settled: Any = {}
+    if action.settle is not None:
+      settled, found = _settled(action, found, limits, updates)
+      _, applied = weights(found)
+      sizes = found.sizes()
+    clipped = _applied(action, found.layout, coefficients, limits, updates, settled)
     if nonfinite == "zero":
       clipped = jax.tree.map(lambda x: _where_finite(finite, x), clipped)
     if stateful:
@@ -218,7 +227,8 @@ def _limited(
 ) -> tuple[list[Array], Any]:
   """Asks the threshold for each block's limits, and for its memory after the step."""
   table = layout.table(sizes)
-  limits, memory = threshold.update(table, memory, **extra_args)
+  with _shapes.of(layout):
+    limits, memory = threshold.update(table, memory, **extra_args)
   limits = jnp.asarray(limits)
   if limits.ndim:
     limits = jnp.broadcast_to(limits, table.shape)
@@ -231,18 +241,39 @@ def _applied(
   coefficients: Sequence[Extended],
   limits: Sequence[Array],
   updates: Updates,
+  settled: dict[int, Array],
 ) -> Any:
-  """Applies to each leaf its coefficient."""
+  """Applies to each leaf its coefficient, unless it is settled."""
   leaves, treedef = jax.tree.flatten(updates)
   own = layout.spread(list(zip(coefficients, limits, strict=True)))
 
-  def new(leaf: Array, place: Place, coefficient: Extended, limit: Array) -> Array:
+  def new(i: int, place: Place, coefficient: Extended, limit: Array) -> Array:
+    leaf = jnp.asarray(leaves[i])
     if not place.scaled:
       return leaf
-    return _leaf.keep_weak_type(leaf, action.apply(leaf, coefficient, limit))
+    after = settled.get(i)
+    after = action.apply(leaf, coefficient, limit) if after is None else after
+    return _leaf.keep_weak_type(leaf, after)
 
-  rows = zip(map(jnp.asarray, leaves), layout.places, own, strict=True)
-  return jax.tree.unflatten(treedef, [new(x, place, *pair) for x, place, pair in rows])
+  rows = enumerate(zip(layout.places, own, strict=True))
+  return jax.tree.unflatten(treedef, [new(i, place, *x) for i, (place, x) in rows])
+
+
+def _settled(
+  action: Action, found: Norms, limits: Sequence[Array], updates: Updates
+) -> tuple[dict[int, Array], Norms]:
+  """Has the action look at leaves again; returns what it made, and the norms then."""
+  leaves = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
+  layout = found.layout
+  own = layout.spread(list(zip(found.blocks, limits, strict=True)))
+  settled, norms = {}, [norm for norm, _ in own]
+  for i, (leaf, place, pair) in enumerate(zip(leaves, layout.places, own, strict=True)):
+    new = None
+    if action.settle is not None and place.scaled:
+      new = action.settle(leaf, place, *pair)
+    if new is not None:
+      settled[i], norms[i] = new
+  return settled, found._replace(blocks=layout.gathered(found.blocks, norms))
 
 
 def _where_finite(finite: Array, x: Array) -> Array:

@@ -68,7 +68,11 @@ class Action(NamedTuple):
     weigh: ``weigh(norm, limit)``: returns the coefficient, an `Extended`; elementwise.
       A value of 1, which has the unit 1, leaves the update as it is, bit for bit.
     apply: ``apply(leaf, coefficient, limit)``: returns the new leaf, of equal dtype.
+    settle: ``settle(leaf, place, norm, limit)``: for an action that looks at a leaf
+      again: returns the new leaf and the norm that it found, no larger than `norm` and
+      in its shape; or `None` where `apply` serves.
   """
 
   weigh: Callable[[Extended, Array], Extended]
   apply: Callable[[Array, Extended, Array], Array]
+  settle: Callable[..., tuple[Array, Extended] | None] | None = None

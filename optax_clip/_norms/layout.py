@@ -23,6 +23,9 @@ import numpy as np
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import scalars as _scalars
+from optax_clip._trees import leaves as _leaves
+from optax_clip._types import AxisName
+from optax_clip._types import Specs
 
 Array = jax.Array
 
@@ -40,6 +43,10 @@ class Place(NamedTuple):
       devices; empty if it is no stack.
     layers: the dimensions that count the layers.
     scaled: whether the clip scales the leaf by its norms, or only counts it in them.
+    shape: the shape of the leaf, on all devices; `None` if nobody asked.
+    rows: the dimensions that count the rows of a matrix, which the other ones of `dims`
+      complete; `None`: by rank.
+    pieces: how a mesh divides the leaf itself, in all its dimensions.
   """
 
   block: int
@@ -50,6 +57,9 @@ class Place(NamedTuple):
   stack: tuple[int, ...] = ()
   layers: tuple[int, ...] = ()
   scaled: bool = True
+  shape: tuple[int, ...] | None = None
+  rows: tuple[int, ...] | None = None
+  pieces: _mesh.Cut = _mesh.Cut()
 
 
 class Block(NamedTuple):
@@ -141,6 +151,31 @@ class Layout(NamedTuple):
       )
 
     return [own(p) for p in self.places]
+
+  def gathered(self, blocks: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Inverts `spread`: the larger one where several leaves share an entry.
+
+    Args:
+      blocks: trees of arrays, whose entries without a leaf stay.
+      own: for each leaf such a tree, in the shape that `spread` gave it.
+    """
+    found: dict[tuple[int, int | None], Any] = {}
+    for p, x in zip(self.places, own, strict=True):
+      whole = jax.tree.map(lambda y, cut=p.cut: _mesh.whole(y, cut), x)
+      key = p.block, p.entry
+      last = found.get(key)
+      found[key] = whole if last is None else jax.tree.map(jnp.maximum, last, whole)
+
+    def joined(i: int, block: Any) -> Any:
+      if i not in self._vectors():
+        return found.get((i, None), block)
+      entries = [
+        found.get((i, j), jax.tree.map(lambda y, j=j: y[j], block))
+        for j in range(self.blocks[i].shape[0])
+      ]
+      return jax.tree.map(lambda *y: jnp.stack(y), *entries) if entries else block
+
+    return [joined(i, block) for i, block in enumerate(blocks)]
 
   def rows(self, reduce: Callable[..., Array], blocks: Sequence[Array]) -> Array:
     """Reduces the blocks to one entry for each layer: ``[layers]``.
@@ -239,6 +274,44 @@ def whole(
   ]
   shape = (count,) if count else ()
   return Layout(tuple(places), (Block(shape, jnp.dtype(dtype)),))
+
+
+def of_leaves(
+  updates: Any,
+  dims: Sequence[tuple[int, ...] | None],
+  layers: Sequence[tuple[int, ...] | None],
+  axis_name: AxisName,
+  specs: Specs,
+  rows: Sequence[tuple[int, ...] | None] | None = None,
+) -> Layout:
+  """Lays out norms that each measure one leaf, or a part of one, wherever they are.
+
+  Args:
+    updates: a tree of arrays, or of shapes and dtypes.
+    dims: for each leaf the dimensions that one norm reduces; `None` for all.
+    layers: for each leaf the dimensions that count its layers, or `None`.
+    axis_name: as in `optax_clip.measures`.
+    specs: as there.
+    rows: as in `Place`, for each leaf.
+  """
+  leaves = _leaves.floating_leaves(updates)
+  cuts = _mesh.cuts(updates, dims, axis_name, specs)
+  # In one vector, norms that vary over unlike mesh axes would all vary over all.
+  kinds = [
+    frozenset(_mesh.varying_axes(x)) - set(cut.axes)
+    for x, cut in zip(leaves, cuts, strict=True)
+  ]
+  found = leaf_by_leaf(leaves, dims, cuts, layers, kinds)
+  shapes = _mesh.whole_shapes(updates, specs)
+  pieces = [_mesh.Cut()] * len(leaves)
+  if specs is not None:
+    pieces = _mesh.cuts(updates, [()] * len(leaves), axis_name, specs)
+  rows = [None] * len(leaves) if rows is None else rows
+  places = [
+    place._replace(shape=shape, rows=own, pieces=piece)
+    for place, shape, own, piece in zip(found.places, shapes, rows, pieces, strict=True)
+  ]
+  return found._replace(places=tuple(places))
 
 
 def leaf_by_leaf(

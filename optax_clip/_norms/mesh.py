@@ -200,6 +200,12 @@ def local(x: Array, cut: Cut) -> Array:
   return x
 
 
+def whole(x: Array, cut: Cut) -> Array:
+  """Joins what each device has along the dimensions that a mesh cuts."""
+  names = tuple(name for _, each in cut.between for name in each)
+  return jax.lax.psum(placed(x, cut), names) if names else x
+
+
 def _index(names: tuple[str, ...]) -> Array:
   """Returns this device's place along the product of some mesh axes."""
   index = jnp.zeros((), jnp.int32)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _validate
+from optax_clip._algebra import shapes as _shapes
 from optax_clip._algebra.types import Threshold
+from optax_clip._matrices import view as _view
 from optax_clip._thresholds import memory as _memory
 from optax_clip._types import Scalar
 from optax_clip._types import ScalarOrSchedule
@@ -129,6 +131,51 @@ def per_group(limits: Sequence[Any]) -> Threshold:
       [limit(count) if callable(limit) else limit for limit in limits]
     )
   )
+
+
+def by_shape(limit: Limit) -> Threshold:
+  r"""Multiplies a limit by what the shape of each matrix says.
+
+  .. math::
+      L_l = c \, \sqrt{\max(1, \text{fan}_\text{out} / \text{fan}_\text{in})}
+
+  Muon and SPECTRA scale their updates by this factor. It is 1 for vectors and scalars,
+  and for matrices that have no more outputs than inputs. Rows are inputs, as in Flax;
+  `measures.spectral_norm` says which axes these are.
+
+  Args:
+    limit: c: a non-negative float, a schedule, a traced scalar or a `Threshold`.
+
+  Raises:
+    ValueError: in ``update``, if a norm covers several leaves, or the threshold is
+      asked by something else than `clip_with`, as a guard.
+  """
+  base = of(limit)
+
+  def update(norms: Array, state: Any, **extra_args: Any) -> tuple[Array, Any]:
+    limits, state = base.update(norms, state, **extra_args)
+    factors = jnp.asarray(_factors(), norms.dtype).reshape(norms.shape)
+    return limits * factors, state
+
+  return Threshold(base.init, update)
+
+
+def _factors() -> list[float]:
+  """Returns the factor of each norm that a threshold is being asked about."""
+  layout = _shapes.layout()
+  places = () if layout is None else layout.places
+  if layout is None or layout.is_shared() or any(p.shape is None for p in places):
+    raise ValueError(
+      "thresholds.by_shape needs norms of single matrices, in clip_with: use it with"
+      " measures.layer_norm() or measures.spectral_norm(), or in spectral_clip."
+    )
+  found: list[float] = []
+  for place in places:
+    shape = _view.of(jax.ShapeDtypeStruct(place.shape, jnp.float32), place).shape
+    factor = math.sqrt(max(1.0, shape[1] / max(shape[0], 1)))
+    count = math.prod(layout.blocks[place.block].shape)
+    found += [factor] * (count if place.entry is None else 1)
+  return found or [1.0]  # Without leaves the table has one norm.
 
 
 def at_most(threshold: Threshold, cap: Limit) -> Threshold:

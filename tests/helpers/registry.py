@@ -31,10 +31,10 @@ class Row(NamedTuple):
     factory: the public function.
     arguments: from a threshold to the keyword arguments of `factory`.
     threshold: a typical one, that clips unit-normal updates.
-    kind: "rescaling" (direction is kept, group by group) or "elementwise".
+    kind: "rescaling" (direction is kept, group by group), "elementwise" or "spectral".
     bounds: `bounds(updates, params, threshold, ord)`, on lists of float64
       arrays: for each leaf its (norm, limit), broadcastable to the leaf. `None`
-      for a threshold that learns.
+      for a threshold that learns, and for singular values.
     needs_params: whether `update` must be given parameters.
     stateful: whether a step depends on the steps before it.
     extremes: thresholds at the ends of what is allowed.
@@ -218,6 +218,24 @@ ROWS = (
     _weights,
     needs_params=True,
     scheduled=False,
+    copies=True,
+  ),
+  # Singular values, which no coefficient of a leaf describes, or which are bounds:
+  # their oracles are in `tests/matrices`.
+  Row(
+    "spectral_clip",
+    optax_clip.spectral_clip,
+    lambda c: {"max_norm": c},
+    0.7,
+    "spectral",
+    copies=True,
+  ),
+  Row(
+    "clip_by_spectral_norm",
+    optax_clip.clip_by_spectral_norm,
+    lambda c: {"max_norm": c},
+    0.7,
+    "rescaling",
     copies=True,
   ),
   # Thresholds that learn: `threshold` is what each has instead of one.

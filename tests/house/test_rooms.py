@@ -23,6 +23,7 @@ FLOORS = (
   ("_trees",),
   ("_norms",),
   ("_algebra",),
+  ("_matrices",),
   ("actions", "measures", "_thresholds"),
   ("_methods",),
   ("thresholds",),

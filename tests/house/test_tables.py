@@ -107,7 +107,8 @@ def test_what_learns_is_tested_as_such():
 
 def test_every_threshold_is_tried_with_every_measure():
   """`learned.THRESHOLDS`, by the names of `optax_clip.thresholds`."""
-  fixed = {"constant", "scheduled", "of", "per_group"}
+  # `by_shape` needs the shapes of matrices: tests/matrices.
+  fixed = {"constant", "scheduled", "of", "per_group", "by_shape"}
   assert set(learned.THRESHOLDS) == set(thresholds.__all__) - fixed
 
 
@@ -132,6 +133,8 @@ def test_the_studies_compare_every_method_or_it_is_named_here():
   # one more limit of each layer.
   others = {"clip", "clip_by_group_norm", "clip_by_block_rms", "clippy"}
   others |= {"adaclip", "adagn", "stable_spam", "clip_element_spikes"}
+  # Those of singular values have a study of their own.
+  others |= {"spectral_clip", "clip_by_spectral_norm"}
   found = [
     made(lambda m=m: m.around(optax.identity())) for m in studies.METHODS.values()
   ]

@@ -26,6 +26,8 @@ def clips(schedule: optax.Schedule, traced: jax.Array) -> list[object]:
   return [
     optax_clip.clip(1.0, nonfinite="zero"),
     optax_clip.clip_by_global_norm(schedule, strict=True, axis_name=("data", "model")),
+    optax_clip.spectral_clip(traced, soft=True, axis=(0, 1), stacked={"blocks/": 0}),
+    optax_clip.clip_by_spectral_norm(optax_clip.thresholds.by_shape(1.0)),
     optax_clip.clip_by_layer_norm(traced, ord=float("inf"), stacked={"blocks/": 0}),
     optax_clip.clip_by_group_norm(labels, {"head": 0.1, "body": 1.0}),
     optax_clip.clip_by_group_norm(

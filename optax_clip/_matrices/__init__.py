@@ -1,0 +1,1 @@
+"""Which singular values a matrix has, proven, and how they are clipped by matmuls."""
