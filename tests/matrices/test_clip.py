@@ -332,6 +332,16 @@ class TestTransforms:
       grad = jax.grad(lambda y: jnp.sum(f(y, jnp.float32(1.0)) ** 2))(y)
       assert np.all(np.isfinite(grad))
 
+  def test_models_side_by_side(self):
+    stack, _ = stack_of("float32", count=4)
+    tx = optax_clip.spectral_clip(1.0, record=False)
+    new = jax.jit(jax.vmap(lambda x: tx.update(x, tx.init(x))[0]))(stack)
+    np.testing.assert_allclose(new, clipped(stack_of("float32")[0])[:4], atol=2e-3)
+    assert np.all(matrices.values(new)[:, 0] <= 1 + 1e-3)
+
+
+@pytest.mark.mesh
+class TestMeshes:
   @pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P("d", None)])
   def test_sharded_matrices_are_as_on_one_device(self, spec):
     mesh = auto_mesh()
@@ -383,10 +393,3 @@ class TestTransforms:
         ),
         x,
       )
-
-  def test_models_side_by_side(self):
-    stack, _ = stack_of("float32", count=4)
-    tx = optax_clip.spectral_clip(1.0, record=False)
-    new = jax.jit(jax.vmap(lambda x: tx.update(x, tx.init(x))[0]))(stack)
-    np.testing.assert_allclose(new, clipped(stack_of("float32")[0])[:4], atol=2e-3)
-    assert np.all(matrices.values(new)[:, 0] <= 1 + 1e-3)
