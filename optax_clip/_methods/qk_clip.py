@@ -218,7 +218,7 @@ class _Place(NamedTuple):
 
 def _places(tree: Any, count: int, head_axis: HeadAxis) -> list[_Place]:
   """Where heads lie in each leaf; `count` is the rank of `max_logits`."""
-  paths = _paths.every_path(tree)
+  paths = _paths.every_name(tree)
   leaves = jax.tree.leaves(tree)
   if _paths.is_by_path(head_axis):
     found = _paths.by_path(tree, head_axis, "head_axis")

@@ -24,6 +24,8 @@ from benchmarks import compiled
 from benchmarks import costs
 import optax_clip
 
+pytestmark = pytest.mark.house
+
 # Two leaves of 4 kB and 400 kB, the sum of their squares, checked, and one update.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -232,8 +234,6 @@ import json
 from benchmarks import _targets
 _targets.prepare({devices})
 from benchmarks import compiled
-
-pytestmark = pytest.mark.house
 print(json.dumps([
   [*cell, compiled.digest(cell)]
   for cell in compiled.cells()
