@@ -14,7 +14,9 @@ clipped may have taken another course.
 import argparse
 import csv
 import json
+import math
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -107,7 +109,10 @@ def described(norms: np.ndarray) -> dict[str, Any]:
 
 def clipped(name: str, norms: np.ndarray) -> dict[str, Any]:
   """What a method does to one run."""
-  limits = optax_clip.replay_limits(METHODS[name](), norms)
+  # Of one length many runs share a program. What comes later changes no limit.
+  longer = np.full(2 ** math.ceil(math.log2(len(norms))), 1.0)
+  longer[: len(norms)] = norms
+  limits = optax_clip.replay_limits(METHODS[name](), longer)[: len(norms)]
   finite = np.isfinite(norms)
   level = around(norms)
   over = finite & (norms.astype(np.float32) > limits)
@@ -197,14 +202,25 @@ def by_method(rows: list[dict[str, Any]]) -> str:
       share = [x["clipped"] for x in cells]
       spikes, missed = (sum(x[key] for x in cells) for key in ("spikes", "missed"))
       kept = np.median([x["kept"] for x in cells if x["kept"] is not None])
+      often = sum(x > CLIPPED for x in share)
       lines.append(
         f"| {name} | {reading} | {100 * np.median(share):.1f}% |"
-        f" {100 * max(share):.0f}% | {sum(x > CLIPPED for x in share)} of {len(cells)} |"
+        f" {100 * max(share):.0f}% | {often} of {len(cells)} |"
         f" {sum(x['clipped_last'] > LOCKED for x in cells)} | {missed} of {spikes} |"
         f" {kept:.2g} levels |"
         f" {100 * np.median([x['false_alarms'] for x in cells]):.1f}% |"
       )
   return "\n".join(lines)
+
+
+# Spikes that each method missed when the gate was written, over the same runs.
+BEFORE = {
+  "`clip_by_global_norm(1.0)`": 15,
+  "`clip_by_history()`": 314,
+  "`zclip()`": 51,
+  '`zclip(mode="percentile")`': 100,
+  "`autoclip()`": 22,
+}
 
 
 def gate(rows: list[dict[str, Any]]) -> str:
@@ -216,22 +232,23 @@ def gate(rows: list[dict[str, Any]]) -> str:
     "|---|---|---|---|---|---|",
   ]
   for name in METHODS:
-    cells = [
-      (row["run"], x) for row in mine for x in row["methods"] if x["method"] == name
-    ]
-    often = [run for run, x in cells if x["clipped"] > CLIPPED]
-    locked = [run for run, x in cells if x["clipped_last"] > LOCKED]
-    missed = sum(x["missed"] for _, x in cells)
-    lines.append(
-      f"| {name} | {named(often)} | {named(locked)} | {missed} of"
-      f" {sum(x['spikes'] for _, x in cells)} | {BEFORE.get(name, missed) // 2} |"
-      f" {'no' if often or locked or missed > BEFORE.get(name, missed) // 2 else 'yes'} |"
+    done = [(row["run"], x) for row in mine for x in row["methods"]]
+    done = [(run, x) for run, x in done if x["method"] == name]
+    often = [run for run, x in done if x["clipped"] > CLIPPED]
+    locked = [run for run, x in done if x["clipped_last"] > LOCKED]
+    spikes, missed = (sum(x[key] for _, x in done) for key in ("spikes", "missed"))
+    allowed = BEFORE[name] // 2
+    passes = "no" if often or locked or missed > allowed else "yes"
+    cells = (
+      name,
+      named(often),
+      named(locked),
+      f"{missed} of {spikes}",
+      allowed,
+      passes,
     )
+    lines.append(f"| {' | '.join(map(str, cells))} |")
   return "\n".join(lines)
-
-
-# Spikes that each method missed when the gate was written, over the same runs.
-BEFORE: dict[str, int] = {}
 
 
 def named(runs: list[str]) -> str:
@@ -268,7 +285,10 @@ def main(argv: list[str] | None = None) -> None:
     "--print", action="store_true", help="print tables, write nothing"
   )
   options = parser.parse_args(argv)
-  rows = measure(load(options.folder))
+  with tempfile.TemporaryDirectory() as programs:
+    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    rows = measure(load(options.folder))
   if not rows:
     parser.error(f"{options.folder}: no run of {FEWEST} rows before a clip")
   if options.print:

@@ -37,11 +37,7 @@ _LISTED = 6  # Names in an error.
 
 
 def choose(kind: str, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
-  """The only column that is named as a norm of gradients, and why it was taken.
-
-  Raises:
-    LogError: if there is none, or several, or it is a constant.
-  """
+  """The only column that is named as a norm of gradients, and why; or a `LogError`."""
   names = list(dict.fromkeys(key for row in rows for key in row))
   names = [x for x in names if any(_text.is_number(row.get(x)) for row in rows)]
   ranks = {name: rank for name in names if (rank := _rank(name)) is not None}
@@ -77,11 +73,7 @@ def choose(kind: str, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 
 def check(rows: Sequence[dict[str, Any]], wanted: str) -> str:
-  """A column that the user named.
-
-  Raises:
-    LogError: if there is none of that name.
-  """
+  """The column that the user named; a `LogError` if there is none of that name."""
   names = list(dict.fromkeys(key for row in rows for key in row))
   if wanted in names:
     return wanted

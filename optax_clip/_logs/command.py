@@ -1,5 +1,6 @@
 """What `python -m optax_clip` says: a threshold for a log, and what methods do."""
 
+import ast
 from collections.abc import Sequence
 import math
 import shutil
@@ -41,11 +42,7 @@ def _note(text: str) -> str:
 
 
 def suggest(log: Log, share: float, *, clip: float | None, png: str | None) -> str:
-  """The text of a suggestion, with its plot; writes the PNG if one is wanted.
-
-  Raises:
-    LogError: if the log says too little, or the figure cannot be written.
-  """
+  """The text of a suggestion, with its plot; also writes the PNG that is wanted."""
   said = _clipped_at(log.norms, clip, share) if clip else _clipped_before(log.norms)
   try:
     found = optax_clip.suggest_max_norm(log.norms, share)
@@ -78,11 +75,7 @@ def _clipped_before(norms: np.ndarray) -> str:
 
 
 def _clipped_at(norms: np.ndarray, clip: float, share: float) -> str:
-  """What is to be known about norms that were logged after a clip.
-
-  Raises:
-    LogError: if more of them are at its limit than may be clipped.
-  """
+  """What norms that were logged after a clip say; a `LogError` if it is nothing."""
   finite = norms[np.isfinite(norms)]
   cut = float(np.mean(finite > clip * (1 - _SAME))) if finite.size else 0.0
   if np.any(finite > clip * (1 + _SAME)):
@@ -96,11 +89,7 @@ def _clipped_at(norms: np.ndarray, clip: float, share: float) -> str:
 
 
 def method(text: str) -> optax.GradientTransformation:
-  """The transformation that a text names, as "autoclip:percentile=50,window=200".
-
-  Raises:
-    LogError: if there is no such method or argument, or its value is not allowed.
-  """
+  """The transformation that a text names, as "autoclip:percentile=50,window=200"."""
   name, _, rest = text.partition(":")
   if name not in METHODS:
     raise LogError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
@@ -115,20 +104,14 @@ def method(text: str) -> optax.GradientTransformation:
 
 def _value(text: str) -> Any:
   """A number, True, False or None if the text says one, else the text."""
-  for convert in (int, float):
-    try:
-      return convert(text)
-    except ValueError:
-      continue
-  return _WORDS.get(text.lower(), text)
+  try:
+    return _WORDS.get(text.lower(), ast.literal_eval(text))
+  except (SyntaxError, ValueError):
+    return _WORDS.get(text.lower(), text)
 
 
 def replay(log: Log, methods: Sequence[str]) -> str:
-  """A table of what methods would have allowed, and what is to be known about it.
-
-  Raises:
-    LogError: as `method`.
-  """
+  """A table of what methods would have allowed, and what is to be known about it."""
   made = {text: method(text) for text in methods}  # All errors before all work.
   finite = np.isfinite(log.norms)
   norms, cells = log.norms[finite], []

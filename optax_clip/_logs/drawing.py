@@ -12,13 +12,7 @@ _BELOW, _ABOVE = 1e-3, 1e4
 
 
 def in_terminal(log: Log, limit: float, width: int) -> str:
-  """A plot of characters, in 14 lines: norms by step, and a limit.
-
-  Args:
-    log: what was read; norms that are 0 or not finite have no place.
-    limit: drawn as a line; NaN: there is none.
-    width: of the longest line, in characters.
-  """
+  """A plot of characters, in 14 lines: norms by step, and a limit unless it is NaN."""
   steps, norms = _drawn(log)
   unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
   text = uniplot.plot_to_string(
@@ -38,11 +32,7 @@ def in_terminal(log: Log, limit: float, width: int) -> str:
 
 
 def in_png(log: Log, limit: float, path: str) -> None:
-  """Writes a figure: the norms, and the limit unless it is NaN.
-
-  Raises:
-    OSError: if the file cannot be written.
-  """
+  """Writes a figure of the same, or raises an `OSError`."""
   # It takes longer than all else. Without pyplot there is no window, and no backend.
   from matplotlib.figure import Figure
 

@@ -25,13 +25,9 @@ _Rows = list[tuple[dict[str, Any], float]]
 
 
 class Log(NamedTuple):
-  """One column of a log.
+  """One column of a log: norms in the order of their steps, or of the rows.
 
-  Attributes:
-    column: its name.
-    norms: f64[rows], in the order of the steps.
-    steps: f64[rows], the step of each, or its number where the log has no steps.
-    notes: what was left out, chosen, or cannot be seen, one sentence each.
+  Notes say what was left out or chosen, and what cannot be seen.
   """
 
   column: str
@@ -41,12 +37,11 @@ class Log(NamedTuple):
 
 
 def read(path: str, column: str | None = None, run: str | None = None) -> Log:
-  """Reads a column of a log.
+  """Reads a column, by default the one that is named as a norm of gradients.
 
   Args:
     path: a file in any form that `records.read` knows, or a folder of events.
-    column: the name of the column, of the key, or of the tag. `None`: the only one
-      that is named as a norm of gradients and is no constant.
+    column: the name of the column, of the key, or of the tag.
     run: the name or the number, from 1, of one of several runs in the file.
 
   Raises:
@@ -111,9 +106,6 @@ def _units(column: str, rows: _Rows) -> list[str]:
   return notes
 
 
-# --- The run --------------------------------------------------------------------
-
-
 def _one_run(rows: _Rows, wanted: str | None) -> _Rows:
   """The rows of one run: of the only one, or of the one that is wanted."""
   runs = _by_name(rows) or _by_steps(rows)
@@ -164,9 +156,6 @@ def _refuse_parts(rows: _Rows) -> None:
           f" {_columns.listed(parts[:2])}. The norm of all is the root of the sum of"
           " their squares"
         )
-
-
-# --- The steps ------------------------------------------------------------------
 
 
 def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:

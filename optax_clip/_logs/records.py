@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import csv
 import json
 import pathlib
@@ -20,6 +21,7 @@ _BINARY = {
   b"SQLite": "an SQLite database: export its table as CSV",
   b":W&B": "wandb's own file: download the run's history as CSV",
 }
+_FLOATS = (1, 2, 14, 19)  # Of TensorFlow: float, double, bfloat16, half.
 _SCALAR = ("Wall time", "Step", "Value")  # TensorBoard's download.
 # Columns of names, where each row has one name and one value.
 _LONG = ("key", "metric", "metric_name", "tag", "variable", "name")
@@ -30,13 +32,9 @@ class LogError(ValueError):
 
 
 class Rows(NamedTuple):
-  """What a file holds.
+  """What a file seems to be, its rows with values as they are, and what was left out.
 
-  Attributes:
-    kind: what the file seems to be, for people.
-    records: one for each row, in the order of the file. Keys of nested ones are
-      joined by "/"; values are as the file has them.
-    notes: what was left out, one sentence each.
+  Keys of nested records are joined by "/".
   """
 
   kind: str
@@ -45,11 +43,7 @@ class Rows(NamedTuple):
 
 
 def read(path: pathlib.Path) -> Rows:
-  """Reads a file, or a folder of TensorBoard's events, by what is in it.
-
-  Raises:
-    LogError: if there is no such file, or it is of a kind that is not read.
-  """
+  """Reads a file, or a folder of TensorBoard's events; raises a `LogError`."""
   if not path.exists():
     raise LogError("there is no such file or folder")
   try:
@@ -90,29 +84,18 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-# --- JSON -----------------------------------------------------------------------
-
-
 def _json(text: str) -> Rows | None:
   """One document, or one object a line."""
-  try:
+  with contextlib.suppress(json.JSONDecodeError):
     return _document(json.loads(text))
-  except json.JSONDecodeError:
-    found = [_object(line) for line in text.splitlines() if line.strip()]
-  rows = [x for x in found if x is not None]
-  bad = len(found) - len(rows)
-  if bad > len(rows):
-    return None
+  lines, found = [line for line in text.splitlines() if line.strip()], []
+  for line in lines:
+    with contextlib.suppress(json.JSONDecodeError):
+      found.append(json.loads(line))
+  rows = [x for x in found if isinstance(x, dict)]
+  bad = len(lines) - len(rows)
   left = [f"left out {bad} lines that are no JSON, or not complete"] if bad else []
-  return Rows("JSON lines", rows, left)
-
-
-def _object(line: str) -> dict[str, Any] | None:
-  try:
-    value = json.loads(line)
-  except json.JSONDecodeError:
-    return None
-  return value if isinstance(value, dict) else None
+  return Rows("JSON lines", rows, left) if bad <= len(rows) else None
 
 
 def _document(document: Any) -> Rows:
@@ -149,9 +132,6 @@ def _values(value: Any) -> list[Any]:
   return value if isinstance(value, list) else []
 
 
-# --- Tables ---------------------------------------------------------------------
-
-
 def _table(text: str) -> Rows | None:
   """Values between commas, tabs, semicolons or blanks."""
   lines = [line for line in text.splitlines() if line.strip()]
@@ -160,10 +140,13 @@ def _table(text: str) -> Rows | None:
   lines = lines[first:]
   separator = max(",\t;|", key=lines[0].count)
   kind = "TSV" if separator == "\t" else "CSV"
-  rows = list(csv.reader([comment, *lines], delimiter=separator))
-  if separator == ";":  # Where a comma is the point of decimals.
-    rows[2:] = [[cell.replace(",", ".") for cell in row] for row in rows[2:]]
-  found = _rows(rows, kind, _text.is_number)
+  found = None
+  # In text a quotation mark may open what no other closes.
+  with contextlib.suppress(csv.Error):
+    rows = list(csv.reader([comment, *lines], delimiter=separator))
+    if separator == ";":  # Where a comma is the point of decimals.
+      rows[2:] = [[cell.replace(",", ".") for cell in row] for row in rows[2:]]
+    found = _rows(rows, kind, _text.is_number)
   if found is None:  # Any text has blanks: only numbers may stand between these.
     blank = [line.split() for line in (comment, *lines)]
     if all(_is_plain(cell) for row in blank[2:] for cell in row):
@@ -180,10 +163,7 @@ def _rows(
 ) -> Rows | None:
   """A table, if most of its first rows are as long as the first, with a number.
 
-  Args:
-    rows: the last comment before the table, which may hold its names, and the table.
-    kind: of a `Rows`.
-    is_number: of a cell.
+  Before its rows stands a comment, which may hold its names.
   """
   header, body = [name.strip() for name in rows[1]], rows[2:]
   if all(map(_is_plain, header)):  # The names are in the comment, or nowhere.
@@ -218,11 +198,6 @@ def _is_plain(cell: Any) -> bool:
     return float(cell) is not None
   except ValueError:
     return False
-
-
-# --- TensorBoard ----------------------------------------------------------------
-
-_FLOATS = (1, 2, 14, 19)  # Of TensorFlow: float, double, bfloat16, half.
 
 
 def _events(path: pathlib.Path) -> Rows:

@@ -33,3 +33,10 @@ def test_a_layout_is_refused_in_one_line(layout, tmp_path):
   assert part in said
   assert len(said) <= 300
   assert "\n" not in said
+
+
+def test_a_quotation_mark_in_a_text_closes_nothing(tmp_path):
+  text = '"start of a long run\n' + layouts.lines("step {i}, grad_norm: {x}")
+  text += "no number, but a word\n" * 10_000
+  read = log.read(written(tmp_path, "run.log", text))
+  np.testing.assert_array_equal(read.norms, layouts.NORMS)
