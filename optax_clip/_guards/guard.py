@@ -131,7 +131,6 @@ class Guard:
     weights = _leaves.floats_only(params)
     states, inner_state = self._apart(state, updates)
     known = _handed.at_hand()
-    loss = _loss.recorded(extra_args)
     seen, take = updates, jnp.asarray(True)
     reached, verdicts, scales = {}, {}, []
     order = sorted(range(len(states)), key=lambda i: not self.judges[i].scales)
@@ -156,6 +155,7 @@ class Guard:
       return finish(new), later
 
     result, later = _skipped_step.taken_or_kept(take, step, updates, kept, inner_state)
+    loss = _loss.recorded(extra_args, verdicts[order[0]].norm)
     for i, own in reversed(list(enumerate(states))):
       records = {key: noted(x, verdicts[i], loss) for key, x in own.record.items()}
       after = (verdicts[i].memory, records)

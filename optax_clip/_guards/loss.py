@@ -18,8 +18,8 @@ def passed(extra_args: dict[str, Any]) -> Any:
   return extra_args.get("value") if loss is None else loss
 
 
-def judged(extra_args: dict[str, Any]) -> Array:
-  """Returns the loss that a guard judges: f[], averaged over axes that it varies over.
+def judged(extra_args: dict[str, Any], norms: Array) -> Array:
+  """Returns the loss that a guard judges: f[], see `_agreed`.
 
   Raises:
     TypeError: if none was passed.
@@ -36,21 +36,41 @@ def judged(extra_args: dict[str, Any]) -> Array:
     raise ValueError(f"loss must be a scalar, got shape {loss.shape}: average it.")
   if not jnp.issubdtype(loss.dtype, jnp.floating):
     loss = loss.astype(jnp.float32)
-  axes = _mesh.varying_axes(loss)
-  return jax.lax.pmean(loss, axes) if axes else loss
+  return _agreed(loss, norms)
 
 
-def recorded(extra_args: dict[str, Any]) -> Array:
+def recorded(extra_args: dict[str, Any], norms: Array) -> Array:
   """Returns the loss for the record: f32[], 0 if none was passed, inf for a NaN.
 
-  One that differs over a mesh does not count: with it the state would differ, too. A
-  NaN would stay in the state, and fail whoever looks for one, long after the step that
-  was skipped.
+  A NaN would stay in the state, and fail whoever looks for one, long after the step
+  that was skipped.
   """
   loss = passed(extra_args)
-  loss = jnp.asarray(0.0 if loss is None else loss)
-  is_number = loss.size == 1 and jnp.issubdtype(loss.dtype, jnp.floating)
-  if not is_number or _mesh.varying_axes(loss):
+  if loss is None:
+    return jnp.zeros((), jnp.float32)
+  loss = jnp.asarray(loss)
+  if loss.size != 1 or not jnp.issubdtype(loss.dtype, jnp.floating):
     return jnp.zeros((), jnp.float32)
   wide = loss.reshape(()).astype(_power_sums.accumulator(loss.dtype))
+  wide = _agreed(wide, norms)
   return _record.single(jnp.where(jnp.isnan(wide), jnp.inf, wide))
+
+
+def _agreed(loss: Array, norms: Array) -> Array:
+  """Averages a loss over the devices that hold the same model.
+
+  Each device has the loss of its own batch, perhaps, but copies of a model must decide
+  alike, or they part. Where types do not tell which devices hold copies, equal norms
+  do: gradients that were averaged are the same to the last bit.
+  """
+  axes = set(_mesh.varying_axes(loss)) - set(_mesh.varying_axes(norms))
+  if axes:
+    loss = jax.lax.pmean(loss, tuple(sorted(axes)))
+  if unchecked := _mesh.unchecked_axes():
+    # As integers, of which a NaN is like itself.
+    kind = jnp.dtype(f"int{8 * norms.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(norms, kind)
+    for name in unchecked:
+      same = jnp.all(jax.lax.pmax(bits, name) == jax.lax.pmin(bits, name))
+      loss = jnp.where(same, jax.lax.pmean(loss, name), loss)
+  return loss

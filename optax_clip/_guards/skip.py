@@ -204,9 +204,10 @@ def skip_spikes(
       with a `factor`.
     signals: ``("norm",)``, ``("loss",)`` or both. Pass the loss to ``update`` or
       `guarded_step` as ``loss=`` (or ``value=``, optax's name, where there is none),
-      unscaled and averaged over devices. It may have any sign: the threshold learns
-      and judges its distance from the mean loss over about the last 100 steps taken,
-      and a loss below that mean is never a spike.
+      unscaled. A device may pass that of its own batch: devices whose gradients have
+      the same norms, as copies of a model have, judge their mean loss. It may have any
+      sign: the threshold learns and judges its distance from the mean loss over about
+      the last 100 steps taken, and a loss below that mean is never a spike.
     factor: f > 0, how many times its limit a signal may be.
     warmup: so many steps at first, and after each fresh start, are no spikes (but the
       threshold learns from them). Thresholds that need values to begin with have no
@@ -293,7 +294,7 @@ def skip_spikes(
     signs = jnp.ones_like(values)
     if by_loss:
       old, level = memory.threshold
-      loss = _loss.judged(extra_args)
+      loss = _loss.judged(extra_args, seen.sizes)
       finite &= jnp.isfinite(loss)
       is_nan |= jnp.isnan(loss)
       loss = _record.single(loss)

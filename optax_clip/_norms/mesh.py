@@ -30,6 +30,19 @@ def varying_axes(x: Any) -> tuple[str, ...]:
   return tuple(sorted(varying))
 
 
+def unchecked_axes() -> tuple[str, ...]:
+  """Returns the manual mesh axes of which types do not tell what varies over them.
+
+  They are those of `pmap` and of `shard_map` with ``check_vma=False``.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  manual = jax.sharding.AxisType.Manual
+  names = [
+    n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == manual
+  ]
+  return tuple(n for n in names if n not in varying_axes(jax.lax.axis_index(n)))
+
+
 def _unreduced_axes(x: Any) -> tuple[str, ...]:
   """Returns the axes over which `x` is still to be summed, sorted."""
   aval = jax.typeof(x) if isinstance(x, jax.Array) else x

@@ -141,6 +141,26 @@ class TestTheLossOfASkippedStep:
     assert (found["last_nonfinite"], found["last_spike"]) == (1, 2)
 
 
+class TestALossOfNaNBesideAFiniteGradient:
+  def updates(self, tx):
+    nan = jnp.float32(jnp.nan)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=nan)
+
+  def test_is_taken_by_a_guard_that_judges_gradients(self):
+    updates, _ = self.updates(optax_clip.skip_nonfinite(optax.sgd(1.0)))
+    np.testing.assert_array_equal(updates["w"], [-1, -1])
+
+  def test_is_skipped_by_one_that_judges_the_loss_and_calls_nothing_a_spike(self):
+    tx = optax_clip.skip_spikes(
+      optax.sgd(1.0), thresholds.constant(jnp.inf), signals=("loss",)
+    )
+    updates, state = self.updates(tx)
+    np.testing.assert_array_equal(updates["w"], [0, 0])
+    assert recorded(state, "skip_spikes")["steps_nan"] == 1
+    _, state = tx.update(PARAMS, state, PARAMS, loss=jnp.float32(1e30))
+    assert recorded(state, "skip_spikes")["skipped"] == 0
+
+
 class TestValueIsTheLoss:
   """By the name that optax has for it: line searches, plateaus, polyak."""
 

@@ -250,7 +250,7 @@ def names_of_the_table():
   names = {name: getattr(optax_clip, name) for name in dir(optax_clip)}
   with contextlib.redirect_stdout(io.StringIO()):
     for block in RUN[WHICH]:
-      if re.search("^(opt|max_norms) =", block.code, re.MULTILINE):
+      if re.search("^(opt|optimizer|max_norms) =", block.code, re.MULTILINE):
         exec(block.code, names)
   return names
 
@@ -269,6 +269,15 @@ def test_calls_of_the_table_are_right(call, names_of_the_table):
 
   updates, _ = jax.eval_shape(use, names_of_the_table["grads"])
   assert updates.keys() == names_of_the_table["grads"].keys()
+
+
+@pytest.mark.parametrize("call", [x for x in calls(WHICH) if x.startswith("protect(")])
+def test_protect_of_the_table_clips_once(call, names_of_the_table):
+  tx = eval(call, dict(names_of_the_table))
+  state = tx.init(names_of_the_table["grads"])
+  kind = optax_clip.states.Record
+  nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+  assert [type(node) for node in nodes].count(kind) == 1
 
 
 # --- The reference and the links ------------------------------------------------
