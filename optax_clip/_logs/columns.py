@@ -13,7 +13,7 @@ _ANY = "[^a-z]*"
 _GRADIENT = re.compile(
   rf"(?:^|[^a-z])(?:g|grads?|gradients?){_ANY}(?:(?:global|total|l2){_ANY})?norm"
   rf"(?:{_ANY}(?:global|total|all|l2|mean|avg|average|raw|step|epoch))*"
-  rf"(?:{_ANY}(?:before|pre|after|post|un)?{_ANY}clip(?:ped|ping)?)?{_ANY}$"
+  rf"(?:{_ANY}(?:clipped|(?:before|pre|after|post|un){_ANY}clip(?:ped|ping)?))?{_ANY}$"
   r"|norm[/.]grad(?:ient)?s?(?:[/.](?:global|total))?$|^\|+g(?:rad|radient)?\|+$"
 )
 # Those of `optax_clip.metrics` are <name of the clip>/norm.
@@ -23,7 +23,7 @@ _OTHER = re.compile("batch|layer|param|update|weight")
 _SETTING = re.compile(
   r"(?:^|[^a-z])(?:max|min|clip|target|log|prev|ema|var|std|threshold)(?![a-z])"
 )
-_CLIPPED = re.compile(r"(?:before|pre|after|post|un)?.?clip(?:ped|ping)?\)?$")
+_CLIPPED = re.compile(r"(?:clipped|(?:before|pre|after|post|un).?clip\w*)\)?$")
 MEAN = re.compile("mean|avg|average")
 # From the worst to the best, what makes one of several the better one.
 _WORSE = (re.compile(r"(?<!un)clipped|(?:post|after).?clip"), re.compile("epoch"), MEAN)
@@ -73,10 +73,11 @@ def choose(kind: str, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 
 def check(rows: Sequence[dict[str, Any]], wanted: str) -> str:
-  """The column that the user named; a `LogError` if there is none of that name."""
+  """The column that the user named, in whole or in part; or a `LogError`."""
   names = list(dict.fromkeys(key for row in rows for key in row))
-  if wanted in names:
-    return wanted
+  norms = [x for x in names if wanted in x and _rank(x) is not None]
+  if wanted in names or len(norms) == 1:
+    return wanted if wanted in names else norms[0]
   near = difflib.get_close_matches(wanted, names, 1)
   meant = f" Did you mean {near[0]!r}?" if near else ""
   raise LogError(f"has no column {wanted!r}.{meant} There are {listed(names)}")

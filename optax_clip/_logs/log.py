@@ -138,7 +138,7 @@ def _by_name(rows: _Rows) -> dict[str, _Rows]:
 def _by_steps(rows: _Rows) -> dict[str, _Rows]:
   """The rows by run, each of which begins with a step as early as the first."""
   steps, _ = _steps(rows)
-  if len(set(steps)) == len(steps):
+  if len(np.unique(steps)) == len(steps):
     return {"1": rows}
   back = np.flatnonzero((np.diff(steps) < 0) & (steps[1:] <= steps[0])) + 1
   ends = [0, *back.tolist(), len(rows)]
@@ -166,8 +166,8 @@ def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:
     cells = [row.get(name) for row, _ in rows]
     known = is_epoch or _columns.STEPS.search(name.lower())
     if known and all(map(_text.is_number, cells)):
-      steps = np.array([_text.number(cell) for cell in cells], float)
-      if len(set(steps)) > 1 and (is_epoch or not np.any(steps % 1)):
+      steps = np.array(list(map(_text.number, cells)), float)
+      if len(np.unique(steps)) > 1 and (is_epoch or not np.any(steps % 1)):
         found.append((is_epoch, int((np.diff(steps) < 0).sum()), steps))
   if not found:
     return np.arange(len(rows)), False
@@ -184,7 +184,7 @@ def _once(
   steps: np.ndarray, norms: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
   """Each step once, in order: of a resumed run what comes later in the file counts."""
-  if len(set(steps)) == len(steps):
+  if len(np.unique(steps)) == len(steps):
     order = np.argsort(steps)
     return steps[order], norms[order], []
   same = np.diff(steps) == 0

@@ -42,18 +42,18 @@ def number(value: Any) -> float | None:
   Raises:
     ValueError: if it holds something else.
   """
+  if isinstance(value, list) and len(value) == 1:
+    value = value[0]
   if value is None:
     return None
-  if isinstance(value, list) and len(value) == 1:
-    return number(value[0])
-  if isinstance(value, bool) or not isinstance(value, int | float | str):
+  if isinstance(value, bool | list | dict):
     raise ValueError(f"{value!r} is no number")
   try:
     return float(value)
-  except ValueError:
-    text = str(value).strip()
   except OverflowError:
     return math.inf
+  except ValueError:
+    text = value.strip()
   if text.lower() in _NO_NUMBER:
     return None
   found = _IN_CELL.fullmatch(text)

@@ -275,6 +275,7 @@ def test_names_of_gradient_norms_are_taken(tmp_path, name):
     *("grad_norm/layer1", "norm_of_grad", "abnorm", "gradual", "var_gnorm"),
     *("clip_grad_norm", "min_grad_norm", "target_grad_norm", "log_grad_norm"),
     *("prev_grad_norm", "ema_grad_norm", "args/max_grad_norm", "max_grad_norm"),
+    *("grad_norm_clip", "gradient_clip_norm", "grad_clip"),
     *("train_cfg.algorithm.max_grad_norm", "grad_norm_threshold", "grad_norm__MAX"),
   ],
 )
@@ -301,6 +302,17 @@ def test_of_several_the_norm_of_a_step_before_the_clip_is_taken(tmp_path, names,
   rows = "".join(f"{x},{2 * x}\n" for x in (1.0, 2.0, 3.0))
   read = logs.read(write(tmp_path / "a.csv", ",".join(names) + "\n" + rows))
   assert read.column == taken
+
+
+def test_a_part_of_a_name_names_one_run_of_a_chart(tmp_path, one_line_error):
+  names = [f"{run} - train/grad_norm" for run in ("warm-1", "cold-2")]
+  names += [f"{name}__MAX" for name in names]
+  rows = "".join(f"{i},{1 + i},{2 + i},9,9\n" for i in range(9))
+  path = write(tmp_path / "a.csv", ",".join(["Step", *names]) + "\n" + rows)
+  assert "2 columns look like" in one_line_error(main, ["suggest", path])
+  read = logs.read(path, "cold-2")
+  assert read.column == names[1]
+  np.testing.assert_array_equal(read.norms, np.arange(9) + 2)
 
 
 def test_a_constant_is_never_taken_by_itself(tmp_path, one_line_error):
