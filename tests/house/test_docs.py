@@ -31,9 +31,10 @@ PAGES = {
   str(path.relative_to(ROOT)): path for path in [README, *sorted(DOCS.rglob("*.md"))]
 }
 
-# Of which the code to migrate from is. None of it is needed to develop the package.
+# Whose users migrate, or train. None of it is needed to develop the package.
 OTHERS = {
-  *("axlearn", "easydel", "keras", "levanter", "maxtext", "praxis", "t5x", "torch"),
+  *("axlearn", "easydel", "haliax", "keras", "levanter", "maxtext", "netket", "praxis"),
+  *("rejax", "t5x", "torch"),
 }
 # "python" is run; a "text" directly below it is what it prints; of a "diff" the state
 # afterwards is run. Others are shown. The cells of notebooks are run by the build of

@@ -3,12 +3,17 @@
 Each part is named after a framework and imitates what its source does: how it makes a
 state and finds its shardings, calls an update, walks through the state, logs it and
 brings it to disk. `docs/trainers.md` says where that is in their sources, and when they
-were read. Flax, Equinox and Haiku are there and are used.
+were read, or run. Flax, Equinox and Haiku are there and are used.
 """
 
 import dataclasses
 import functools
+import importlib.util
+import os
+import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
@@ -554,6 +559,31 @@ class TestTunix:
       _, optimizer, _ = self.trained(tx, 1)
       assert (learning_rate(optimizer) is not None) == seen
 
+  def test_its_accumulation_leaves_a_guard_inside_without_a_step(self):
+    """It puts `optax.MultiSteps` around what it gets: as docs/trainers.md says."""
+    tx = optax.MultiSteps(injected(optax_clip.skip_nonfinite), 2)
+    _, optimizer, _ = self.trained(tx, 10, bad=(3,))
+    with pytest.warns(UserWarning, match="accumulator keeps a NaN"):
+      logs = optax_clip.metrics(optimizer)
+    assert logs["skip_nonfinite/steps_skipped"] == 4
+    assert logs["clip_by_global_norm/steps"] == 1
+
+  def test_a_guard_around_the_accumulation_leaves_out_one_microbatch(self):
+    """The recipe of docs/trainers.md, with the trainer's accumulation off."""
+
+    @optax.inject_hyperparams
+    def accumulating(learning_rate):
+      steps = optax.MultiSteps(chain(optimizer=optax.adamw(learning_rate)), 2)
+      return optax_clip.skip_nonfinite(steps.gradient_transformation())
+
+    tx = accumulating(learning_rate=lambda microbatch: SCHEDULE(microbatch // 2))
+    _, optimizer, losses = self.trained(tx, 21, bad=(3,))
+    logs = optax_clip.metrics(optimizer)
+    assert logs["skip_nonfinite/steps_skipped"] == 1
+    assert logs["clip_by_global_norm/steps"] == 10
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(learning_rate(optimizer), SCHEDULE(10))
+
   def test_a_schedule_outside_of_a_guard_counts_all_steps(self):
     _, optimizer, _ = self.trained(injected(optax_clip.skip_nonfinite), 5, bad=(1, 2))
     np.testing.assert_allclose(learning_rate(optimizer), SCHEDULE(4))
@@ -917,6 +947,323 @@ class TestBigVision:
     (found,) = [x for x in leaves_of(state, kind) if isinstance(x, kind)]
     # Steps taken: docs/trainers.md says what that does to its loop.
     assert int(found.count) == 2
+
+
+# --- NumPyro, optimistix, jaxopt -----------------------------------------------------
+
+
+def test_numpyro_passes_the_loss_as_a_value():
+  """`optax_to_numpyro`: a number of steps beside parameters and the state."""
+  tx = optax_clip.skip_spikes(chain(), signals=("norm", "loss"))
+
+  @jax.jit
+  def update(state, value):
+    step, (params, opt_state) = state
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+      GRADS, opt_state, params, value=value
+    )
+    return step + 1, (optax.apply_updates(params, updates), opt_state)
+
+  state = (jnp.int32(0), (PARAMS, tx.init(PARAMS)))
+  for value in (1.0, jnp.nan, 2.0):
+    state = update(state, value)
+  logs = optax_clip.metrics(state)
+  assert logs["skip_spikes/steps"] == 3
+  assert logs["skip_spikes/steps_skipped"] == 1
+
+
+@each_tx
+def test_optimistix_and_jax_privacy(tx):
+  """They pass the value, the gradient and the function of a line search."""
+  tx = optax.with_extra_args_support(tx)
+  state = jax.eval_shape(tx.init, PARAMS)
+  updates, later = jax.eval_shape(
+    lambda g, s, y: tx.update(g, s, y, value=LOSS, grad=g, value_fn=lambda y: LOSS),
+    GRADS,
+    state,
+    PARAMS,
+  )
+  assert jax.tree.structure(later) == jax.tree.structure(state)
+  assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
+class SolverState(NamedTuple):
+  """Of jaxopt's `OptaxSolver`."""
+
+  iter_num: Any
+  value: Any
+  error: Any
+  aux: Any
+  internal_state: Any
+
+
+def test_jaxopt_keeps_the_state_among_its_own():
+  tx = optax_clip.skip_nonfinite(chain())
+  inf = jnp.float32(jnp.inf)
+  state = SolverState(jnp.int32(0), inf, inf, None, tx.init(PARAMS))
+  _, opt_state = jax.jit(tx.update)(GRADS, state.internal_state, PARAMS)
+  state = state._replace(internal_state=opt_state)
+  assert optax_clip.metrics(state)["skip_nonfinite/steps"] == 1
+
+
+# --- NetKet and BlackJAX -------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_gradient(update, state, gradient, params):
+  """NetKet's: the update is static, and so must be hashable."""
+  updates, state = update(gradient, state, params)
+  return state, optax.apply_updates(params, updates)
+
+
+def test_netket():
+  tx = optax_clip.skip_nonfinite(chain(), record="layers")
+  params = {"Dense": {"kernel": jnp.ones((4, 4), jnp.complex64)}, "bias": jnp.ones(4)}
+  state = tx.init(params)
+  for _ in range(3):
+    state, params = apply_gradient(tx.update, state, params, params)
+  assert optax_clip.metrics(state)["skip_nonfinite/steps"] == 3
+  assert params["Dense"]["kernel"].dtype == jnp.complex64
+
+
+def test_blackjax_has_one_norm_for_all_particles_or_one_for_each():
+  particles = jnp.float32([[3.0, 4.0], [0.3, 0.4]])
+  for tx, first in (
+    (optax_clip.clip_by_global_norm(1.0), 3 / np.sqrt(25.25)),
+    (optax_clip.clip_by_layer_norm(1.0, stacked={"": 0}), 0.6),
+  ):
+    updates, _ = jax.jit(tx.update)(particles, tx.init(particles), particles)
+    np.testing.assert_allclose(updates[0, 0], first, rtol=1e-6)
+
+
+# --- Brax, rejax and dynamax ---------------------------------------------------------
+
+
+def test_brax_has_replicated_states_and_no_parameters():
+  """`gradient_update_fn` in `pmap`; and its check, a sum over all leaves."""
+  tx = optax_clip.skip_spikes(chain(optimizer=optax.adam(0.1)), record="layers")
+
+  @functools.partial(jax.pmap, axis_name="i")
+  def step(grads, state):
+    return tx.update(jax.lax.pmean(grads, "i"), state)
+
+  @functools.partial(jax.pmap, axis_name="i")
+  def is_replicated(tree):
+    fingerprint = sum(jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(tree))
+    return jax.lax.pmin(fingerprint, "i") == jax.lax.pmax(fingerprint, "i")
+
+  one = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None])
+  _, state = step(one(GRADS), one(tx.init(PARAMS)))
+  assert is_replicated(state)[0]
+  logs = optax_clip.metrics(jax.tree.map(lambda x: x[0], state))
+  assert logs["skip_spikes/steps"] == 1
+
+
+def test_rejax_has_a_record_for_each_seed():
+  """Networks in a `TrainState`, trained side by side by `vmap`."""
+
+  def train(seed):
+    params = jax.tree.map(lambda x: x + jax.random.normal(seed, x.shape), PARAMS)
+    state = TrainState.create(apply_fn=(), params=params, tx=chain())
+    return state.apply_gradients(grads=jax.tree.map(jnp.square, params))
+
+  states = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
+  norms = optax_clip.metrics(states)["clip_by_global_norm/norm"]
+  assert norms.shape == (3,)
+  assert len(set(norms.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [optax_clip.adaptive_grad_clip(0.01), optax_clip.clippy()],
+  ids=["adaptive_grad_clip", "clippy"],
+)
+def test_dynamax_passes_no_parameters(tx):
+  """What needs them says so."""
+  with pytest.raises(ValueError, match="params"):
+    tx.update(GRADS, tx.init(PARAMS))
+
+
+# --- haliax, flowjax and penzai ------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class NamedArray:
+  """As haliax registers its own: without keys, and axes with names."""
+
+  array: Any
+  axes: tuple
+
+  def tree_flatten(self):
+    return (self.array,), self.axes
+
+  @classmethod
+  def tree_unflatten(cls, axes, children):
+    return cls(*children, axes)
+
+
+def test_haliax_says_by_names_which_axes_are_outputs():
+  model = {
+    "first": {"weight": NamedArray(jnp.ones((5, 3)), ("mlp", "embed"))},
+    "last": {"weight": NamedArray(jnp.ones((3, 5)), ("embed", "mlp"))},
+  }
+  names = jax.tree.map(
+    lambda x: P(*x.axes), model, is_leaf=lambda x: isinstance(x, NamedArray)
+  )
+  axis = optax_clip.unit_axes_by_name(names, outputs={"mlp"})
+  grads = jax.tree.map(
+    lambda x: jnp.arange(1.0, 16.0).reshape((5, 3)) if x.shape[0] == 5 else x, model
+  )
+  grads["last"]["weight"].array = grads["first"]["weight"].array.T
+  tx = optax_clip.adaptive_grad_clip(0.01, axis=axis, record="layers")
+  updates, state = jax.jit(tx.update)(grads, tx.init(model), model)
+  first, last = (updates[key]["weight"].array for key in ("first", "last"))
+  np.testing.assert_allclose(first, last.T, rtol=1e-6)
+  norms = np.linalg.norm(np.float64(first), axis=1)
+  np.testing.assert_allclose(norms, 0.01 * np.sqrt(3), rtol=1e-6)
+  assert list(optax_clip.layer_metrics(state, model).layers) == [
+    *("first/weight", "last/weight")
+  ]
+
+
+def test_flowjax_has_stacks_of_kernels_with_outputs_first():
+  layer = {"weight": jnp.ones((2, 8, 3)), "bias": jnp.ones((2, 8))}
+  model = {"conditioner": {"layers": [layer]}, "loc": jnp.ones(2)}
+  tx = optax_clip.adaptive_grad_clip(
+    0.01, axis={"weight": 1}, stacked={"conditioner/layers": 0}
+  )
+  updates, _ = jax.jit(tx.update)(model, tx.init(model), model)
+  found = updates["conditioner"]["layers"][0]
+  # Of each layer: a unit of three inputs for each output; a bias as a whole.
+  np.testing.assert_allclose(found["weight"], np.full((2, 8, 3), 0.01), rtol=1e-6)
+  np.testing.assert_allclose(found["bias"], np.full((2, 8), 0.01), rtol=1e-6)
+
+
+def test_penzai_has_a_tuple_of_parameters():
+  params = (PARAMS["head"], PARAMS["blocks"]["bias"])
+  tx = optax_clip.skip_nonfinite(chain(), record="layers")
+  _, state = jax.jit(tx.update)(params, tx.init(params), params)
+  report = optax_clip.layer_metrics(state, params, name="skip_nonfinite")
+  assert list(report.layers) == ["0", "1"]
+
+
+# --- Solves that fail, and Orbax -----------------------------------------------------
+
+
+def test_a_solve_that_failed_is_a_step_that_is_skipped():
+  """As in docs/trainers.md: by a product, as `jnp.where` has a gradient of 0."""
+
+  def skipped(checked):
+    tx = optax_clip.skip_nonfinite(optax.sgd(0.1))
+    grads = jax.grad(lambda x: checked(jnp.sum(x**2), jnp.array(False)))(jnp.ones(2))
+    _, state = tx.update(grads, tx.init(jnp.ones(2)))
+    return optax_clip.metrics(state)["skip_nonfinite/steps_skipped"]
+
+  assert skipped(lambda loss, ok: loss * jnp.where(ok, 1.0, jnp.nan)) == 1
+  assert skipped(lambda loss, ok: jnp.where(ok, loss, jnp.nan)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("name", ["all"])
+def test_orbax_v1(name, tmp_path):
+  v1 = getattr(ocp, "v1", None)
+  if v1 is None:
+    pytest.skip("This Orbax has no second API")
+  tx = TXS[name]()
+  _, state = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
+  v1.save(tmp_path / "state", state)
+  typed = v1.load(tmp_path / "state", jax.eval_shape(tx.init, PARAMS))
+  untyped = v1.load(tmp_path / "state")
+  for restored in (typed, optax_clip.convert_state(tx, PARAMS, untyped)):
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+# --- Keras ---------------------------------------------------------------------------
+
+KERAS = """
+import numpy as np
+import jax.numpy as jnp
+
+
+def transformation():
+  clip = optax_clip.clip_by_global_norm(0.5, record="layers")
+  return optax_clip.skip_nonfinite(optax.chain(clip, optax.adam(1e-2)))
+
+
+keras.utils.set_random_seed(0)
+model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2)])
+model.compile(optimizer=Optax(transformation()), loss="mse")
+params = {v.path: jnp.copy(v.value) for v in model.trainable_variables}
+x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+y = x[:, :2].copy()
+keywords = dict(batch_size=16, shuffle=False, verbose=0)
+seen = model.fit(x, y, epochs=5, callbacks=[LogMetrics()], **keywords).history
+assert seen["clip_by_global_norm/steps"] == [4.0, 8.0, 12.0, 16.0, 20.0], seen
+assert seen["loss"][-1] < seen["loss"][0], seen
+
+
+# A loop of optax takes the same steps.
+tx = transformation()
+state = tx.init(params)
+bias, kernel = sorted(params, key=lambda path: params[path].ndim)
+
+
+@jax.jit
+def step(params, state, x, y):
+  def loss(p):
+    return jnp.mean((x @ p[kernel] + p[bias] - y) ** 2)
+
+  updates, state = tx.update(jax.grad(loss)(params), state, params)
+  return optax.apply_updates(params, updates), state
+
+
+for i in range(20):
+  batch = slice(16 * (i % 4), 16 * (i % 4) + 16)
+  params, state = step(params, state, x[batch], y[batch])
+for v in model.trainable_variables:
+  np.testing.assert_allclose(v.value, params[v.path], rtol=1e-5)
+
+x[3] = np.nan
+model.fit(x, y, **keywords)
+logs = optax_clip.metrics(model.optimizer.opt_state())
+assert logs["skip_nonfinite/steps_skipped"] == 1
+assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+class Mine(Optax):
+  @classmethod
+  def from_config(cls, config):
+    return cls(transformation())
+
+
+model.save("model.keras")
+same = keras.saving.load_model("model.keras", custom_objects={"Optax": Mine})
+for x, y in zip(*(jax.tree.leaves(m.optimizer.opt_state()) for m in (model, same))):
+  np.testing.assert_array_equal(x, y)
+"""
+
+
+def test_keras(tmp_path):
+  """The block of docs/trainers.md, in a process where Keras runs on JAX."""
+  if importlib.util.find_spec("keras") is None:
+    pytest.skip("Keras is not installed")
+  root = pathlib.Path(__file__).parents[2]
+  (block,) = re.findall(
+    r"```python\n(import os\n.*?class Optax.*?)```",
+    (root / "docs" / "trainers.md").read_text(),
+    re.DOTALL,
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", block + KERAS],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
 
 
 # --- Flax NNX and Linen, Haiku -------------------------------------------------------
