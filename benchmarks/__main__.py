@@ -6,7 +6,7 @@ import importlib
 import pathlib
 from typing import Any
 
-SUITES = ("overhead", "skip", "leaves", "precision", "scale", "mesh")
+SUITES = ("overhead", "skip", "leaves", "precision", "spectral", "scale", "mesh")
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ _TITLES = {
   "leaves": "A step of many small leaves",
   "precision": "Our norm is right to 1e-6 in every dtype and range",
   "scale": "Time to clip a gigabyte of gradients",
+  "spectral": "Clips of singular values: what exceeds the limit, and what moves below",
   "mesh": "A clipped step on simulated devices: two cores run them all",
   "compiled": "What the compiler makes of a clipped AdamW step",
 }
@@ -250,12 +251,37 @@ def _compiled(rows: Rows) -> Any:
   return figure
 
 
+def _spectral(rows: Rows) -> Any:
+  rows = [row for row in rows if "excess" in row and row["dtype"] == "float32"]
+  rows = [row for row in rows if "strict" not in row["method"]]
+  names = [row["method"] for row in rows]
+  colors = [_BLUE if name.startswith("spectral_clip") else _GREY for name in names]
+  figure, panels = plt.subplots(
+    1, 2, figsize=(11, 0.36 * len(names) + 1.4), sharey=True, layout="constrained"
+  )
+  for axes, key, label in (
+    (panels[0], "excess", "largest excess over the limit, over the limit"),
+    (panels[1], "tiny", "error of what is below a thousandth of it, over the limit"),
+  ):
+    values = [min(max(row[key], 1e-9), 1e5) for row in rows]
+    axes.barh(range(len(names)), values, color=colors, left=0)
+    for y, value in enumerate(values):
+      axes.text(value, y, f" {value:.1e}", va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(1e-9, 1e6)
+    axes.set_xlabel(label)
+  panels[0].set_yticks(range(len(names)), names)
+  panels[0].invert_yaxis()
+  return figure
+
+
 _CHARTS: dict[str, Callable[[Rows], Any]] = {
   "overhead": _overhead,
   "skip": _skip,
   "leaves": _leaves,
   "precision": _precision,
   "scale": _scale,
+  "spectral": _spectral,
   "mesh": _mesh,
   "compiled": _compiled,
 }

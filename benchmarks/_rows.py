@@ -47,6 +47,16 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     ("norm", "norm", "{:.7g}"),
     ("relative_error", "error", "{}"),
   ],
+  "spectral": [
+    ("method", "clipping", "{}"),
+    ("excess", "excess", "{:.1e}"),
+    ("inside", "within", "{}"),
+    ("inside_equal", "equal", "{}"),
+    ("below", "below", "{:.1e}"),
+    ("tiny", "tiny", "{:.1e}"),
+    ("ms", "ms", "{:.2f}"),
+    ("over_muon", "/Muon", "{:.2f}"),
+  ],
   "scale": [
     ("parameters", "parameters", "{:,}"),
     ("dtype", "dtype", "{}"),
@@ -97,7 +107,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
   tables: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     suite = row["suite"]
-    key = _subject(row) if suite == "compiled" else suite
+    key = _subject(row) if suite in ("compiled", "spectral") else suite
     tables.setdefault(key, []).append(row)
   for of_suite in sorted(
     tables.values(), key=lambda own: list(COLUMNS).index(own[0]["suite"])
@@ -152,6 +162,7 @@ def _subject(row: dict[str, Any]) -> str:
     "leaves": "the same bytes in more leaves, an sgd step",
     "precision": "the global norm against float64",
     "scale": "norm and clip alone",
+    "spectral": row.get("case") or f"matrices of twelve kinds, {row.get('dtype')}",
   }[row["suite"]]
 
 

@@ -21,6 +21,8 @@ Array = jax.Array
 # The largest ratio of norm and limit that float32 resolves: below, limits are raised
 # and the result is lowered.
 _DEPTH = 22
+# What `strict` allows for the errors of a norm and of a limit, in epsilons.
+_NORM_EPSILONS = 16
 
 
 class _Static(NamedTuple):
@@ -67,7 +69,7 @@ def _of_one(
   static: _Static, matrix: Array, value: Array, unit: Array, limit: Array
 ) -> tuple[Array, Array, Array]:
   norm = Extended(value, unit)
-  decided = _is_decided(norm, limit, matrix.dtype, soft=static.soft)
+  decided = _is_decided(static, norm, limit, matrix.dtype)
 
   def keep(matrix: Array) -> tuple[Array, Array, Array]:
     return matrix, value, unit
@@ -79,12 +81,14 @@ def _of_one(
   return lax.cond(decided, keep, work, matrix)
 
 
-def _is_decided(norm: Extended, limit: Array, dtype: Any, *, soft: bool) -> Array:
+def _is_decided(static: _Static, norm: Extended, limit: Array, dtype: Any) -> Array:
   """Whether the norm says enough: all is within the limit, or nothing is finite."""
-  if soft:
+  eps = float(jnp.finfo(_power_sums.accumulator(dtype)).eps)
+  if static.strict:
+    limit = limit * (1 - _NORM_EPSILONS * eps)
+  if static.soft:
     # Far below the limit the change is below half an epsilon.
-    wide = jnp.finfo(_power_sums.accumulator(dtype))
-    limit = limit * float(wide.eps) ** 0.5
+    limit = limit * eps**0.5
   return ~_extended.exceeds(norm, limit) | ~jnp.isfinite(norm.value)
 
 
@@ -104,7 +108,9 @@ def _worked(
   raised = jnp.maximum(-_DEPTH - depth, 0)
   goal = size * share * _power(jnp.minimum(depth + raised, 60), wide)
   if static.strict:
-    goal = goal / (1 + aim.tolerance) * (1 - 16 * float(jnp.finfo(wide).eps))
+    goal = (
+      goal / (1 + aim.tolerance) * (1 - _NORM_EPSILONS * float(jnp.finfo(wide).eps))
+    )
 
   def inside(x: Array) -> Array:
     return _scaled(real(x).astype(wide), -exponent)
@@ -147,7 +153,7 @@ def _of_one_jvp(
   norm = Extended(value, unit)
   wide = _power_sums.accumulator(matrix.dtype)
   usable = jnp.isfinite(value)
-  decided = _is_decided(norm, limit, matrix.dtype, soft=static.soft)
+  decided = _is_decided(static, norm, limit, matrix.dtype)
   whole, change = (
     real(_view.gathered(x, static.view)).astype(wide) for x in (matrix, dot_matrix)
   )

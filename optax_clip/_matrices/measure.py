@@ -181,7 +181,9 @@ def _bound(view: _view.View, matrix: Array, value: Array, unit: Array) -> Array:
   square = dot(*_turned(view, matrix, unit, scale, wide))
   # Where nothing is measured the estimate must be a number, too.
   estimate = jnp.where(usable, _estimate(square), 1)
-  bound = _certificate.look_at(square, estimate, TOLERANCE).bound * estimate * scale
+  # Near its largest value no doubling ends early: without a conditional for it.
+  look = _certificate.look_at(square, estimate, TOLERANCE, fixed=True)
+  bound = look.bound * estimate * scale
   # The 2-norm is a bound as well, but for its own rounding. NaN comes of no finite one.
   most = value * (1 + 16 * float(jnp.finfo(wide).eps))
   return jnp.where(bound < most, bound, jnp.where(usable, most, value))

@@ -4,12 +4,12 @@ from fractions import Fraction
 import functools
 import math
 
-from helpers import matrices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import _matrices as matrices
 import optax_clip
 from optax_clip import measures
 from optax_clip._matrices import certificate

@@ -2,7 +2,6 @@
 
 import functools
 
-from helpers import matrices
 from helpers import oracles
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import _matrices as matrices
 import optax_clip
 from optax_clip import actions
 from optax_clip import measures
