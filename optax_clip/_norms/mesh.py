@@ -36,6 +36,8 @@ def unchecked_axes() -> tuple[str, ...]:
   They are those of `pmap` and of `shard_map` with ``check_vma=False``.
   """
   mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return ()
   manual = jax.sharding.AxisType.Manual
   names = [
     n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == manual
