@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip import _backend
 from optax_clip import _validate
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import SkipRecord
@@ -326,9 +327,11 @@ def skip_spikes(
     take = finite & ~skipped
 
     _, later = threshold.update(values, old)
-    # After a lasting shift the memory holds this step alone.
-    blank = _limits.restarted(threshold, jnp.zeros_like(values), old)
-    _, afresh = threshold.update(values, blank)
+    afresh = later
+    # After a lasting shift the memory holds this step alone. An eager step knows of it.
+    if _backend.is_traced(shift) or shift:
+      blank = _limits.restarted(threshold, jnp.zeros_like(values), old)
+      _, afresh = threshold.update(values, blank)
     learned = jax.tree.map(
       lambda new, now, old: jnp.where(shift, new, jnp.where(take, now, old)),
       afresh,

@@ -4,6 +4,7 @@ The functions are public as `optax_clip.thresholds`. `memory` does what all rule
 (forgetting, dtypes, counting, noise).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -132,6 +133,8 @@ def _percentile(values: Array, total: Array, q: Scalar) -> Array:
   return low + fraction * gap
 
 
+# `jit` so that eager callers compile it once; inside another one it is inlined.
+@functools.partial(jax.jit, inline=True)
 def _window_moments(window: Array, count: Array) -> tuple[Array, Array]:
   """Returns the mean and the population standard deviation of each row."""
   filled = _filled(window, count)
