@@ -1,5 +1,6 @@
 """Draws norms over steps: in a terminal by uniplot, in a PNG by matplotlib."""
 
+import math
 import sys
 
 import numpy as np
@@ -9,26 +10,34 @@ from optax_clip._logs.log import Log
 
 # Norms further from the median than these factors are drawn at the edge.
 _BELOW, _ABOVE = 1e-3, 1e4
+_HEIGHT, _LABEL = 14, 9
 
 
 def in_terminal(log: Log, limit: float, width: int) -> str:
   """A plot of characters, in 14 lines: norms by step, and a limit unless it is NaN."""
   steps, norms = _drawn(log)
+  low, high = np.log10([norms.min() / 1.05, norms.max() * 1.05])
   unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
   text = uniplot.plot_to_string(
-    norms,
+    np.log10(norms),
     steps,
-    # In less than a decade its logarithmic scale has no round number.
-    y_as_log=norms.max() > 10 * norms.min(),
-    y_gridlines=[limit] if np.isfinite(limit) else [],
+    y_min=low,
+    y_max=high,
+    y_gridlines=[math.log10(limit)] if np.isfinite(limit) else [],
     x_gridlines=[],
+    # Its own labels are rounded until they just differ: 0, 1, 2 for 0.5, 1.0, 1.5.
+    y_labels=False,
     width=width,
-    line_length_hard_cap=width,
-    height=14,
+    line_length_hard_cap=width - _LABEL,
+    height=_HEIGHT,
     character_set="block" if unicode else "ascii",
     color=False,
   )
-  return "\n".join(line.rstrip() for line in text.splitlines())
+  lines = [line.rstrip() for line in text.splitlines()]
+  for i in range(0, _HEIGHT, 3):
+    middle = high - (i + 0.5) / _HEIGHT * (high - low)
+    lines[i + 1] += f" {10**middle:.3g}"
+  return "\n".join(lines)
 
 
 def in_png(log: Log, limit: float, path: str) -> None:

@@ -436,6 +436,21 @@ def test_the_plot_fits_the_terminal(tmp_path, capsys, monkeypatch, norms, width)
   assert max(map(len, plot)) <= min(int(width), 80)
 
 
+def test_the_labels_of_the_plot_are_the_norms_of_their_lines(tmp_path, capsys):
+  steps = np.arange(300)
+  norms = 0.5 * 3 ** (steps / 299)
+  main(["suggest", write_csv(tmp_path / "a.csv", norms.round(4))])
+  plot = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+  labels = [line.rpartition("│")[2] for line in plot[1:15]]
+  assert [bool(x) for x in labels] == [i % 3 == 0 for i in range(14)]
+  for label, line in zip(labels, plot[1:15], strict=True):
+    body = line.partition("│")[2].rpartition("│")[0].replace("─", " ")
+    inked = [i for i, x in enumerate(body.replace("▔", " ")) if x != " "]
+    if label and inked:
+      there = norms[int(np.mean(inked) / len(body) * 299)]
+      assert float(label) == pytest.approx(there, rel=0.08)
+
+
 def test_a_run_without_a_level_gets_no_constant(tmp_path, capsys):
   norms = NORMS * np.geomspace(1, 0.01, 300)
   main(["suggest", write_csv(tmp_path / "a.csv", norms)])
