@@ -10,8 +10,6 @@ import pytest
 
 import optax_clip
 from optax_clip import measures
-from optax_clip._algebra import handed
-from optax_clip._algebra import measured
 from optax_clip._trees.paths import every_name
 
 
@@ -169,17 +167,6 @@ class TestScaled:
     without = {name: leaf for name, leaf in tree().items() if name != "embedding"}
     expected, _ = optax_clip.clip_tree(without, 1.0)
     jax.tree.map(np.testing.assert_array_equal, updates, tree() | expected)
-
-  def test_a_known_norm_is_taken(self):
-    """The norms do not depend on it."""
-    measure = measures.group_norm("all", ["all"])
-    tx = optax_clip.clip_by_group_norm("all", {"all": 1.0}, scaled=self.rest)
-    g = tree()
-    with handed.scope(measured.known(measure, g, None, jnp.array([10.0]))):
-      updates, state = tx.update(g, tx.init(g))
-    assert optax_clip.metrics(state)["clip_by_group_norm/norm"] == 10
-    np.testing.assert_allclose(updates["head"]["kernel"], 0.5, rtol=1e-6)
-    np.testing.assert_array_equal(updates["embedding"], g["embedding"])
 
   def test_derivatives(self):
     """Those of what is not scaled go through it unchanged."""
