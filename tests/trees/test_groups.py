@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import optax_clip
-from optax_clip import measures
 from optax_clip._trees.paths import every_name
 
 
