@@ -13,6 +13,7 @@ from benchmarks import costs
 from benchmarks import mesh
 from benchmarks import overhead
 from benchmarks import precision
+from benchmarks import spectral
 
 pytestmark = pytest.mark.house
 
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.house
 def test_the_tables_of_the_page_are_that_of_the_results():
   text = costs.PAGE.read_text()
   assert costs.updated(text) == text
+
+
+def test_the_tables_of_singular_values_are_those_of_the_results():
+  results = json.loads((costs.RESULTS / "cpu-spectral.json").read_text())
+  page = (costs.ROOT / "docs" / "spectral.md").read_text()
+  assert spectral.table(results["rows"]) in page
+  assert spectral.times(results["rows"]) in page
 
 
 @pytest.mark.programs
@@ -87,7 +95,9 @@ def test_results_are_drawn_and_written(tmp_path, monkeypatch):
   assert max(row["relative_error"] for row in ours) <= 1e-6
 
 
-@pytest.mark.parametrize("suite", ["overhead", "skip", "leaves", "scale", "mesh"])
+@pytest.mark.parametrize(
+  "suite", ["overhead", "skip", "leaves", "scale", "mesh", "spectral"]
+)
 def test_committed_results_can_be_drawn(suite, tmp_path):
   path = costs.RESULTS / f"cpu-{suite}.json"
   results = json.loads(path.read_text())
