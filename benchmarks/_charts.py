@@ -265,8 +265,9 @@ def _spectral(rows: Rows) -> Any:
   ):
     values = [min(max(row[key], 1e-9), 1e5) for row in rows]
     axes.barh(range(len(names)), values, color=colors, left=0)
-    for y, value in enumerate(values):
-      axes.text(value, y, f" {value:.1e}", va="center", fontsize=8)
+    for y, (value, row) in enumerate(zip(values, rows, strict=True)):
+      text = f" {value:.1e}" if row[key] > 0 else " none"
+      axes.text(value, y, text, va="center", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(1e-9, 1e6)
     axes.set_xlabel(label)
