@@ -8,6 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_clip import _backend
 from optax_clip._matrices import hard as _hard
 from optax_clip._matrices import slope as _slope
 from optax_clip._matrices import soft as _soft
@@ -59,9 +60,26 @@ def settled(
     return None  # The one singular value is the norm.
   static = _Static(view, soft, strict)
   limits = jnp.broadcast_to(limit, jnp.shape(norm.value))
-  of_one = functools.partial(_of_one, static)
-  new, value, unit = _view.over_matrices(of_one, view, leaf, *norm, limits)
+  new, value, unit = _compiled(
+    leaf, *norm, limits, static=static, forms=_backend.forced()
+  )
   return new, Extended(value, unit)
+
+
+# As in `_norms.norm`: eager callers compile it once; inside `jit` it is inlined.
+@functools.partial(jax.jit, static_argnames=("static", "forms"), inline=True)
+def _compiled(
+  leaf: Array,
+  value: Array,
+  unit: Array,
+  limits: Array,
+  *,
+  static: _Static,
+  forms: str | None,
+) -> tuple[Array, ...]:
+  del forms  # Forced by tests: another program.
+  of_one = functools.partial(_of_one, static)
+  return _view.over_matrices(of_one, static.view, leaf, value, unit, limits)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

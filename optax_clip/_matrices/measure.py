@@ -162,6 +162,8 @@ class _Measured:
     return layout.gathered(norms, own)
 
 
+# As in `_norms.norm`: eager callers compile it once; inside `jit` it is inlined.
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
 def _bounded(view: _view.View, leaf: Array, norm: Extended) -> Extended:
   """Bounds the largest singular value of each matrix, given their 2-norms."""
 

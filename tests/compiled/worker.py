@@ -1,7 +1,7 @@
 """Compiles what it is asked for, a line of JSON each: `worker.py TARGET DEVICES`.
 
 In a process of its own, since the number of devices that JAX has is fixed when it
-starts, and the tests' has eight.
+starts.
 """
 
 import json
