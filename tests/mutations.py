@@ -308,6 +308,42 @@ FAULTS = (
     "for i, row in zip(members[::-1], own, strict=True):",
     "scalars",
   ),
+  Fault(
+    "norms are handed to whatever stands inside a guard",
+    "_guards/inside.py",
+    "return inside.update(updates, state, params, **extra_args)",
+    "return inside.update(updates, state, params, norms=known, **extra_args)",
+    "handed",
+  ),
+  Fault(
+    "an eager step of a guard compiles a branch again",
+    "_guards/skipped_step.py",
+    "if not isinstance(take, jax.core.Tracer):",
+    "if False:",
+    "eager",
+  ),
+  Fault(
+    "a healthy guard's state holds NaN",
+    "_guards/record.py",
+    "kept=jnp.zeros(4, jnp.float32)",
+    "kept=jnp.full(4, jnp.nan, jnp.float32)",
+    "guard_records",
+  ),
+  Fault(
+    "a guard freezes the scale of the loss in the step in which it should fall",
+    "_guards/guard.py",
+    "key=lambda i: not self.judges[i].scales",
+    "key=lambda i: i",
+    "order",
+  ),
+  Fault(
+    "a record of layers has no row where there are no layers",
+    "_algebra/record.py",
+    "count = max(sum(map(math.prod, stacks)), 1)",
+    "count = sum(map(math.prod, stacks))",
+    "leaves",
+    "empty or nothing",
+  ),
 )
 
 # Forms that only accelerators take are tried as CI tries them.
