@@ -15,9 +15,7 @@ QUICK = {"quick": True}
 
 # The clips and guards of this library, but for clips of singular values: these choose
 # between matmuls by conditionals (docs/spectral.md), and compile for minutes.
-OURS = [
-  name for name in filter(compiled.is_ours, compiled.methods()) if "spectral" not in name
-]
+OURS = [x for x in filter(compiled.is_ours, compiled.methods()) if "spectral" not in x]
 GUARDS = [
   f"{how}, {guard}"
   for how in ("guarded_step", "update")
