@@ -391,7 +391,7 @@ def run(options: argparse.Namespace) -> Rows:
       from benchmarks import _charts
 
       path = _of_target(options.png, target, targets)
-      for drawn in _charts.draw(rows, path, notes):
+      for drawn in _charts.draw(merged(rows, old), path, notes):
         console.print(f"wrote {drawn}", soft_wrap=True, highlight=False)
   return every
 
