@@ -25,7 +25,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
   "laws/test_contract.py": {
     "test_a_restored_state_continues_bit_for_bit": (*WRAPPED, "adagc"),
     "test_updates_are_those_of_the_oracle": WIDE,
-    "test_without_jit_the_result_is_the_same": (KINDS[0], "clippy"),
+    "test_without_jit_the_result_is_the_same": ("clippy",),
     "test_every_order_is_that_of_the_oracle": (KINDS[0], "inf"),
     "test_float64_stays_float64": (*FIXED, "clip_by_block_rms"),
     "test_complex_updates_are_those_of_the_oracle": FIXED,
@@ -80,6 +80,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
   },
   "laws/test_counters.py": {"test_steps_go_on": (*KINDS, "skip_spikes")},
   "laws/test_derivatives.py": {
+    "test_a_step_that_was_taken_depends_on_them_as_without_a_guard": ("skip_spikes",),
     "test_a_step_that_was_not_taken_does_not_depend_on_its_gradients": (
       "skip_spikes-update",
     ),
@@ -100,6 +101,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_so_has_a_suggestion": (),
   },
   "laws/test_stacked.py": {
+    "test_one_expert_of_one_layer_explodes": ("adagc",),
     "test_stacked_layers_are_clipped_as_separate_ones": KINDS[1:2],
     "test_linen_scan": (),
   },
@@ -130,7 +132,9 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_per_example_under_jit_and_with_a_traced_limit": (),
   },
   "methods/test_per_example.py": {
-    "test_derivatives_are_those_of_the_others": ("forward-nan",),
+    "test_derivatives_are_those_of_the_others": (
+      "forward-nan-per_example_layer_norm_clip",
+    ),
     "test_the_others_are_summed_as_if_it_were_not_there": WIDE[1:],
   },
   "methods/test_qk_clip.py": {
@@ -141,6 +145,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_layers_that_are_stacked": ("1",),
   },
   "norms/test_ratios.py": {
+    "test_weights_may_be_of_several_dtypes": ("unit_norm",),
     "test_leaves_of_unlike_dtypes_meet_their_own_weights": (
       "measure0-fdf ffd",
       "measure1-fdd ddf",
@@ -212,6 +217,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_it_stays_0": FIXED,
   },
   "report/test_convert.py": {
+    "test_wrappers_of_optax": ("labels", "named_chain"),
     "test_a_run_goes_on_as_if_nothing_had_changed": (
       "guards-msgpack",
       "record-msgpack",
@@ -220,10 +226,14 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_an_optimizer_of_nnx": (),
   },
   "guards/test_eager.py": {
-    "test_methods": (KINDS[1], "clip_by_layer_norm", "adagc", "spectral_clip"),
+    "test_eager_and_compiled_steps_agree": ("guards", "layers"),
+    "test_methods": (KINDS[1], "clip_by_layer_norm", "adagc"),
     "test_guards": ("skip", "guards", "layers"),
   },
   "matrices/test_clip.py": {
+    "test_one_norm_of_all_decides_for_all": (),
+    "test_limits_by_shape_are_those_of_the_formula": (),
+    "test_derivatives_are_differences": (),
     "test_matrices_stacks_and_kernels": (),
     "test_experts_and_heads_are_matrices_each": (),
     "test_complex_matrices": (),
@@ -231,8 +241,21 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_records_name_the_proven_norm_of_each_layer": (),
     "test_every_threshold_works": (),
     "test_models_side_by_side": (),
-    "test_the_soft_form_is_that_of_its_formula": WIDE[:1],
+    "test_the_soft_form_is_that_of_its_formula": (),
     "test_strict_leaves_nothing_above": WIDE[1:],
+  },
+  "matrices/test_certificate.py": {
+    "test_it_is_differentiable": (),
+  },
+  "guards/test_guard_records.py": {
+    "test_nor_once_a_step_that_was_not_finite_is_over": ("losses1-skip_spikes",),
+    "test_before_the_first_step_and_after_steps": ("layers-skip_spikes",),
+  },
+  "guards/test_handed.py": {
+    "test_lbfgs": ("skip",),
+  },
+  "laws/test_nesting.py": {
+    "test_laws_of_the_sample": ("closed", "eager"),
   },
   "trees/test_groups.py": {
     "test_it_passes_bit_for_bit_whatever_the_norm_is": WIDE[1:],
