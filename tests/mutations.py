@@ -162,7 +162,7 @@ FAULTS = (
     "_norms/layout.py",
     "      start = stop\n",
     "      start = stop - 1\n",
-    "stacked mixed_meshes learned_state",
+    "records stacked learned_state",
   ),
   Fault(
     "a coefficient reaches the leaf before its own",
