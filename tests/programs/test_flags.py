@@ -29,7 +29,8 @@ def test_a_flag_that_xla_does_not_know_is_left_out(tmp_path, workers):
   done = subprocess.run(
     [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "."],
     cwd=tmp_path,
-    env={key: x for key, x in os.environ.items() if key != "XLA_FLAGS"},
+    env={key: x for key, x in os.environ.items() if key != "XLA_FLAGS"}
+    | {"PYTHONPATH": str(CONFTEST.parent)},
     capture_output=True,
     text=True,
     timeout=300,
