@@ -285,10 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     "--print", action="store_true", help="print tables, write nothing"
   )
   options = parser.parse_args(argv)
-  with tempfile.TemporaryDirectory() as programs:
-    jax.config.update("jax_compilation_cache_dir", programs)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    rows = measure(load(options.folder))
+  rows = measure(load(options.folder))
   if not rows:
     parser.error(f"{options.folder}: no run of {FEWEST} rows before a clip")
   if options.print:
@@ -306,4 +303,9 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
-  main()
+  # Runs of one length share their programs, for this process alone: whoever calls
+  # `main` keeps the settings that they have.
+  with tempfile.TemporaryDirectory() as programs:
+    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    main()
