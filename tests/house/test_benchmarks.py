@@ -45,6 +45,7 @@ def test_overhead_of_a_small_model():
     assert row["added_over_reads"] == pytest.approx(row["added_ms"] / 1e3 / read)
 
 
+@pytest.mark.mesh
 @pytest.mark.programs
 @pytest.mark.foreign
 def test_collectives_of_a_mesh(monkeypatch):
