@@ -25,6 +25,7 @@ Whoever knows the norms already (a guard that measured the same updates, a calle
 `clip_tree`) hands them on: `handed` says how.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -200,7 +201,7 @@ def clip_with(
     coefficients, applied = weights(found)
     settled: Any = {}
     if action.settle is not None:
-      settled, found = _settled(action, found, limits, updates)
+      settled, found = _settled(action.settle, found, limits, updates)
       _, applied = weights(found)
       sizes = found.sizes()
     clipped = _applied(action, found.layout, coefficients, limits, updates, settled)
@@ -260,7 +261,7 @@ def _applied(
 
 
 def _settled(
-  action: Action, found: Norms, limits: Sequence[Array], updates: Updates
+  settle: Callable[..., Any], found: Norms, limits: Sequence[Array], updates: Updates
 ) -> tuple[dict[int, Array], Norms]:
   """Has the action look at leaves again; returns what it made, and the norms then."""
   leaves = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
@@ -268,9 +269,7 @@ def _settled(
   own = layout.spread(list(zip(found.blocks, limits, strict=True)))
   settled, norms = {}, [norm for norm, _ in own]
   for i, (leaf, place, pair) in enumerate(zip(leaves, layout.places, own, strict=True)):
-    new = None
-    if action.settle is not None and place.scaled:
-      new = action.settle(leaf, place, *pair)
+    new = settle(leaf, place, *pair) if place.scaled else None
     if new is not None:
       settled[i], norms[i] = new
   return settled, found._replace(blocks=layout.gathered(found.blocks, norms))

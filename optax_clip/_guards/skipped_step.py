@@ -51,7 +51,7 @@ def taken_or_kept(
   Raises:
     TypeError: if the step changes the structure, a shape or a dtype of the state.
   """
-  if not isinstance(take, jax.core.Tracer):
+  if not _backend.is_traced(take):
     return _decided(bool(take), step, updates, kept, state)
   closed, shapes = jax.make_jaxpr(step, return_shape=True)(updates)
   _same_types(state, shapes[1])

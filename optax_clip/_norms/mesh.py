@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_clip import _backend
 from optax_clip._types import AxisName
 from optax_clip._types import Specs
 
@@ -311,7 +312,7 @@ def on_one_device(arrays: Sequence[Any]) -> bool:
   if not mesh.empty:
     manual = jax.sharding.AxisType.Manual
     return all(kind == manual for kind in mesh.axis_types)
-  if any(isinstance(x, jax.core.Tracer) for x in arrays):
+  if _backend.is_traced(arrays):
     return False
   return len({d for x in arrays for d in x.devices()}) == 1
 
