@@ -151,7 +151,8 @@ class TestOfSteps:
       if kind == "spike":
         norms = np.float32(np.where(latest > 0, np.array(SIZES)[latest - 1], 0))
         np.testing.assert_array_equal(found["spike_norm"], norms)
-    assert found["skip_rate"][59] == 1
+    # The running average of ones is rounded once a step.
+    np.testing.assert_allclose(found["skip_rate"][59], 1, atol=2e-6)
 
   @pytest.mark.mesh
   def test_a_loss_that_differs_over_a_mesh_is_averaged(self):
