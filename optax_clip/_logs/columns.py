@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from typing import Any
+from typing import TypeAlias
 
 from optax_clip._logs import text as _text
 from optax_clip._logs.records import LogError
@@ -34,53 +35,52 @@ STEPS = re.compile(
 )
 _NAMELESS = re.compile(r"value|\d+")
 _LISTED = 6  # Names in an error.
+# What a column without norms says of a file.
+_HINTS = {
+  "State": " It is a table of runs: export the history of one.",
+  "current_steps": " LLaMA-Factory has it in trainer_state.json.",
+}
+_Rows: TypeAlias = Sequence[dict[str, Any]]
 
 
-def choose(kind: str, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
-  """The only column that is named as a norm of gradients, and why; or a `LogError`."""
-  names = list(dict.fromkeys(key for row in rows for key in row))
-  names = [x for x in names if any(_text.is_number(row.get(x)) for row in rows)]
-  ranks = {name: rank for name in names if (rank := _rank(name)) is not None}
-  if not ranks and (nameless := [x for x in names if _NAMELESS.fullmatch(x.lower())]):
-    ranks = dict.fromkeys(nameless, ())  # A download of one scalar.
-  if not ranks:
-    # Names that say who wrote the file, or what it is.
-    keys = set(rows[0]) if rows else set[str]()
-    hint = " It is a table of runs: export the history of one." * (
-      {"Name", "State"} <= keys
+def choose(kind: str, rows: _Rows, wanted: str | None) -> tuple[str, list[str]]:
+  """The column that is wanted, or named as a norm of gradients, and why; a `LogError`.
+
+  A part of its name does, if no other norm has this part.
+  """
+  keys = list(dict.fromkeys(key for row in rows for key in row))
+  if wanted is not None:
+    norms = (
+      [wanted] if wanted in keys else [x for x in keys if wanted in x and _rank(x)]
     )
-    hint += " LLaMA-Factory has it in trainer_state.json." * ("current_steps" in keys)
+    if len(norms) == 1:
+      return norms[0], []
+    near = difflib.get_close_matches(wanted, keys, 1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    raise LogError(f"has no column {wanted!r}.{meant} There are {listed(keys)}")
+  names = [x for x in keys if any(_text.is_number(row.get(x)) for row in rows)]
+  ranks = {name: rank for name in names if (rank := _rank(name)) is not None}
+  if not ranks:  # A download of one scalar.
+    ranks = {x: () for x in names if _NAMELESS.fullmatch(x.lower())}
+  if not ranks:
+    hint = "".join(text for key, text in _HINTS.items() if key in keys)
     raise LogError(
       f"seems to be {kind}, and no column looks like the norm of the gradients."
-      f"{hint} Name it by --column; there are {listed(names or list(keys))}"
+      f"{hint} Name it by --column; there are {listed(names or keys)}"
     )
-  varying = {name: rank for name, rank in ranks.items() if not _is_constant(rows, name)}
+  varying = {name: rank for name, rank in ranks.items() if _varies(rows, name)}
   if not varying:
     raise LogError(
-      f"column {next(iter(ranks))!r} is constant or never finite: a setting, or norms"
-      " after a clip that always acted, or only of overflows. --column takes it all the"
-      " same"
+      f"column {next(iter(ranks))!r} is constant or never finite: a setting, norms"
+      " after a clip that always acted, or overflows. --column takes it all the same"
     )
   best = [name for name, rank in varying.items() if rank == min(varying.values())]
   if len(best) > 1:
-    raise LogError(
-      f"{len(best)} columns look like the norm of the gradients. Name one by --column:"
-      f" {listed(best)}"
-    )
+    look = "columns look like the norm of the gradients. Name one by --column"
+    raise LogError(f"{len(best)} {look}: {listed(best)}")
   rest = [name for name in ranks if name != best[0]]
   why = f"and not {listed(rest)}" if rest else "as no other looks like a gradient norm"
-  return best[0], f"took column {best[0]!r}, {why}"
-
-
-def check(rows: Sequence[dict[str, Any]], wanted: str) -> str:
-  """The column that the user named, in whole or in part; or a `LogError`."""
-  names = list(dict.fromkeys(key for row in rows for key in row))
-  norms = [x for x in names if wanted in x and _rank(x) is not None]
-  if wanted in names or len(norms) == 1:
-    return wanted if wanted in names else norms[0]
-  near = difflib.get_close_matches(wanted, names, 1)
-  meant = f" Did you mean {near[0]!r}?" if near else ""
-  raise LogError(f"has no column {wanted!r}.{meant} There are {listed(names)}")
+  return best[0], [f"took column {best[0]!r}, {why}"]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -104,9 +104,8 @@ def _rank(name: str) -> tuple[bool, ...] | None:
   return not of_gradients, *worse, not _BETTER.search(last)
 
 
-def _is_constant(rows: Sequence[dict[str, Any]], name: str) -> bool:
-  """Whether a column has one finite number only, several times, or none at all."""
+def _varies(rows: _Rows, name: str) -> bool:
+  """Whether a column has several finite numbers, or one row with one."""
   cells = [row[name] for row in rows if _text.is_number(row.get(name))]
-  values = [_text.number(cell) or 0.0 for cell in cells]
-  finite = list(filter(math.isfinite, values))
-  return not finite or (len(finite) > 1 and len(set(finite)) == 1)
+  finite = [x for cell in cells if math.isfinite(x := _text.number(cell) or 0.0)]
+  return len(set(finite)) > 1 or len(finite) == 1

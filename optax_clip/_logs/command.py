@@ -1,19 +1,20 @@
 """What `python -m optax_clip` says: a threshold for a log, and what methods do."""
 
+import argparse
 import ast
 from collections.abc import Sequence
 import math
 import shutil
+import sys
 import textwrap
 from typing import Any
 
 import numpy as np
 import optax
-from tabulate import tabulate
+import uniplot
 
 import optax_clip
-from optax_clip._logs import drawing as _drawing
-from optax_clip._logs.log import Log
+from optax_clip._logs import log as _log
 from optax_clip._logs.records import LogError
 
 # Those that clip each layer are right for the norms of one.
@@ -22,62 +23,80 @@ METHODS = ("autoclip", "clip_by_global_norm", "clip_by_history", "zclip", *_OF_L
 # The default of `replay`: methods with one learned limit for all leaves.
 USUAL = ("clip_by_history", "zclip", "zclip:mode=percentile", "autoclip")
 
-_COLUMNS = 80
+_COLUMNS, _HEIGHT, _LABEL = 80, 14, 9
+_NOTES = textwrap.TextWrapper(_COLUMNS, "  note        ", " " * 14)
 # A norm after a clip is the limit, but for rounding.
 _SAME, _OFTEN, _FEWEST = 1e-3, 0.02, 100
-_WORDS = {"true": True, "false": False, "none": None}
+# Norms further from the median than these factors are drawn at the edge.
+_BELOW, _ABOVE = 1e-3, 1e4
 
 
-def about(path: str, log: Log) -> str:
-  """What was read, and what is to be known about it, in lines of 80 columns."""
+def answer(asked: argparse.Namespace) -> str:
+  """What was read, what is to be known about it, and what was asked for."""
+  share, clip, methods = asked.clipped_share, asked.from_clip, asked.methods
+  if asked.command == "suggest" and methods:
+    raise LogError(f"suggest takes no method: {', '.join(methods)}")
+  if asked.command == "replay" and (share, clip) != (None, None):
+    raise LogError("--clipped-share and --from-clip are for suggest")
+  if clip is not None and not 0 < clip < math.inf:
+    raise LogError(f"--from-clip {clip:g} is no number above 0")
+  log = _log.read(asked.log, asked.column, asked.run)
   first, last = log.steps[[0, -1]]
   rows = f"{len(log.norms)} rows of {log.column}, steps {first:.0f} to {last:.0f}"
-  return "\n".join([f"{path}: {rows}", *map(_note, log.notes)])
+  said = [f"{asked.log}: {rows}", *map(_NOTES.fill, log.notes)]
+  if asked.command == "replay":
+    return "\n".join([*said, "", replay(log, methods or USUAL)])
+  share = 0.05 if share is None else share
+  if after := _after_clip(log.norms, clip, share):
+    said.append(_NOTES.fill(after))
+  found = optax_clip.suggest_max_norm(log.norms, share)
+  return "\n".join([*said, str(found), "", _plot(log, found.max_norm)])
 
 
-def _note(text: str) -> str:
-  return textwrap.fill(
-    text, _COLUMNS, initial_indent="  note        ", subsequent_indent=" " * 14
-  )
-
-
-def suggest(log: Log, share: float, *, clip: float | None, png: str | None) -> str:
-  """The text of a suggestion, with its plot; also writes the PNG that is wanted."""
-  said = _clipped_at(log.norms, clip, share) if clip else _clipped_before(log.norms)
-  try:
-    found = optax_clip.suggest_max_norm(log.norms, share)
-  except ValueError as error:
-    raise LogError(f"column {log.column!r} as {error}") from error
+def _plot(log: _log.Log, limit: float) -> str:
+  """Norms by step in 14 lines of characters, and a limit unless it is NaN."""
   width = min(shutil.get_terminal_size((_COLUMNS, 24)).columns, _COLUMNS)
-  parts = [str(found), *([_note(said)] if said else [])]
-  parts += ["", _drawing.in_terminal(log, found.max_norm, width)]
-  if png is not None:
-    try:
-      _drawing.in_png(log, found.max_norm, png)
-    except OSError as error:
-      raise LogError(f"--png {png}: cannot be written: {error.strerror}") from error
-    parts += ["", f"wrote {png}"]
-  return "\n".join(parts)
-
-
-def _clipped_before(norms: np.ndarray) -> str:
-  """A warning if many norms are the largest one, as those after a clip are."""
-  finite = norms[np.isfinite(norms)]
-  top = float(finite.max(initial=0.0))
-  same = float(np.mean(finite >= top * (1 - _SAME))) if len(finite) >= _FEWEST else 0.0
-  if same < _OFTEN:
-    return ""
-  return (
-    f"{100 * same:.0f}% of the norms equal the largest, {top:.3g}: if they were logged"
-    " after a clip, this is its limit and no more. Take those before it; or say"
-    f" --from-clip {top:.3g}, if a few were clipped"
+  drawn = np.isfinite(log.norms) & (log.norms > 0)
+  middle = float(np.median(log.norms[drawn]))
+  norms = np.clip(log.norms[drawn], middle * _BELOW, middle * _ABOVE)
+  low, high = np.log10([norms.min() / 1.05, norms.max() * 1.05])
+  unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+  text = uniplot.plot_to_string(
+    np.log10(norms),
+    log.steps[drawn],
+    y_min=low,
+    y_max=high,
+    y_gridlines=[math.log10(limit)] if np.isfinite(limit) else [],
+    x_gridlines=[],
+    # Its own labels are rounded until they just differ: 0, 1, 2 for 0.5, 1.0, 1.5.
+    y_labels=False,
+    width=width,
+    line_length_hard_cap=width - _LABEL,
+    height=_HEIGHT,
+    character_set="block" if unicode else "ascii",
+    color=False,
   )
+  lines = [line.rstrip() for line in text.splitlines()]
+  for i in range(0, _HEIGHT, 3):
+    lines[i + 1] += f" {10 ** (high - (i + 0.5) / _HEIGHT * (high - low)):.3g}"
+  return "\n".join(lines)
 
 
-def _clipped_at(norms: np.ndarray, clip: float, share: float) -> str:
-  """What norms that were logged after a clip say; a `LogError` if it is nothing."""
+def _after_clip(
+  norms: np.ndarray, clip: float | None = None, share: float = 1.0
+) -> str:
+  """What norms that were logged after a clip say, if they were; or a `LogError`."""
   finite = norms[np.isfinite(norms)]
-  cut = float(np.mean(finite > clip * (1 - _SAME))) if finite.size else 0.0
+  top = float(finite.max(initial=0.0)) if clip is None else clip
+  cut = float(np.mean(finite >= top * (1 - _SAME))) if finite.size else 0.0
+  if clip is None:
+    if cut < _OFTEN or len(finite) < _FEWEST:
+      return ""
+    return (
+      f"{100 * cut:.0f}% of the norms equal the largest, {top:.3g}: if they were logged"
+      " after a clip, this is its limit and no more. Take those before it; or say"
+      f" --from-clip {top:.3g}, if a few were clipped"
+    )
   if np.any(finite > clip * (1 + _SAME)):
     return f"norms above {clip:g} are in the log: it has them from before the clip"
   if cut > share:
@@ -93,10 +112,10 @@ def method(text: str) -> optax.GradientTransformation:
   name, _, rest = text.partition(":")
   if name not in METHODS:
     raise LogError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-  parts = [[x.strip() for x in part.split("=", 1)] for part in rest.split(",") if part]
-  values = [_value(part[0]) for part in parts if len(part) == 1]
+  pairs = [part.rpartition("=") for part in rest.split(",") if part]
+  values = [_value(value) for key, _, value in pairs if not key]
   try:
-    named = {part[0]: _value(part[1]) for part in parts if len(part) == 2}
+    named = {key.strip(): _value(value) for key, _, value in pairs if key}
     return getattr(optax_clip, name)(*values, **named)
   except (TypeError, ValueError) as error:
     raise LogError(f"{text}: {error}") from error
@@ -105,13 +124,15 @@ def method(text: str) -> optax.GradientTransformation:
 def _value(text: str) -> Any:
   """A number, True, False or None if the text says one, else the text."""
   try:
-    return _WORDS.get(text.lower(), ast.literal_eval(text))
+    return ast.literal_eval(text.strip().capitalize())
   except (SyntaxError, ValueError):
-    return _WORDS.get(text.lower(), text)
+    return text.strip()
 
 
-def replay(log: Log, methods: Sequence[str]) -> str:
+def replay(log: _log.Log, methods: Sequence[str]) -> str:
   """A table of what methods would have allowed, and what is to be known about it."""
+  from tabulate import tabulate
+
   made = {text: method(text) for text in methods}  # All errors before all work.
   finite = np.isfinite(log.norms)
   norms, cells = log.norms[finite], []
@@ -119,27 +140,19 @@ def replay(log: Log, methods: Sequence[str]) -> str:
     limits = optax_clip.replay_limits(tx, log.norms)[finite]
     # The limits are float32, and a norm is compared with them as such.
     above = np.mean(norms.astype(np.float32) > limits) if norms.size else 0.0
-    kept = np.minimum(norms, limits)
-    last, largest = (_digits(x.max(initial=0)) for x in (limits[-1:], kept))
+    most = [x.max(initial=0) for x in (limits[-1:], np.minimum(norms, limits))]
+    last, kept = ("none yet" if math.isinf(x) else f"{x:.3g}" for x in most)
     short = textwrap.fill(text.replace(",", ", "), 40).replace(", ", ",")
-    cells.append((short, last, f"{100 * above:.1f}%", largest))
-  parts = [
-    tabulate(
-      cells,
-      ("method", "last limit", "clipped", "largest kept"),
-      disable_numparse=True,
-      colalign=("left", "right", "right", "right"),
-    )
-  ]
+    cells.append((short, last, f"{100 * above:.1f}%", kept))
+  heads = ("method", "last limit", "clipped", "largest kept")
+  sides = ("left", "right", "right", "right")
+  table = tabulate(cells, heads, disable_numparse=True, colalign=sides)
+  said = []
   if norms.size < _FEWEST:
-    parts.append(f"Too few to judge by: {norms.size} norms; a method learns from more.")
+    said = [f"Too few to judge by: {norms.size} norms; a method learns from more."]
   if any(text.partition(":")[0] in _OF_LAYERS for text in methods):
-    parts.append("Methods that clip each layer: the row is right for the norms of one.")
-  if said := _clipped_before(log.norms):
-    parts.append(_note(said))
-  parts.append("A run that is clipped may take another course than the one in the log.")
-  return "\n".join(parts)
-
-
-def _digits(value: float) -> str:
-  return "none yet" if math.isinf(value) else f"{value:.3g}"
+    said.append("Methods that clip each layer: the row is right for the norms of one.")
+  if after := _after_clip(log.norms):
+    said.append(_NOTES.fill(after))
+  said.append("A run that is clipped may take another course than the one in the log.")
+  return "\n".join([table, *said])

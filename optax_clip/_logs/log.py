@@ -1,10 +1,11 @@
 """The norms of one run, out of the records of a file, each step once."""
 
-import math
 import pathlib
 import re
+import textwrap
 from typing import Any
 from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,40 +20,30 @@ _RUNS = re.compile(
 _PARTS = re.compile(r"[./_](?:weight|bias|kernel|scale|embedding)s?$|\.\d+\.|^layer")
 # Fewer rows than these are no change of the interval, and say nothing about a run.
 _CHANGED, _FEWEST = 10, 100
-_LONGEST = 250  # Characters of an error.
 
-_Rows = list[tuple[dict[str, Any], float]]
+_Rows: TypeAlias = list[tuple[dict[str, Any], float]]
+# Steps, their norms, and what is to be said of them.
+_Noted: TypeAlias = tuple[np.ndarray, np.ndarray, list[str]]
 
 
 class Log(NamedTuple):
-  """One column of a log: norms in the order of their steps, or of the rows.
-
-  Notes say what was left out or chosen, and what cannot be seen.
-  """
+  """One column of a log, and what was left out, chosen, or cannot be seen in it."""
 
   column: str
-  norms: np.ndarray
+  norms: np.ndarray  # In the order of their steps, or of the rows.
   steps: np.ndarray
   notes: list[str]
 
 
 def read(path: str, column: str | None = None, run: str | None = None) -> Log:
-  """Reads a column, by default the one that is named as a norm of gradients.
+  """Reads a column, by default the one named as a norm of gradients, or a `LogError`.
 
-  Args:
-    path: a file in any form that `records.read` knows, or a folder of events.
-    column: the name of the column, of the key, or of the tag.
-    run: the name or the number, from 1, of one of several runs in the file.
-
-  Raises:
-    LogError: if there is no such file, column or run, or it holds what are no norms.
+  `run` is the name or the number, from 1, of one of several runs in the file.
   """
   try:
     kind, records, notes = _records.read(pathlib.Path(path))
-    if column is None:
-      column, why = _columns.choose(kind, records)
-      notes = [why, *notes]
-    column = _columns.check(records, column)
+    column, why = _columns.choose(kind, records, column)
+    notes = [*why, *notes]
     cells = [(row, _norm(row, column, i)) for i, row in enumerate(records, 1)]
     rows = [(row, value) for row, value in cells if value is not None]
     if not rows:
@@ -63,9 +54,7 @@ def read(path: str, column: str | None = None, run: str | None = None) -> Log:
     rows = _one_run(rows, run)
     _refuse_parts(rows)
   except LogError as error:
-    short = path if len(path) < 50 else f"...{path[-45:]}"
-    said = f"{short}: {error}"
-    said = said if len(said) <= _LONGEST else f"{said[: _LONGEST - 4]} ..."
+    said = textwrap.shorten(f"{path[-45:]}: {error}", 250, placeholder=" ...")
     raise LogError(said) from error
   norms = np.array([value for _, value in rows])
   steps, is_exact = _steps(rows)
@@ -97,26 +86,36 @@ def _units(column: str, rows: _Rows) -> list[str]:
     notes.append("the rows are means over several steps, which hide spikes")
   middle = float(np.median([value for _, value in rows]))
   cell = rows[-1][0].get(first.get("loss_scale", ""))
-  scale = _text.number(cell) if _text.is_number(cell) else None
-  if middle > (1e3 if scale and scale > 1 else 1e4):
-    said = f", {scale:g}" if scale else ""
+  scale = (_text.number(cell) if _text.is_number(cell) else None) or 1.0
+  if middle > (1e3 if scale > 1 else 1e4):
+    said = f"loss scale, {scale:g}" if scale > 1 else "loss scale"
     notes.append(
-      f"a median of {middle:.3g} may be in units of the loss scale{said}: divide by it"
+      f"a median of {middle:.3g} may be in units of the {said}: divide by it"
     )
   return notes
 
 
 def _one_run(rows: _Rows, wanted: str | None) -> _Rows:
   """The rows of one run: of the only one, or of the one that is wanted."""
-  runs = _by_name(rows) or _by_steps(rows)
+  keys = [key for key in rows[0][0] if _RUNS.search(key.lower())]
+  named = ([str(row.get(key)) for row, _ in rows] for key in keys)
+  names = next((x for x in named if len(set(x)) > 1), None)
+  if names is None:
+    # Each begins with a step as early as the first, and steps come again.
+    steps, _ = _steps(rows)
+    first = (np.diff(steps, prepend=steps[:1]) < 0) & (steps <= steps[0])
+    first &= len(np.unique(steps)) < len(steps)
+    names = [str(x) for x in 1 + np.cumsum(first)]
+  runs: dict[str, _Rows] = {}
+  for name, row in zip(names, rows, strict=True):
+    runs.setdefault(name, []).append(row)
   if len(runs) == 1 and wanted is None:
     return rows
-  if len(runs) > 1 and all(len(x) == 1 for x in runs.values()):
+  if len(runs) > 1 and len(runs) == len(rows):
     raise LogError(f"seems to be a table of {len(runs)} runs, with one row for each")
-  names = {str(i): name for i, name in enumerate(runs, 1)}
-  name = names.get(wanted or "", wanted)
-  if name in runs:
-    return runs[name]
+  numbered = {str(i): x for i, x in enumerate(runs.values(), 1)} | runs
+  if wanted in numbered:
+    return numbered[wanted]
   sizes = ", ".join(str(len(x)) for x in runs.values())[:40]
   raise LogError(
     f"has {len(runs)} runs, of {sizes} rows. Name one by --run, or by its number from"
@@ -124,31 +123,10 @@ def _one_run(rows: _Rows, wanted: str | None) -> _Rows:
   )
 
 
-def _by_name(rows: _Rows) -> dict[str, _Rows]:
-  """The rows by the name of their run, if several are named."""
-  for key in filter(lambda key: _RUNS.search(key.lower()), rows[0][0]):
-    runs: dict[str, _Rows] = {}
-    for row, value in rows:
-      runs.setdefault(str(row.get(key)), []).append((row, value))
-    if len(runs) > 1:
-      return runs
-  return {}
-
-
-def _by_steps(rows: _Rows) -> dict[str, _Rows]:
-  """The rows by run, each of which begins with a step as early as the first."""
-  steps, _ = _steps(rows)
-  if len(np.unique(steps)) == len(steps):
-    return {"1": rows}
-  back = np.flatnonzero((np.diff(steps) < 0) & (steps[1:] <= steps[0])) + 1
-  ends = [0, *back.tolist(), len(rows)]
-  return {str(i): rows[ends[i - 1] : ends[i]] for i in range(1, len(ends))}
-
-
 def _refuse_parts(rows: _Rows) -> None:
   """Raises if each row is of another parameter, and none of a step."""
   for key, value in rows[0][0].items():
-    if isinstance(value, str) and _PARTS.search(value.lower()):
+    if _PARTS.search(str(value).lower()):
       parts = list(dict.fromkeys(str(row.get(key)) for row, _ in rows))
       if len(parts) > 1:
         raise LogError(
@@ -180,9 +158,7 @@ def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:
   return steps, not is_epoch
 
 
-def _once(
-  steps: np.ndarray, norms: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _once(steps: np.ndarray, norms: np.ndarray) -> _Noted:
   """Each step once, in order: of a resumed run what comes later in the file counts."""
   if len(np.unique(steps)) == len(steps):
     order = np.argsort(steps)
@@ -190,36 +166,29 @@ def _once(
   same = np.diff(steps) == 0
   # Steps that are rounded, and several rows of one step, are no repetitions.
   several = bool(np.any(np.diff(norms)[same])) and same.mean() > 1 / _CHANGED
-  kept: list[int] = []
-  for i, step in enumerate(steps):
-    while kept and (
-      steps[kept[-1]] > step or (steps[kept[-1]] == step and not several)
-    ):
-      kept.pop()
-    kept.append(i)
-  left = len(steps) - len(kept)
+  # A row stays if all that come later have later steps.
+  later = np.append(np.minimum.accumulate(steps[::-1])[-2::-1], np.inf)
+  kept = steps <= later if several else steps < later
+  left = int((~kept).sum())
   notes = [f"{left} rows are of steps that come again later: left out"] if left else []
   if several:
     notes.append(f"{int(same.sum())} rows have the step of the row before: kept")
   return steps[kept], norms[kept], notes
 
 
-def _evenly(
-  steps: np.ndarray, norms: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _evenly(steps: np.ndarray, norms: np.ndarray) -> _Noted:
   """Rows at one interval, the one of most steps; and what such rows cannot show."""
   apart, counts = np.unique(np.diff(steps), return_counts=True)
   usual = float(apart[np.argmax(apart * counts)]) if len(apart) else 0.0
-  if usual <= 1 or math.isinf(usual):
+  if usual <= 1 or usual == np.inf:
     return steps, norms, []
   notes = []
   close = int(counts[apart <= usual / 2].sum())
   if close >= _CHANGED:
-    kept = [0]
-    for i in range(1, len(steps)):
-      far = steps[i] - steps[i - 1] > usual / 2
-      if far or steps[i] - steps[kept[-1]] >= usual:
-        kept.append(i)
+    # Of each interval the row in its middle.
+    places = (steps - steps[-1]) / usual
+    order = np.argsort(np.abs(places - np.rint(places)), kind="stable")
+    kept = np.sort(order[np.unique(np.rint(places[order]), return_index=True)[1]])
     few = len(kept) < max(len(steps) / 2, _FEWEST)
     what = "count as much as others" if few else f"were thinned: {len(kept)} rows stay"
     notes.append(

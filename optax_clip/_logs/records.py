@@ -1,6 +1,5 @@
 """Reads the files that trainers leave into records: one dictionary for each row."""
 
-from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import csv
@@ -21,10 +20,13 @@ _BINARY = {
   b"SQLite": "an SQLite database: export its table as CSV",
   b":W&B": "wandb's own file: download the run's history as CSV",
 }
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # Of a terminal.
 _FLOATS = (1, 2, 14, 19)  # Of TensorFlow: float, double, bfloat16, half.
 _SCALAR = ("Wall time", "Step", "Value")  # TensorBoard's download.
 # Columns of names, where each row has one name and one value.
 _LONG = ("key", "metric", "metric_name", "tag", "variable", "name")
+# Names for columns without: numpy.savetxt of steps and norms, and MLflow's store.
+_NAMELESS = {2: ["step", "value"], 3: ["timestamp", "value", "step"]}
 
 
 class LogError(ValueError):
@@ -32,13 +34,10 @@ class LogError(ValueError):
 
 
 class Rows(NamedTuple):
-  """What a file seems to be, its rows with values as they are, and what was left out.
-
-  Keys of nested records are joined by "/".
-  """
+  """What a file seems to be, its rows as they are, and what was left out."""
 
   kind: str
-  records: list[dict[str, Any]]
+  records: list[dict[str, Any]]  # Keys of nested ones are joined by "/".
   notes: list[str]
 
 
@@ -62,7 +61,7 @@ def read(path: pathlib.Path) -> Rows:
   if not wide and b"\0" in data[:4096]:
     raise LogError("is no text, nor a file that is named as TensorBoard's events are")
   text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
-  text = _text.without_colours(text)
+  text = _COLOURS.sub("", text)
   rows = _json(text) if text.lstrip()[:1] in ("{", "[") else None
   rows = rows or _table(text) or Rows("text", list(_text.records(text)), [])
   return rows._replace(records=[_flat(record) for record in rows.records])
@@ -88,11 +87,10 @@ def _json(text: str) -> Rows | None:
   """One document, or one object a line."""
   with contextlib.suppress(json.JSONDecodeError):
     return _document(json.loads(text))
-  lines, found = [line for line in text.splitlines() if line.strip()], []
+  lines, rows = [line for line in text.splitlines() if line.strip()], []
   for line in lines:
     with contextlib.suppress(json.JSONDecodeError):
-      found.append(json.loads(line))
-  rows = [x for x in found if isinstance(x, dict)]
+      rows += [x for x in [json.loads(line)] if isinstance(x, dict)]
   bad = len(lines) - len(rows)
   left = [f"left out {bad} lines that are no JSON, or not complete"] if bad else []
   return Rows("JSON lines", rows, left) if bad <= len(rows) else None
@@ -104,18 +102,19 @@ def _document(document: Any) -> Rows:
     outputs = [x for cell in document["cells"] for x in cell.get("outputs", ())]
     said = [x.get("text") or x.get("data", {}).get("text/plain", "") for x in outputs]
     return Rows("a notebook", list(_text.records("\n".join(map("".join, said)))), [])
-  lists = list(_lists(document))
-  rows = max((x for x in lists if isinstance(x[0], dict)), key=len, default=[])
+  lists = (x for x in _lists(document) if isinstance(x[0], dict))
+  rows = max(lists, key=len, default=[])
   if not rows and isinstance(document, list):
     triples = [x for x in document if isinstance(x, list) and len(x) == 3]
     rows = [dict(zip(_SCALAR, x, strict=True)) for x in triples]
   elif not rows:  # {"step": [0, 1], ...}, or {"step": {"0": 0, "1": 1}, ...}.
-    columns = {k: _values(v) for k, v in document.items()}
+    cells = {
+      k: [*v.values()] if isinstance(v, dict) else v for k, v in document.items()
+    }
+    columns = {k: v for k, v in cells.items() if isinstance(v, list)}
     length = max(map(len, columns.values()), default=0)
-    columns = {k: v for k, v in columns.items() if len(v) == length}
-    values = zip(*columns.values(), strict=True)
-    rows = [dict(zip(columns, x, strict=True)) for x in values]
-    rows = rows or [document]
+    whole = {k: v for k, v in columns.items() if len(v) == length}
+    rows = [{k: v[i] for k, v in whole.items()} for i in range(length)] or [document]
   return Rows("JSON", [x for x in rows if isinstance(x, dict)], [])
 
 
@@ -127,49 +126,40 @@ def _lists(value: Any) -> Iterator[list[Any]]:
     yield from _lists(inner)
 
 
-def _values(value: Any) -> list[Any]:
-  value = list(value.values()) if isinstance(value, dict) else value
-  return value if isinstance(value, list) else []
-
-
 def _table(text: str) -> Rows | None:
   """Values between commas, tabs, semicolons or blanks."""
   lines = [line for line in text.splitlines() if line.strip()]
   first = next((i for i, line in enumerate(lines) if line[0] not in "#%"), 0)
-  comment = lines[first - 1].lstrip("#% ") if first else ""
-  lines = lines[first:]
-  separator = max(",\t;|", key=lines[0].count)
-  kind = "TSV" if separator == "\t" else "CSV"
-  found = None
+  # The line before it may be a comment that holds the names.
+  lines = [lines[first - 1].lstrip("#% ") if first else "", *lines[first:]]
+  separator = max(",\t;|", key=lines[1].count)
   # In text a quotation mark may open what no other closes.
   with contextlib.suppress(csv.Error):
-    rows = list(csv.reader([comment, *lines], delimiter=separator))
+    rows = list(csv.reader(lines, delimiter=separator))
     if separator == ";":  # Where a comma is the point of decimals.
       rows[2:] = [[cell.replace(",", ".") for cell in row] for row in rows[2:]]
-    found = _rows(rows, kind, _text.is_number)
-  if found is None:  # Any text has blanks: only numbers may stand between these.
-    blank = [line.split() for line in (comment, *lines)]
-    if all(_is_plain(cell) for row in blank[2:] for cell in row):
-      names = re.split("  +", lines[0].strip())  # Of several words each.
-      if len(blank[1]) + 1 == len(blank[-1]):
-        names = ["index", *blank[1]]
-      blank[1] = names if len(names) == len(blank[-1]) else blank[1]
-      found = _rows(blank, "columns", _is_plain)
-  return found
+    kind = "TSV" if separator == "\t" else "CSV"
+    if found := _rows(rows, kind):
+      return found
+  # Any text has blanks: only numbers may stand between these.
+  if not all(_is_plain(cell) for line in lines[2:] for cell in line.split()):
+    return None
+  rows = [line.split() for line in lines]
+  names = re.split("  +", lines[1].strip())  # Of several words each.
+  if len(rows[1]) + 1 == len(rows[-1]):
+    names = ["index", *rows[1]]
+  rows[1] = names if len(names) == len(rows[-1]) else rows[1]
+  return _rows(rows, "columns")
 
 
-def _rows(
-  rows: list[list[str]], kind: str, is_number: Callable[[Any], bool]
-) -> Rows | None:
-  """A table, if most of its first rows are as long as the first, with a number.
-
-  Before its rows stands a comment, which may hold its names.
-  """
+def _rows(rows: list[list[str]], kind: str) -> Rows | None:
+  """A comment, names and rows as a table, if most are of one length, with a number."""
   header, body = [name.strip() for name in rows[1]], rows[2:]
   if all(map(_is_plain, header)):  # The names are in the comment, or nowhere.
     body, width = rows[1:], len(header)
     header = _NAMELESS.get(width, [str(i + 1) for i in range(width)])
     header = rows[0] if len(rows[0]) == width else header
+  is_number = _is_plain if kind == "columns" else _text.is_number
   # A line of text may end in a number, too, but in the first line as well.
   named = [i for i, x in enumerate(header) if not _is_plain(x)] or range(len(header))
   fits = [
@@ -177,20 +167,15 @@ def _rows(
   ]
   if sum(fits) <= len(fits) / 2 and (fits or len(header) < 2 or kind == "columns"):
     return None
-  # A run that goes on in the same file may write the names once more. Lines of
-  # dashes stand below names.
-  body = [x for x in body if [name.strip() for name in x] != header]
+  # Lines of dashes stand below names. A run that goes on may write these once more.
   body = [x for x in body if "".join(x).strip(" -:")]
+  body = [x for x in body if [name.strip() for name in x] != header]
   whole = [x for x in body if len(x) == len(header)]
   short = len(body) - len(whole)
   left = [f"left out {short} of {len(body)} rows of another length"] if short else []
   twice = {name for name in header if header.count(name) > 1}
   header = [f"{x}.{i}" if x in twice else x for i, x in enumerate(header, 1)]
   return Rows(kind, [dict(zip(header, x, strict=True)) for x in whole], left)
-
-
-# Names for columns without: numpy.savetxt of steps and norms, and MLflow's store.
-_NAMELESS = {2: ["step", "value"], 3: ["timestamp", "value", "step"]}
 
 
 def _is_plain(cell: Any) -> bool:
@@ -203,13 +188,11 @@ def _is_plain(cell: Any) -> bool:
 def _events(path: pathlib.Path) -> Rows:
   """TensorBoard's scalars, by its own reader: it drops what a resumed run repeats."""
   if path.is_dir() and not any("tfevents" in x.name for x in path.iterdir()):
-    logs = [
-      x for x in path.rglob("*") if x.suffix in (".csv", ".json", ".jsonl", ".log")
-    ]
     runs = {x.parent for x in path.rglob("*tfevents*")}
+    logs = {p for x in ("csv", "json", "jsonl", "log") for p in path.rglob(f"*.{x}")}
     below = [repr(x.relative_to(path).as_posix()) for x in sorted(runs or logs)[:4]]
-    what = f"{'Runs' if runs else 'Logs'} in it: {', '.join(below)}" if below else ""
-    raise LogError(f"this folder has no file of TensorBoard's events. {what}".strip())
+    what = f" {'Runs' if runs else 'Logs'} in it: {', '.join(below)}" if below else ""
+    raise LogError(f"this folder has no file of TensorBoard's events.{what}")
   from tensorboard.backend.event_processing import event_accumulator
   from tensorboard.util import tensor_util
 
@@ -219,9 +202,7 @@ def _events(path: pathlib.Path) -> Rows:
   for tag in events.Tags()["scalars"]:
     records += [{"step": x.step, tag: x.value} for x in events.Scalars(tag)]
   for tag in events.Tags()["tensors"]:
-    for x in events.Tensors(tag):
-      if x.tensor_proto.dtype in _FLOATS:
-        value = tensor_util.make_ndarray(x.tensor_proto)
-        if value.size == 1:
-          records.append({"step": x.step, tag: float(value.reshape(()))})
+    kept = [x for x in events.Tensors(tag) if x.tensor_proto.dtype in _FLOATS]
+    made = [(x.step, tensor_util.make_ndarray(x.tensor_proto)) for x in kept]
+    records += [{"step": i, tag: float(x.item())} for i, x in made if x.size == 1]
   return Rows("TensorBoard's events", records, [])

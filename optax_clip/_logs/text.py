@@ -1,7 +1,6 @@
 """Numbers in text: in a cell, and as pairs of a name and a number in any line."""
 
 from collections.abc import Iterator
-import math
 import re
 from typing import Any
 
@@ -30,36 +29,20 @@ _PAIR = re.compile(
   r"(?![\w:%]|\.\w|-\d|,\d)",
   re.IGNORECASE,
 )
-_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _HEADING = re.compile(r"\s*([\w./\[\]-]+):\s*")
-# The key under which a record holds the heading that it stands under.
-HEADING = "heading"
 
 
 def number(value: Any) -> float | None:
-  """The number that a cell holds; None if it is empty, or says that there is none.
-
-  Raises:
-    ValueError: if it holds something else.
-  """
-  if isinstance(value, list) and len(value) == 1:
-    value = value[0]
-  if value is None:
-    return None
-  if isinstance(value, bool | list | dict):
-    raise ValueError(f"{value!r} is no number")
+  """The number that a cell holds, None if none; a `ValueError` if something else."""
+  text = str(value).strip()
   try:
-    return float(value)
-  except OverflowError:
-    return math.inf
+    return float(text)
   except ValueError:
-    text = value.strip()
-  if text.lower() in _NO_NUMBER:
-    return None
-  found = _IN_CELL.fullmatch(text)
-  if found is None:
-    raise ValueError(f"{text[:40]!r} is no number")
-  return _float(found["number"] or found["tensor"])
+    if text.lower() in _NO_NUMBER:
+      return None
+    if found := _IN_CELL.fullmatch(text):
+      return _float(found["number"] or found["tensor"])
+  raise ValueError(f"{text[:40]!r} is no number")
 
 
 def is_number(value: Any) -> bool:
@@ -76,24 +59,15 @@ def pairs(line: str) -> Iterator[tuple[str, float]]:
     yield found["name"], _float(found["number"] or found["bare"])
 
 
-def without_colours(text: str) -> str:
-  """A text without what turns colours on and off in a terminal."""
-  return _COLOURS.sub("", text)
-
-
 def records(text: str) -> Iterator[dict[str, Any]]:
-  """What a text says, in records: one ends where a name comes again.
-
-  A blank line, a line of dashes and a heading end one, too.
-  """
+  """Its records, each up to a name that comes again, a blank or dashes, a heading."""
   record: dict[str, Any] = {}
   for line in text.splitlines():
     heading = _HEADING.fullmatch(line)
-    if (heading or not line.strip(" -=+|")) and record:
-      yield record
-      record = {}
-    if heading:
-      record = {HEADING: heading[1]}
+    if heading or not line.strip(" -=+|"):
+      if record:
+        yield record
+      record = {"heading": heading[1]} if heading else {}
     for name, value in pairs(line):
       if name in record:
         yield record
