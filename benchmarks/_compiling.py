@@ -58,27 +58,30 @@ def _stepped(tx: Any, whole: bool) -> Callable[[Any, Any, Any], Any]:
   return stepped
 
 
-def digest(
+def traced(
   tx: optax.GradientTransformation,
   shapes: Sequence[tuple[int, ...]],
   dtype: Any,
   whole: bool = False,
-) -> str:
-  """Hashes what a step computes, in the forms of all backends: traced, not compiled.
-
-  Names, comments and modules do not change it, nor does what the step does not use.
-  Versions of JAX and optax do, and the number of devices that JAX has.
-  """
+) -> jax.stages.Traced:
+  """Traces a step, in the forms of all backends, for no device in particular."""
   tx = optax.with_extra_args_support(tx)
   params = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
   state = jax.eval_shape(tx.init, params)
-  traced = jax.make_jaxpr(_stepped(tx, whole))(params, state, params)
-  # Functions print with their names and addresses.
-  text = re.sub(r"<.*? at 0x[0-9a-f]+>", "", str(traced.jaxpr))
-  found = hashlib.sha256(re.sub(r"\bname=\w+", "", text).encode())
-  for array in traced.consts:
-    found.update(np.asarray(array).tobytes())
-  return found.hexdigest()[:16]
+  return jax.jit(_stepped(tx, whole)).trace(params, state, params)
+
+
+def digest(traced: jax.stages.Traced, platform: str) -> str:
+  """Hashes what a step computes on a platform: lowered for it, not compiled.
+
+  Names, comments and modules do not change it, nor does what the step does not use,
+  nor the forms of other backends. Versions of JAX and optax do, and the number of
+  devices that JAX has.
+  """
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  # Functions have names.
+  text = re.sub(r"@[\w.]+", "@", text)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def step(

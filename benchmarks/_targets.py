@@ -1,18 +1,20 @@
 """Which devices a program can be compiled for on a machine that has none of them.
 
-The compilers of GPUs and TPUs run anywhere, given a description of the device.
-`prepare` sets the environment before JAX is imported: the CPU stays the platform of
-all other programs, and one installation may hold both compilers.
+The compilers of GPUs and TPUs run anywhere, given a description of the device: of GPUs
+`targets/*.txtpb`, in the fields of XLA's `GpuTargetConfigProto`. `prepare` sets the
+environment before JAX is imported: the CPU stays the platform of all other programs,
+and one installation may hold several compilers.
 
-TPUs need `pip install libtpu`. GPUs need, in the version of jax, `pip install --no-deps
-jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`: the dependencies are for
-running.
+`missing` says what to install: the dependencies of these packages are for running, and
+are left out. CONTRIBUTING has the commands.
 """
 
 from collections.abc import Iterable
+from collections.abc import Iterator
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
+import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -23,34 +25,8 @@ _ENVIRONMENT = {
   # The lock protects devices, and there are none: several processes may compile.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-
-# XLA's description: `gpu_device_info` in the repositories of TensorFlow and XLA.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+_FOLDER = pathlib.Path(__file__).with_name("targets")
+_FLOAT64 = "OPTAX_CLIP_FLOAT64"
 
 
 class Target(NamedTuple):
@@ -58,50 +34,76 @@ class Target(NamedTuple):
 
   Attributes:
     title: its name, for people.
-    modules: the modules that compile for it.
-    install: the arguments of pip that install them; `{jax}` is the version of jax.
+    platform: its platform, as JAX names it.
+    packages: the packages that compile for it; several sets, if there is a choice.
+    install: the arguments of pip that install one; `{jax}` is the version of jax.
     topologies: for each number of devices, the arguments that describe them.
+    slow_float64: whether it is a GPU that adds float64 at a small part of its rate.
   """
 
   title: str
-  modules: tuple[str, ...]
+  platform: str
+  packages: tuple[tuple[str, ...], ...]
   install: str
   topologies: dict[int, dict[str, str]]
+  slow_float64: bool = False
 
 
-def _gpu(title: str, config: str) -> Target:
+def _described(name: str) -> dict[int, dict[str, str]]:
+  config = (_FOLDER / f"{name}.txtpb").read_text()
+  return {n: {"target_config": config, "topology": f"1x{n}x1"} for n in (1, 8)}
+
+
+def _nvidia(title: str, name: str, slow_float64: bool = False) -> Target:
   return Target(
     title,
-    ("jax_cuda12_plugin", "jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"),
+    "cuda",
+    (
+      ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
+      # The assembler and its library of functions are two packages there.
+      ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
+    ),
     "--no-deps jax-cuda12-plugin=={jax} jax-cuda12-pjrt=={jax} nvidia-cuda-nvcc-cu12",
-    {
-      count: {
-        "platform": "cuda",
-        "target_config": config,
-        "topology": f"1x{count}x1",
-      }
-      for count in (1, 8)
-    },
+    _described(name),
+    slow_float64,
   )
 
 
-def _tpu(title: str, kind: str) -> Target:
+def _tpu(title: str, kind: str, one: str, eight: str) -> Target:
+  grids = ((1, one), (8, eight))
   return Target(
     title,
-    ("libtpu",),
+    "tpu",
+    (("libtpu",),),
     "libtpu",
-    # The smallest description has four chips; a program for one uses one of them.
-    {
-      count: {"platform": "tpu", "topology_name": f"{kind}:{grid}"}
-      for count, grid in ((1, "2x2"), (8, "2x4"))
-    },
+    {count: {"topology_name": f"{kind}:{grid}"} for count, grid in grids},
   )
 
 
 TARGETS = {
-  "h100": _gpu("NVIDIA H100", _H100),
-  "tpu-v5e": _tpu("TPU v5e", "v5e"),
-  "tpu-v6e": _tpu("TPU v6e", "v6e"),
+  "h100": _nvidia("NVIDIA H100", "h100"),
+  "b200": _nvidia("NVIDIA B200", "b200"),
+  "rtx4090": _nvidia("NVIDIA RTX 4090", "rtx4090", slow_float64=True),
+  "rtx5090": _nvidia("NVIDIA RTX 5090", "rtx5090", slow_float64=True),
+  "mi300x": Target(
+    "AMD MI300X",
+    "rocm",
+    (("jax-rocm7-plugin", "jax-rocm7-pjrt"),),
+    "jax==0.12.0 jaxlib==0.12.0, and then: pip install --no-deps"
+    " jax-rocm7-plugin==0.12.0 jax-rocm7-pjrt==0.12.0",
+    _described("mi300x"),
+  ),
+  "intel-max": Target(
+    "Intel Max 1100",
+    "oneapi",
+    (("jax-oneapi-plugin",),),
+    '"jax-oneapi-plugin[with-oneapi]==0.11.2"',
+    _described("intel-max"),
+  ),
+  # A program for one chip uses the first of four, of which a core of TPU7x is a half.
+  "tpu-v5e": _tpu("TPU v5e", "v5e", "2x2", "2x4"),
+  "tpu-v6e": _tpu("TPU v6e", "v6e", "2x2", "2x4"),
+  "tpu7x": _tpu("TPU7x", "tpu7x", "1x1x1", "2x2x1"),
 }
 
 
@@ -125,16 +127,16 @@ def prepare(devices: int = 1) -> None:
 def missing(name: str) -> str | None:
   """Says in one line how to install the compiler of a target; `None` if it is here."""
   target = TARGETS[name]
-  if all(map(_found, target.modules)):
+  if any(all(map(_found, packages)) for packages in target.packages):
     return None
   install = target.install.format(jax=importlib.metadata.version("jax"))
   return f"The compiler for {name} is not installed: pip install {install}"
 
 
-def _found(module: str) -> bool:
+def _found(package: str) -> bool:
   try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:  # Of the package around it.
+    return bool(importlib.metadata.version(package))
+  except importlib.metadata.PackageNotFoundError:
     return False
 
 
@@ -148,8 +150,31 @@ def devices(name: str, count: int = 1) -> list[Any]:
     raise MissingError(text)
   from jax.experimental import topologies
 
-  keywords = TARGETS[name].topologies[count]
-  return list(topologies.get_topology_desc(**keywords).devices[:count])
+  target = TARGETS[name]
+  if target.platform in ("rocm", "oneapi"):
+    from benchmarks import _stubs
+
+    _stubs.register(target.platform)
+  described = topologies.get_topology_desc(
+    platform=target.platform, **target.topologies[count]
+  )
+  return list(described.devices[:count])
+
+
+@contextlib.contextmanager
+def float64(slow: bool) -> Iterator[None]:
+  """Lets programs be traced as on a machine whose GPUs add float64 slowly, or fast.
+
+  The library asks which GPUs there are; a machine without one has no answer.
+  """
+  before = os.environ.get(_FLOAT64)
+  os.environ[_FLOAT64] = "slow" if slow else "fast"
+  try:
+    yield
+  finally:
+    os.environ.pop(_FLOAT64)
+    if before is not None:
+      os.environ[_FLOAT64] = before
 
 
 def named(text: str) -> list[str]:

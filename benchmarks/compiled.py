@@ -32,7 +32,7 @@ from benchmarks import _targets
 
 Rows = list[dict[str, Any]]
 
-LONG = 20.0
+LONG = 3.0
 
 
 def transformer(blocks: int = 12) -> list[tuple[int, ...]]:
@@ -212,15 +212,25 @@ def cells() -> list[Cell]:
   return found + [Cell(name, "2,000 leaves") for name in _FEW[1:]]
 
 
-def digest(cell: Cell) -> str:
-  """Hashes what a cell computes: what its figures are of.
+def digest(cell: Cell, target: str) -> str:
+  """Hashes what a cell computes on a target: what its figures are of.
 
   The process has to have as many devices as the cell.
   """
   from benchmarks import _compiling
 
-  whole = methods()[cell.method].whole
-  return _compiling.digest(_optimizer(cell), MODELS[cell.model][0], cell.dtype, whole)
+  about = _targets.TARGETS[target]
+  return _compiling.digest(_traced(cell, about.slow_float64), about.platform)
+
+
+@functools.cache
+def _traced(cell: Cell, slow_float64: bool) -> Any:
+  from benchmarks import _compiling
+
+  with _targets.float64(slow_float64):
+    whole = methods()[cell.method].whole
+    shapes = MODELS[cell.model][0]
+    return _compiling.traced(_optimizer(cell), shapes, cell.dtype, whole)
 
 
 def _optimizer(cell: Cell) -> Any:
@@ -230,7 +240,9 @@ def _optimizer(cell: Cell) -> Any:
   return methods()[cell.method].make(overhead.OPTIMIZERS[cell.optimizer](1e-3))
 
 
-def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, Any]:
+def figures(
+  cell: Cell, target: str, devices: list[Any], quick: bool = False
+) -> dict[str, Any]:
   """Compiles a cell; returns its figures, or the `error` of a compiler that failed."""
   import jax
 
@@ -239,7 +251,8 @@ def figures(cell: Cell, devices: list[Any], quick: bool = False) -> dict[str, An
   tx, whole = _optimizer(cell), methods()[cell.method].whole
   shapes = MODELS[cell.model][quick]
   try:
-    return _compiling.step(tx, shapes, cell.dtype, devices, whole).row()
+    with _targets.float64(_targets.TARGETS[target].slow_float64):
+      return _compiling.step(tx, shapes, cell.dtype, devices, whole).row()
   except jax.errors.JaxRuntimeError as error:
     return {"error": str(error)}
 
@@ -265,7 +278,7 @@ def counts(
 
   def found(cell: Cell) -> dict[str, Any]:
     note(f"{target}: {cell.text()}")
-    return figures(cell, compile_for, quick)
+    return figures(cell, target, compile_for, quick)
 
   for cell in selected(quick, only):
     if cell.devices != devices:
@@ -290,7 +303,7 @@ def counts(
         else None
         for key in ("kernels", "bytes", "lower_s", "compile_s")
       },
-      **({} if quick else {"program": digest(cell)}),
+      **({} if quick else {"program": digest(cell, target)}),
     }
 
 
@@ -326,8 +339,8 @@ def about(target: str) -> dict[str, str]:
   import importlib.metadata
   import platform
 
-  packages = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin")
-  packages += ("nvidia-cuda-nvcc-cu12",)
+  sets = _targets.TARGETS[target].packages
+  packages = ("jax", "jaxlib", "optax", *(name for names in sets for name in names))
   installed = {
     x.metadata["Name"]: x.version for x in importlib.metadata.distributions()
   }

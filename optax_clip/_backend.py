@@ -1,10 +1,12 @@
 """Which form of a computation a backend gets, chosen when a program is lowered for it.
 
 Two questions have an answer for each backend: how a sum keeps its range (`range`), and
-how a guard skips a step (`skipped_step`).
+how a guard skips a step (`skipped_step`). One more has an answer for each device: GPUs
+are not alike in how fast they add float64 (`has_fast_float64`).
 """
 
 from collections.abc import Callable
+import functools
 import os
 from typing import Any
 
@@ -13,11 +15,21 @@ from jax import lax
 
 # For tests: runs the forms of one backend on any backend.
 _FORCED = "OPTAX_CLIP_FORMS"
+# For programs that are compiled on a machine without the GPU: "fast" or "slow".
+_FLOAT64 = "OPTAX_CLIP_FLOAT64"
+# GPUs that add float64 at half their float32 rate or more.
+_FAST_NVIDIA = ("6.0", "7.0", "8.0", "9.0", "10.0")
+_FAST_AMD = ("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95", "gfx1251")
 
 
 def forced() -> str | None:
-  """Returns the backend whose forms run everywhere, if any: cpu, gpu or tpu."""
+  """Returns the backend whose forms run everywhere, if any: cpu, gpu, oneapi or tpu."""
   return os.environ.get(_FORCED)
+
+
+def forms() -> tuple[str | None, bool]:
+  """Returns what decides about forms beside the backend: a key of compiled programs."""
+  return forced(), has_fast_float64()
 
 
 def is_traced(*operands: Any) -> bool:
@@ -34,17 +46,60 @@ def by_backend(
   cpu: Callable[..., Any],
   gpu: Callable[..., Any],
   tpu: Callable[..., Any],
+  oneapi: Callable[..., Any] | None = None,
 ) -> Any:
   """Applies the function of the backend that the program is lowered for.
 
   Args:
     *operands: trees of arrays.
     cpu: the function for CPUs, and for backends that are not named here.
-    gpu: for GPUs.
+    gpu: for GPUs of NVIDIA (``cuda`` in JAX) and AMD (``rocm``).
     tpu: for TPUs.
+    oneapi: for GPUs of Intel; `None`: as for the others.
   """
+  found = {"cpu": cpu, "gpu": gpu, "tpu": tpu, "oneapi": oneapi or gpu}
   if (backend := forced()) is not None:
-    return {"cpu": cpu, "gpu": gpu, "tpu": tpu}[backend](*operands)
-  if cpu is gpu is tpu:
+    return found[backend](*operands)
+  if all(f is cpu for f in found.values()):
     return cpu(*operands)
-  return lax.platform_dependent(*operands, cuda=gpu, rocm=gpu, tpu=tpu, default=cpu)
+  return lax.platform_dependent(
+    *operands, cuda=gpu, rocm=gpu, oneapi=found["oneapi"], tpu=tpu, default=cpu
+  )
+
+
+def has_fast_float64() -> bool:
+  """Returns whether this process's GPUs add float64 at half their float32 rate or more.
+
+  Those for data centres do. Consumer cards do not: on NVIDIA's 8.6, 8.9 and 12.0 it is
+  1/64 (CUDA C++ Programming Guide, table of arithmetic throughput), on AMD's RDNA 3 it
+  is 1/32 (1.9 and 61 TFLOPS of an RX 7900 XTX). Which of AMD's have half or full rate
+  stands in LLVM: the features ``HalfRate64Ops`` and ``FullRate64Ops`` in its AMDGPU.td,
+  which no gfx10, gfx11 and gfx120 has.
+
+  GPUs of Intel are not asked. A kernel with float64 does not run on an Arc of the A
+  series ("Required aspect fp64 is not supported on the device"): `by_backend` tells
+  all of them apart.
+
+  Without a GPU the program is compiled for another machine's: one in a data centre,
+  unless the environment has ``OPTAX_CLIP_FLOAT64=slow``.
+  """
+  if (given := os.environ.get(_FLOAT64)) is not None:
+    return given != "slow"
+  return _are_fast()
+
+
+@functools.cache
+def _are_fast() -> bool:
+  """Asks the devices, which stay what they are; asking takes longer than an answer."""
+  try:
+    devices = jax.local_devices(backend="gpu")
+  except RuntimeError:
+    return True
+  return all(_is_fast(getattr(device, "compute_capability", "")) for device in devices)
+
+
+def _is_fast(capability: Any) -> bool:
+  """Returns whether a GPU, named as "9.0" or "gfx942", adds float64 fast."""
+  name = str(capability)
+  known = name[:1].isdigit() or name.startswith("gfx")
+  return name in _FAST_NVIDIA or name.startswith(_FAST_AMD) or not known

@@ -56,7 +56,7 @@ class _Static(NamedTuple):
   layout: Layout
   ord: float
   concatenate: bool
-  forced: str | None
+  forms: tuple[str | None, bool]
 
 
 class _Member(NamedTuple):
@@ -78,7 +78,7 @@ def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Exten
     return [_extended.of(jnp.zeros(*block)) for block in layout.blocks]
   # Asked here: inside `jit` arrays do not know their devices.
   concatenate = _mesh.on_one_device(leaves)
-  static = _Static(layout, ord, concatenate, _backend.forced())
+  static = _Static(layout, ord, concatenate, _backend.forms())
   return _compiled(tuple(leaves), static=static)
 
 

@@ -8,13 +8,15 @@ every step. Which form costs nothing instead depends on the compiler:
   measurement in units of the largest element replaces it (`lax.cond`). XLA:CPU
   vectorises the sum of ``x * x`` and of little else, and pays nothing for a branch
   that it does not take.
-* GPU, `doubled`: the sum in float64, whose range no square of a float32 leaves. It
-  reads elements in their own dtype. A `cond` would copy its predicate to the host and
-  stop it in every step (and XLA runs both branches of some). Float64 runs at half the
-  float32 rate on data-centre cards, far above what their memory delivers. Other cards
-  have 1/64 of it and sum whole arrays `tripled`: ``benchmarks/NOTES.md`` estimates why.
-* TPU, `tripled`: three sums with constant units, from one read; one is chosen. A TPU
-  has no float64. This compiles to fewer kernels than a plain sum with a branch.
+* GPU of NVIDIA or AMD, `doubled`: the sum in float64, whose range no square of a
+  float32 leaves. It reads elements in their own dtype. A `cond` would copy its
+  predicate to the host and stop it in every step (and XLA runs both branches of some).
+  Float64 runs at half the float32 rate on data-centre cards, far above what their
+  memory delivers. Other cards have 1/32 or 1/64 of it and sum whole arrays `tripled`:
+  ``benchmarks/NOTES.md`` estimates why. Along an axis `rows` comes first.
+* TPU, and GPU of Intel, `tripled`: three sums with constant units, from one read; one
+  is chosen. A TPU has no float64, nor have some GPUs of Intel. On a TPU this compiles
+  to fewer kernels than a plain sum with a branch.
 
 Powers above 2 leave any range, which one read cannot prevent: `scaled` reads twice on
 every backend, first for the largest element.
@@ -37,12 +39,11 @@ from optax_clip import _backend
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
+from optax_clip._norms import rows as _rows
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
 
 Array = jax.Array
-# Compute capabilities of GPUs that add float64 at half their float32 rate.
-_FAST_FLOAT64 = ("6.0", "7.0", "8.0", "9.0", "10.0")
 
 
 class Part(NamedTuple):
@@ -56,6 +57,18 @@ class Part(NamedTuple):
 
   arrays: Sequence[Array]
   dims: tuple[int, ...] | None
+
+
+class _How(NamedTuple):
+  """Says how a backend adds up.
+
+  Attributes:
+    products: whether small arrays are summed by a dot product.
+    by_rows: whether sums along an axis are taken as `rows` says.
+  """
+
+  products: bool
+  by_rows: bool
 
 
 # From a part and its unit, or `None`, to one array or several of one shape.
@@ -86,63 +99,58 @@ def norms(reduction: Reduction, ord: float) -> list[Extended]:
   """Computes the norms of each block, in the form of the target backend."""
   square = ord == 2
   if ord == math.inf:
-    cpu = gpu = tpu = _peaks
+    cpu = gpu = tpu = oneapi = _peaks
   elif ord > 2:
-    cpu = gpu = tpu = _scaled
+    cpu = gpu = tpu = oneapi = _scaled
   elif ord >= 1 and all(dtype == jnp.float16 for dtype in reduction.dtypes):
     # No sum of these leaves the range of float32.
-    cpu = gpu = tpu = _plain
+    cpu = gpu = tpu = oneapi = _plain
   else:
     cpu = _rescued
     tpu = _tripled if square else _rescued
-    if reduction.dtype == jnp.float64:
-      gpu = _tripled if square else _scaled
-    else:
-      slow = square and reduction.is_whole and not _has_fast_float64()
+    # Without float64, which those of Intel may not have.
+    oneapi = gpu = _tripled if square else _scaled
+    if reduction.dtype != jnp.float64:
+      slow = square and reduction.is_whole and not _backend.has_fast_float64()
       gpu = _tripled if slow else _doubled
-  forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
+  forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu, "oneapi": oneapi}
+  kinds = {name: (form, _how(name, reduction)) for name, form in forms.items()}
+  # One function for like kinds: JAX traces a function once.
+  made = {
+    kind: functools.partial(kind[0], reduction, ord, kind[1]) for kind in kinds.values()
+  }
+  return _backend.by_backend(**{name: made[kind] for name, kind in kinds.items()})
+
+
+def _how(backend: str, reduction: Reduction) -> _How:
   # On a GPU a dot product would be a library call. (A forced form runs on a CPU, whose
   # short sums are serial.)
-  forced = _backend.forced() is not None
-  bound = {
-    backend: functools.partial(form, reduction, ord, forced or backend == "cpu")
-    for backend, form in forms.items()
-  }
-  return _backend.by_backend(**bound)
+  products = backend == "cpu" or _backend.forced() is not None
+  return _How(products, backend == "gpu" and not reduction.is_whole)
 
 
-def _has_fast_float64() -> bool:
-  """Returns whether this process's GPUs add float64 at half their float32 rate."""
-  try:
-    devices = jax.local_devices(backend="gpu")
-  except RuntimeError:
-    return True  # Compiled for another machine: a data centre's.
-  found = {str(getattr(device, "compute_capability", "")) for device in devices}
-  return all(x in _FAST_FLOAT64 or not x[:1].isdigit() for x in found)
-
-
-def _peaks(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  del ord, products
+def _peaks(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
+  del ord, how
   return [_extended.of(x) for x in _largest(reduction)]
 
 
-def _plain(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  moments = _sums_of_parts(reduction, ord, products)
+def _plain(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
+  moments = _sums_of_parts(reduction, ord, how)
   return [_root(x, jnp.ones_like(x), ord) for x in moments]
 
 
-def _scaled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  pairs = _in_units(reduction, ord, products)
+def _scaled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
+  pairs = _in_units(reduction, ord, how)
   return [_root(moment, unit, ord) for moment, unit in pairs]
 
 
-def _rescued(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  moments = _sums_of_parts(reduction, ord, products)
+def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
+  moments = _sums_of_parts(reduction, ord, how)
 
   def rescue() -> list[tuple[Array, Array]]:
     # XLA runs both branches where one holds only reductions and arithmetic, unless a
     # barrier hides what it returns.
-    pairs = _in_units(reduction, ord, products)
+    pairs = _in_units(reduction, ord, how)
     return list(lax.optimization_barrier(pairs))
 
   def keep() -> list[tuple[Array, Array]]:
@@ -152,13 +160,13 @@ def _rescued(reduction: Reduction, ord: float, products: bool) -> list[Extended]
   return [_root(x, unit, ord) for x, unit in lax.cond(unsafe, rescue, keep)]
 
 
-def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
-  del products
+def _doubled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   with jax.enable_x64(True):
 
     def local(part: Part, unit: Any) -> list[Array]:
       del unit
-      sums = [_sum_in_float64(x, ord, part.dims) for x in part.arrays]
+      powers = [_power_sums.power(x, ord, jnp.float64) for x in part.arrays]
+      sums = [_total(x, part.dims, how) for x in powers]
       return [functools.reduce(jnp.add, sums)]
 
     (moments,) = reduction.run(local, lax.psum, _sum, None)
@@ -179,7 +187,7 @@ def _doubled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
     return _scalars.in_stacks(of_stack, of_one, [(x,) for x in moments])
 
 
-def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]:
+def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   dtype = reduction.dtype
   info = jnp.finfo(dtype)
   # 2^-90 and 2^70 for float32: no square of an element leaves the range in all three
@@ -188,7 +196,7 @@ def _tripled(reduction: Reduction, ord: float, products: bool) -> list[Extended]
 
   def local(part: Part, unit: Any) -> list[Array]:
     del unit
-    sums = [_three_sums(x, dtype, part.dims, down, up, products) for x in part.arrays]
+    sums = [_three_sums(x, dtype, part.dims, down, up, how) for x in part.arrays]
     return [functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)]
 
   def merge(parts: Array) -> Array:
@@ -212,7 +220,7 @@ def _three_sums(
   dims: tuple[int, ...] | None,
   down: float,
   up: float,
-  products: bool,
+  how: _How,
 ) -> list[Array]:
   """Sums the squares of ``|x|``, as it is and in two scales; XLA reads x once."""
   # Not one reduction with three results: XLA would gather an x that is sharded along a
@@ -221,11 +229,11 @@ def _three_sums(
 
   def total(scaled: Callable[[Array], Array]) -> Array:
     wide = [scaled(y.astype(dtype)) for y in parts]
-    if products and dims is None:
+    if how.products and dims is None:
       return functools.reduce(
         jnp.add, [_power_sums.power_sum(y, 2, dtype) for y in wide]
       )
-    return _total(functools.reduce(jnp.add, map(jnp.square, wide)), dims)
+    return _total(functools.reduce(jnp.add, map(jnp.square, wide)), dims, how)
 
   # The bounds change no sum that is chosen. They keep XLA from squaring first and
   # multiplying by the square of the scale, which is out of range.
@@ -237,13 +245,13 @@ def _three_sums(
 
 
 def _sums_of_parts(
-  reduction: Reduction, ord: float, products: bool, units: Any = None
+  reduction: Reduction, ord: float, how: _How, units: Any = None
 ) -> list[Array]:
   def local(part: Part, unit: Array | None) -> list[Array]:
     def total(x: Array) -> Array:
-      if products and part.dims is None:
+      if how.products and part.dims is None:
         return _power_sums.power_sum(x, ord, reduction.dtype, unit)
-      return _total(_power_sums.power(x, ord, reduction.dtype, unit), part.dims)
+      return _total(_power_sums.power(x, ord, reduction.dtype, unit), part.dims, how)
 
     return [functools.reduce(jnp.add, map(total, part.arrays))]
 
@@ -251,12 +259,10 @@ def _sums_of_parts(
   return moments
 
 
-def _in_units(
-  reduction: Reduction, ord: float, products: bool
-) -> list[tuple[Array, Array]]:
+def _in_units(reduction: Reduction, ord: float, how: _How) -> list[tuple[Array, Array]]:
   """Returns the moments in units of the largest elements, and these units."""
   units = [_extended.power_of_two(x) for x in _largest(reduction)]
-  moments = _sums_of_parts(reduction, ord, products, units)
+  moments = _sums_of_parts(reduction, ord, how, units)
   return list(zip(moments, units, strict=True))
 
 
@@ -272,24 +278,6 @@ def _largest(reduction: Reduction) -> list[Array]:
   merge = functools.partial(jnp.max, axis=0)
   (peaks,) = reduction.run(local, lax.pmax, merge, None)
   return peaks
-
-
-def _sum_in_float64(x: Array, ord: float, dims: tuple[int, ...] | None) -> Array:
-  """Sums ``|x| ** ord`` in float64.
-
-  For few columns of 16-bit floats XLA:GPU materialises the float64 powers, to convert
-  them by more threads than it adds them: eight more reads. There, sixteen sums of each
-  column come first, which it does not split further.
-  """
-  if dims is not None and x.dtype.itemsize == 2 and _mesh.on_one_device([x]):
-    rows, rest = math.prod(x.shape[: len(dims)]), x.shape[len(dims) :]
-    narrow = dims == tuple(range(len(dims))) and 0 < math.prod(rest) <= 2048
-    if narrow and rows % 16 == 0 and x.size > 1 << 16:
-      blocks = x.reshape(16, rows // 16, *rest)
-      sums = jnp.sum(_power_sums.power(blocks, ord, jnp.float64), axis=1)
-      total = jnp.sum(lax.optimization_barrier(sums), axis=0)
-      return total.reshape((1,) * len(dims) + rest)
-  return _total(_power_sums.power(x, ord, jnp.float64), dims)
 
 
 def _written(stack: Array) -> tuple[Array, Array]:
@@ -309,7 +297,9 @@ def _written(stack: Array) -> tuple[Array, Array]:
   return one, other
 
 
-def _total(power: Array, dims: tuple[int, ...] | None) -> Array:
+def _total(power: Array, dims: tuple[int, ...] | None, how: _How) -> Array:
+  if how.by_rows and dims is not None:
+    return _rows.total(power, dims)
   return _power_sums.over_axes(jnp.sum, power, dims)
 
 

@@ -15,5 +15,6 @@ if __name__ == "__main__":
   _targets.prepare(count)
   for line in sys.stdin:
     *cell, quick = json.loads(line)
-    row = compiled.figures(compiled.Cell(*cell), _targets.devices(target, count), quick)
+    devices = _targets.devices(target, count)
+    row = compiled.figures(compiled.Cell(*cell), target, devices, quick)
     print(json.dumps(row), flush=True)

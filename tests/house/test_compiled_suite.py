@@ -211,11 +211,11 @@ class TestSuite:
 
   @pytest.mark.parametrize("target", ["h100,abacus", "abacus"])
   def test_an_unknown_target_is_named(self, target, monkeypatch, environment):
-    with pytest.raises(SystemExit, match=r"--target abacus: choose from h100, tpu"):
+    with pytest.raises(SystemExit, match=r"--target abacus: choose from h100, b200"):
       benchmarks.main(["--suite", "compiled", "--target", target])
 
   def test_a_missing_compiler_is_named(self, monkeypatch, environment):
-    monkeypatch.setattr(_targets, "_found", lambda module: False)
+    monkeypatch.setattr(_targets, "_found", lambda package: False)
     with pytest.raises(SystemExit, match=r"pip install --no-deps jax-cuda12-plugin=="):
       benchmarks.main(["--suite", "compiled", "--target", "h100"])
     with pytest.raises(_targets.MissingError, match=r"pip install libtpu$"):
@@ -234,22 +234,64 @@ import json
 from benchmarks import _targets
 _targets.prepare({devices})
 from benchmarks import compiled
+wanted = json.loads({wanted!r})
 print(json.dumps([
-  [*cell, compiled.digest(cell)]
-  for cell in compiled.cells()
-  if cell.devices == {devices} and compiled.is_ours(cell.method)
+  [target, *cell, compiled.digest(compiled.Cell(*cell), target)]
+  for target, *cell in wanted
 ]))
 """
+
+
+# The targets that were counted.
+COUNTED = [
+  target
+  for target in _targets.TARGETS
+  if (costs.RESULTS / f"compiled-{target}.json").exists()
+]
+
+
+def committed(target):
+  """The file of a target and the results in it."""
+  path = costs.RESULTS / f"compiled-{target}.json"
+  return path, json.loads(path.read_text())
+
+
+def release(version):
+  return version.split(".")[:3]
+
+
+def is_of_these_versions(results):
+  """Whether programs are those of the installed JAX and optax, but for a patch."""
+  return all(
+    release(results["about"][package]) == release(importlib.metadata.version(package))
+    for package in ("jax", "optax")
+  )
+
+
+def by_cell(results):
+  return {
+    compiled.Cell(*(row[key] for key in compiled.Cell._fields)): row["program"]
+    for row in results["rows"]
+    if compiled.is_ours(row["method"])
+  }
 
 
 @pytest.fixture(scope="module")
 def programs():
   """What our cells compute, traced in processes with as many devices as each."""
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  wanted = [
+    (target, *cell)
+    for target in COUNTED
+    for _, results in [committed(target)]
+    if is_of_these_versions(results)
+    for cell in by_cell(results)
+  ]
   found = {}
-  for devices in {cell.devices for cell in compiled.cells()}:
+  for devices in {cell[-1] for cell in wanted}:
+    own = json.dumps([cell for cell in wanted if cell[-1] == devices])
     run = subprocess.run(
-      [sys.executable, "-c", DIGESTS.format(devices=devices)],
+      [sys.executable, "-c", DIGESTS.format(devices=devices, wanted=own)],
       env=environment,
       cwd=costs.ROOT,
       capture_output=True,
@@ -257,7 +299,7 @@ def programs():
       check=True,
     )
     rows = json.loads(run.stdout.splitlines()[-1])
-    found |= {compiled.Cell(*cell): digest for *cell, digest in rows}
+    found |= {(row[0], compiled.Cell(*row[1:-1])): row[-1] for row in rows}
   return found
 
 
@@ -267,7 +309,7 @@ class TestDigests:
       return [function(x) for x in updates], state
 
     tx = optax.GradientTransformation(lambda params: (), update)
-    return _compiling.digest(tx, [(3,)], "float32")
+    return _compiling.digest(_compiling.traced(tx, [(3,)], "float32"), "cpu")
 
   def test_words_do_not_count(self):
     def named(value):
@@ -288,22 +330,15 @@ class TestDigests:
     assert len({*map(self.digest, programs)}) == len(programs)
 
   @pytest.mark.programs
-  @pytest.mark.parametrize("target", _targets.TARGETS)
+  @pytest.mark.parametrize("target", COUNTED)
   def test_committed_figures_are_of_these_programs(self, target, programs):
-    path = costs.RESULTS / f"compiled-{target}.json"
-    results = json.loads(path.read_text())
-    for package in ("jax", "optax"):
-      if results["about"][package] != importlib.metadata.version(package):
-        pytest.skip(f"{path.name} is of another {package}, whose programs differ")
-    rows = {
-      compiled.Cell(*(row[key] for key in compiled.Cell._fields)): row["program"]
-      for row in results["rows"]
-    }
-    assert rows.keys() & programs.keys()
+    path, results = committed(target)
+    if not is_of_these_versions(results):
+      pytest.skip(f"{path.name} is of another JAX or optax, whose programs differ")
+    rows = by_cell(results)
+    assert rows
     old = [
-      cell.text()
-      for cell, digest in rows.items()
-      if compiled.is_ours(cell.method) and programs.get(cell) != digest
+      cell.text() for cell, digest in rows.items() if programs[target, cell] != digest
     ]
     assert not old, (
       f"{path.name} is of other programs in {len(old)} rows. Compile them again, in an"
