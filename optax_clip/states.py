@@ -10,10 +10,10 @@ from optax_clip._algebra.record import Record
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards.guard import GuardState
 from optax_clip._guards.judge import LossScale
+from optax_clip._guards.observe import NormHistory
+from optax_clip._guards.observe import ObserveState
 from optax_clip._report.layer_report import LayerMetrics
 from optax_clip._report.layer_report import LayerReport
-from optax_clip._report.observe import NormHistory
-from optax_clip._report.observe import ObserveState
 from optax_clip._report.suggest import Suggestion
 
 __all__ = [

@@ -19,11 +19,10 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
-from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
 
 from optax_clip import _backend
+from optax_clip import _jaxprs
 from optax_clip._algebra import record as _record
 from optax_clip._trees import leaf as _leaf
 from optax_clip._types import Updates
@@ -64,7 +63,7 @@ def taken_or_kept(
     consts, inputs = (
       [_leaf.gate(x, take) for x in values] for values in (closed.consts, leaves)
     )
-    return jaxpr_as_fun(closed.replace(consts=consts))(*inputs)
+    return _jaxprs.run(closed, consts, inputs)
 
   def old(measured: list[Any]) -> list[Any]:
     result = _zeros(shapes[0], leaves, take) if kept is None else jax.tree.leaves(kept)
@@ -75,7 +74,7 @@ def taken_or_kept(
     ]
 
   def branch() -> list[Any]:
-    return lax.cond(take, new, lambda: old(_only(closed, shown, leaves)))
+    return lax.cond(take, new, lambda: old(_jaxprs.run_only(closed, shown, leaves)))
 
   def selection() -> list[Any]:
     values = new()
@@ -127,15 +126,6 @@ def _weakly_typed(like: Any, new: Array) -> Array:
   """Makes a result weakly typed if what came in is."""
   old = jnp.asarray(like)
   return _leaf.keep_weak_type(old, new) if old.shape == new.shape else new
-
-
-def _only(closed: Any, used: list[bool], leaves: list[Any]) -> list[Any]:
-  """Computes some results of a program, without what they do not need."""
-  if not any(used):
-    return []
-  needed, _ = dce_jaxpr(closed.jaxpr, used, instantiate=True)
-  # Of the type that this JAX has for programs with their constants.
-  return jaxpr_as_fun(type(closed)(needed, closed.consts))(*leaves)
 
 
 def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:

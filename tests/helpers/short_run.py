@@ -140,12 +140,12 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_flax_nnx_loop": (),
     "test_flax_linen_loop": (),
   },
-  "methods/test_clip_tree.py": {
+  "functions/test_clip_tree.py": {
     "test_it_divides_by_the_limit": ("0.7-bfloat16", "1000.0-bfloat16"),
     "test_each_is_clipped_by_its_own_norm": WIDE[1:],
     "test_derivatives": (),
   },
-  "methods/test_functions.py": {
+  "functions/test_functions.py": {
     "test_per_example_layer": WIDE[:1],
     "test_per_example_global": WIDE[1:],
     "test_unitwise_norm": WIDE[1:],
@@ -154,7 +154,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_per_example_under_jit_and_with_a_traced_limit": (),
     "test_global_norm": WIDE,
   },
-  "methods/test_per_example.py": {
+  "functions/test_per_example.py": {
     "test_derivatives_are_those_of_the_others": (),
     "test_the_others_are_summed_as_if_it_were_not_there": (
       "bfloat16-nan-per_example_layer_norm_clip",
@@ -164,7 +164,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_by_default_it_is_seen": ("per_example_layer_norm_clip",),
     "test_a_batch_of_bad_examples_is_zero": ("per_example_layer_norm_clip",),
   },
-  "methods/test_qk_clip.py": {
+  "functions/test_qk_clip.py": {
     "test_layouts": ("2",),
     "test_exact_logits_exceed_tau_by_the_documented_rounding_at_most": WIDE[1:],
     "test_a_logit_without_negative_terms_never_exceeds_tau_at_all": WIDE[1:],
@@ -197,7 +197,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_through_wrappers": ("jit-all of them", "jit-MultiSteps"),
     "test_counters": (f"{KINDS[0]}-propagate", f"{KINDS[1]}-zero"),
   },
-  "report/test_observe.py": {
+  "guards/test_observe.py": {
     "test_updates_are_passed_on_bit_for_bit": ("bfloat16",),
     "test_through_wrappers": ("alone", "MultiSteps", "around skip_nonfinite"),
     "test_a_history_of_any_scale": ("1e+200",),

@@ -19,15 +19,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up: a module imports from its own floor and from those below.
 FLOORS = (
-  ("_types", "_validate", "_backend", "_repr"),
+  ("_types", "_validate", "_backend", "_repr", "_jaxprs"),
   ("_trees",),
   ("_norms",),
   ("_algebra",),
   ("_matrices",),
   ("actions", "measures", "_thresholds"),
-  ("_methods",),
+  ("_methods", "_functions"),
   ("thresholds",),
   ("_guards",),
+  ("_protect",),
   ("_report",),
   ("states",),
   ("__init__",),

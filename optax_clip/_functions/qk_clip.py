@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from optax_clip import _validate
 from optax_clip import actions
-from optax_clip._methods import attention_logits as _logits
+from optax_clip._functions import attention_logits as _logits
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
