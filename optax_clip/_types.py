@@ -10,11 +10,17 @@ from typing import Literal
 from typing import TypeAlias
 
 from jax.typing import ArrayLike
+import numpy as np
 
 # A tree of floating or complex arrays; a tree of parameters; a state of optax.
 Updates: TypeAlias = Any
 Params: TypeAlias = Any
 OptState: TypeAlias = Any
+
+# Keywords of `update` that its caller added.
+ExtraArgs: TypeAlias = dict[str, Any]
+# What arrays know as their dtype.
+DType: TypeAlias = np.dtype[Any]
 
 # A number that may be traced; a number, or a function from the step to one.
 Scalar: TypeAlias = ArrayLike

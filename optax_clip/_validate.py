@@ -155,6 +155,16 @@ def fraction(**values: Any) -> None:
       )
 
 
+def state(kind: type, given: object, owner: str) -> None:
+  """Raises unless a state is of the type that `init` of its owner returned."""
+  if not isinstance(given, kind):
+    raise TypeError(
+      f"The state of {owner} must be the {kind.__name__} that its init returned, got a"
+      f" {type(given).__name__}. Pass tx.init(params) of this same tx; of a checkpoint"
+      " of another chain, optax_clip.convert_state(tx, params, old_state) makes one."
+    )
+
+
 class Kind:
   """Checks that a memory has the structure it started with, which it finds once."""
 

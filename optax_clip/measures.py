@@ -31,6 +31,7 @@ from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -38,15 +39,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clip import _validate
+from optax_clip._algebra import measured as _measured
+from optax_clip._algebra.types import ByLayout
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Parts
 from optax_clip._matrices.measure import spectral_norm
+from optax_clip._norms import blocks as _blocks
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import layout as _layout
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import norm as _norm
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
 from optax_clip._trees import axes as _axes
@@ -54,6 +59,8 @@ from optax_clip._trees import labels as _labels
 from optax_clip._trees import leaves as _leaves
 from optax_clip._trees import paths as _paths
 from optax_clip._types import AxisName
+from optax_clip._types import DType
+from optax_clip._types import ExtraArgs
 from optax_clip._types import Params
 from optax_clip._types import Scalar
 from optax_clip._types import Specs
@@ -86,16 +93,20 @@ def global_norm(
   p = _validate.order(ord)
 
   def layout(updates: Updates) -> Layout:
-    leaves = _leaves.floating_leaves(updates)
-    dtype = _power_sums.accumulator(*(x.dtype for x in leaves))
+    dtypes = [x.dtype for x in _leaves.floating_leaves(updates)]
     cuts = _whole_cuts(updates, axis_name, specs)
-    return _layout.whole(0, dtype, [None] * len(leaves), cuts)
+    return laid(_power_sums.accumulator(*dtypes), cuts)
+
+  def laid(dtype: DType, cuts: Sequence[_mesh.Cut]) -> Layout:
+    return _layout.whole(0, dtype, [None] * len(cuts), cuts)
+
+  def combine(layers: Norms, updates: Updates) -> Norms:
+    del updates
+    table = _table(layers)
+    layout = laid(table.value.dtype, [q.cut for q in layers.layout.places])
+    return Norms([_norm.merged(table, p)], layout)
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
-
-  def combine(norms: Sequence[Extended], updates: Updates) -> list[Extended]:
-    return [_norm.merged(_table(finer, norms, updates), p)]
-
   parts = Parts(finer, combine if p >= 1 else None)
   return Measure(layout, _Norm("global", p, (axis_name, specs), layout), parts)
 
@@ -169,22 +180,23 @@ def group_norm(
   _labels.checked_labels(labels, names)
 
   def layout(updates: Updates) -> Layout:
+    return laid(updates, _whole_cuts(updates, axis_name, specs))
+
+  def laid(updates: Updates, cuts: Sequence[_mesh.Cut]) -> Layout:
     leaves = _leaves.floating_leaves(updates)
     dtype = _power_sums.accumulator(*(x.dtype for x in leaves))
     ids = _labels.label_ids(labels, names, updates)
     counts(updates)  # So that `init` raises.
-    cuts = _whole_cuts(updates, axis_name, specs)
     clipped = _labels.flags(updates, scaled=scaled)
     return _layout.whole(len(names), dtype, ids, cuts, clipped)
 
   def counts(updates: Updates) -> list[bool]:
     return _labels.flags(updates, counted=counted)
 
-  finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
-
-  def combine(norms: Sequence[Extended], updates: Updates) -> list[Extended]:
-    table = _table(finer, norms, updates)
-    pairs = list(zip(layout(updates).places, counts(updates), strict=True))
+  def combine(layers: Norms, updates: Updates) -> Norms:
+    table = _table(layers)
+    layout = laid(updates, [q.cut for q in layers.layout.places])
+    pairs = list(zip(layout.places, counts(updates), strict=True))
     groups = []
     for group in range(len(names)):
       own = [i for i, (q, count) in enumerate(pairs) if q.entry == group and count]
@@ -193,10 +205,11 @@ def group_norm(
         continue
       members = np.asarray(own, np.int32)
       groups.append(_norm.merged(jax.tree.map(lambda x, m=members: x[m], table), p))
-    return [Extended(*map(jnp.stack, zip(*groups, strict=True)))]
+    return Norms([Extended(*map(jnp.stack, zip(*groups, strict=True)))], layout)
 
   # Not `scaled`: the norms are the same.
   key = (labels, tuple(names), counted, axis_name, specs)
+  finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
   parts = Parts(finer, combine if p >= 1 else None)
   return Measure(layout, _Norm("group", p, key, layout, counts), parts)
 
@@ -263,7 +276,7 @@ def relative(measure: Measure, *, floor: Scalar = 1e-3) -> Measure:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Norm:
+class _Norm(ByLayout):
   """Measures norms of updates; two are equal if they measure the same.
 
   Attributes:
@@ -276,90 +289,95 @@ class _Norm:
 
   kind: str
   ord: float
-  key: Any
-  layout: Callable[[Any], Layout] = dataclasses.field(compare=False)
-  counts: Callable[[Any], list[bool]] | None = dataclasses.field(
+  key: Hashable
+  layout: Callable[[Updates], Layout] = dataclasses.field(compare=False)
+  counts: Callable[[Updates], list[bool]] | None = dataclasses.field(
     default=None, compare=False
   )
 
-  uses_params = False
-
-  def __call__(
-    self, updates: Updates, params: Params = None, **extra_args: Any
-  ) -> list[Extended]:
+  def by(
+    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
+  ) -> Norms:
     del params, extra_args
-    leaves, layout = _leaves.floating_leaves(updates), self.layout(updates)
-    if self.counts is not None:
-      rows = zip(leaves, layout.places, self.counts(updates), strict=True)
-      kept = [(x, place) for x, place, counts in rows if counts]
-      leaves = [x for x, _ in kept]
-      layout = layout._replace(places=tuple(place for _, place in kept))
-    return _norm.of_layout(leaves, layout, self.ord)
+    leaves = _leaves.floating_leaves(updates)
+    if self.counts is None:
+      return _norm.of_layout(leaves, layout, self.ord)
+    rows = zip(leaves, layout.places, self.counts(updates), strict=True)
+    kept = [(x, place) for x, place, counts in rows if counts]
+    places = tuple(place for _, place in kept)
+    found = _norm.of_layout(
+      [x for x, _ in kept], layout._replace(places=places), self.ord
+    )
+    return Norms(found.blocks, layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rms:
+class _Rms(ByLayout):
   """Measures the root mean squares of layers."""
 
   norm: Measure = dataclasses.field(compare=False)
   key: Any = None
 
-  uses_params = False
-
   def __post_init__(self) -> None:
     object.__setattr__(self, "key", self.norm.measure)
+    object.__setattr__(self, "layout", self.norm.layout)
 
-  def __call__(
-    self, updates: Updates, params: Params = None, **extra_args: Any
-  ) -> list[Extended]:
-    layout = self.norm.layout(updates)
-    norms = self.norm.measure(updates, params, **extra_args)
-    return [
-      norm._replace(value=norm.value / jnp.sqrt(jnp.asarray(size, norm.value.dtype)))
-      for norm, size in zip(norms, layout.sizes(), strict=True)
+  def by(
+    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
+  ) -> Norms:
+    norms = _measured.measured_by(self.norm, updates, params, extra_args, layout)
+    blocks = [
+      norm._replace(value=norm.value / jnp.sqrt(jnp.asarray(count, norm.value.dtype)))
+      for norm, count in zip(norms.blocks, layout.elements(), strict=True)
     ]
+    return Norms(blocks, layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ratio:
+class _Ratio(ByLayout):
   """Measures updates in units of the same measure of the parameters."""
 
   of: Measure = dataclasses.field(compare=False)
   floor: Scalar
   key: Any = None
 
+  uses_params = True
+
   def __post_init__(self) -> None:
     object.__setattr__(self, "key", self.of.measure)
+    object.__setattr__(self, "layout", self.of.layout)
 
-  def __call__(
-    self, updates: Updates, params: Params = None, **extra_args: Any
-  ) -> list[Extended]:
+  def by(
+    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
+  ) -> Norms:
     _leaves.same_structure(updates, params)
-    above = self.of.measure(updates, None, **extra_args)
-    below = self.of.measure(params, None, **extra_args)
-    weights = _scalars.each(_extended.as_float, [(x,) for x in below])
-    layout, own = self.of.layout(updates), self.of.layout(params)
+    # Where updates and parameters have the same types, they have the same layout.
+    alike = _leaves.types(updates) == _leaves.types(params)
+    own = layout if alike else self.of.layout(params)
+    above = _measured.measured_by(self.of, updates, None, extra_args, layout)
+    below = _measured.measured_by(self.of, params, None, extra_args, own)
+    weights = below.values
     if (own.blocks, own.positions()) != (layout.blocks, layout.positions()):
       # Dtypes decide which block holds a norm, and parameters may have others.
-      weights = layout.untabled(own.table(weights), [x.value for x in above])
-    return _scalars.each(self._ratio, list(zip(above, weights, strict=True)))
+      weights = above.split(below.table())
+    pairs = list(zip(above.blocks, weights, strict=True))
+    return Norms(_scalars.each(self._ratio, pairs), layout)
 
   def _ratio(self, update: Extended, weight: Array) -> Extended:
     floor = jnp.maximum(weight, jnp.asarray(self.floor, weight.dtype))
     return _extended.divided(update, floor.astype(update.value.dtype))
 
 
-def _table(measure: Measure, norms: Sequence[Extended], updates: Updates) -> Extended:
-  """Joins all norms of a measure to one array; a norm of 0, if there are none."""
-  layout = measure.layout(updates)
-  if not layout.places:
-    return _extended.of(layout.blank())
-  return Extended(*(layout.table(column) for column in zip(*norms, strict=True)))
+def _table(layers: Norms) -> Extended:
+  """Joins all norms to one array; a norm of 0, if there are none."""
+  if not layers.layout.places:
+    return _extended.of(_blocks.blank(layers.layout))
+  return Extended(*(layers.table(x) for x in zip(*layers.blocks, strict=True)))
 
 
 def _growing(ord: float) -> float | None:
   """Returns the order by which a norm grows with its size; `None` if it does not."""
-  return None if ord == float("inf") else ord
+  return None if ord == math.inf else ord
 
 
 def _whole_cuts(updates: Updates, axis_name: AxisName, specs: Specs) -> list[_mesh.Cut]:

@@ -121,8 +121,8 @@ FAULTS = (
   Fault(
     "the derivative of a norm forgets the sign",
     "_norms/norm.py",
-    "    return share\n  size = jnp.abs(share)",
-    "    return jnp.abs(share)\n  size = jnp.abs(share)",
+    "    return share\n  modulus = jnp.abs(share)",
+    "    return jnp.abs(share)\n  modulus = jnp.abs(share)",
     "derivatives contract functions",
     "deriv or grad",
   ),
@@ -159,7 +159,7 @@ FAULTS = (
   ),
   Fault(
     "a limit of each leaf reaches the leaf after it",
-    "_norms/layout.py",
+    "_norms/blocks.py",
     "      start = stop\n",
     "      start = stop - 1\n",
     "records stacked learned_state",
@@ -338,7 +338,7 @@ FAULTS = (
   ),
   Fault(
     "a record of layers has no row where there are no layers",
-    "_algebra/record.py",
+    "_algebra/layers.py",
     "count = max(sum(map(math.prod, stacks)), 1)",
     "count = sum(map(math.prod, stacks))",
     "leaves",

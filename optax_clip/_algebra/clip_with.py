@@ -1,21 +1,31 @@
 """How a clipping method is put together: measure, threshold, action.
 
-A clipping method measures updates, decides how large they may be, and acts on
-what is larger. Each of the three is one value, and `clip_with` joins them::
+AutoClip is these three parts::
+
+    clip_with(
+      measures.global_norm(),       # How large the updates are: one norm of all leaves.
+      thresholds.percentile(10.0),  # How large they may be: as 10% of the norms before.
+      actions.rescale(),            # What happens to larger ones: scaled to the limit.
+    )
+
+An update takes five steps, each a function below::
 
     updates, params, extra_args
           |  measure     sees tensors, dtypes, groups, meshes; remembers nothing
           v
-       norms             a few non-negative numbers, in blocks (`layout`)
+       norms             a few non-negative numbers, and which leaf they are of
           |  threshold   sees only these, as one array; holds the only memory
           v
        limits
-          |  action.weigh(norms, limits)     elementwise on the few numbers
+          |  action.weigh(norm, limit)       elementwise on the few numbers
           v
-    coefficients  --layout.spread-->  one broadcastable for each leaf
+       weights           --spread--> one broadcastable for each leaf
           |  action.apply(leaf, coefficient, limit)      writes the updates
           v
-       updates           same structure, shapes, dtypes, shardings
+       applied           same structure, shapes, dtypes, shardings
+          |
+          v
+       noted             what was done, from values that exist anyway
 
 "ZClip for each layer" and "AGC with a percentile threshold" are then new
 combinations, not new code. Precision, meshes, the policy for NaNs, recording and
@@ -25,8 +35,6 @@ Whoever knows the norms already (a guard that measured the same updates, a calle
 `clip_tree`) hands them on: `handed` says how.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -37,10 +45,10 @@ import numpy as np
 import optax
 
 from optax_clip import _validate
+from optax_clip._algebra import handed as _handed
+from optax_clip._algebra import layers as _layers
 from optax_clip._algebra import record as _record
-from optax_clip._algebra import shapes as _shapes
 from optax_clip._algebra.measured import LayerNorms
-from optax_clip._algebra.measured import Norms
 from optax_clip._algebra.measured import largest
 from optax_clip._algebra.measured import layer_norms
 from optax_clip._algebra.measured import measured
@@ -48,8 +56,9 @@ from optax_clip._algebra.measured import of_layers
 from optax_clip._algebra.types import Action
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
-from optax_clip._norms import extended as _extended
+from optax_clip._norms import blocks as _blocks
 from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
 from optax_clip._norms.layout import Place
@@ -57,6 +66,7 @@ from optax_clip._repr import named
 from optax_clip._repr import short
 from optax_clip._trees import leaf as _leaf
 from optax_clip._trees import leaves as _leaves
+from optax_clip._types import ExtraArgs
 from optax_clip._types import Nonfinite
 from optax_clip._types import Params
 from optax_clip._types import Recording
@@ -144,14 +154,13 @@ def clip_with(
 
   def init(params: Params) -> Any:
     params = _leaves.floats_only(params)
-    layout = measure.layout(params)
-    memory = threshold.init(layout.blank())
+    memory = threshold.init(_blocks.blank(measure.layout(params)))
     if not record and isinstance(memory, optax.EmptyState):
       return optax.EmptyState()
     entries: dict[str, Any] = {name: _record.blank()} if record else {}
     if by_layer:
-      stacks = of_layers(measure, params).layout(params).stacks()
-      entries[name + _record.LAYERS] = _record.blank_layers(stacks)
+      stacks = of_layers(measure, params).stacks()
+      entries[name + _record.LAYERS] = _layers.blank(stacks)
     return ClipState(memory, entries)
 
   def update(
@@ -162,97 +171,129 @@ def clip_with(
   ) -> tuple[Any, Any]:
     given_updates, updates = updates, _leaves.with_values(updates)
     params = _leaves.floats_only(params)
-    # optax lets stateless transformations be called with any state.
-    stateful = isinstance(state, ClipState)
-    memory = state.threshold if stateful else optax.EmptyState()
-    if not stateful:
-      blank = measure.layout(updates).blank()
-      if not isinstance(jax.eval_shape(threshold.init, blank), optax.EmptyState):
-        raise TypeError(
-          f"The state of {name!r} must be the ClipState that its init returned, got a"
-          f" {type(state).__name__}: {name!r} remembers norms. Pass the state of this"
-          " same transformation; of a checkpoint of another chain,"
-          " optax_clip.convert_state(tx, params, old_state) makes one."
-        )
-
-    found, layers = measured(measure, by_layer, updates, params, extra_args)
-    sizes = found.sizes()
-    finite = _record.all_finite(sizes)
+    norms, layers = measured(measure, by_layer, updates, params, extra_args)
+    memory = _memory(threshold, norms, state, name)
+    finite = _record.all_finite(norms.values)
     if nonfinite == "zero":
       # Zeros must depend on nothing.
       updates, blocks = jax.tree.map(
-        lambda x: _leaf.gate(x, finite), (updates, found.blocks)
+        lambda x: _leaf.gate(x, finite), (updates, list(norms.blocks))
       )
-      found = found._replace(blocks=blocks)
-      sizes = found.sizes()
-    limits, memory = _limited(threshold, found.layout, sizes, memory, extra_args)
-
-    def weighed(norm: Extended, limit: Array) -> tuple[Extended, Any]:
-      coefficient = action.weigh(norm, limit)
-      # What the record shows, from the same kernels.
-      shown = _factor_and_norm(norm, coefficient) if stateful else None
-      return coefficient, shown
-
-    def weights(found: Norms) -> tuple[list[Extended], list[Any]]:
-      pairs = list(zip(found.blocks, limits, strict=True))
-      both = _scalars.each(weighed, pairs, last=len(Extended._fields))
-      return [x for x, _ in both], [x for _, x in both]
-
-    coefficients, applied = weights(found)
-    settled: Any = {}
-    if action.settle is not None:
-      settled, found = _settled(action.settle, found, limits, updates)
-      _, applied = weights(found)
-      sizes = found.sizes()
-    clipped = _applied(action, found.layout, coefficients, limits, updates, settled)
+      norms = Norms(blocks, norms.layout)
+    limits, memory = _limits(threshold, norms, memory, extra_args)
+    # optax lets stateless transformations be called with any state.
+    is_recorded = isinstance(state, ClipState)
+    weights = _weights(action, norms, limits, is_recorded)
+    weights = _settled(action, weights, updates)
+    clipped = _applied(action, weights, updates)
     if nonfinite == "zero":
       clipped = jax.tree.map(lambda x: _where_finite(finite, x), clipped)
-    if stateful:
+    if is_recorded:
       seen = None if layers is None else layer_norms(measure, layers)
-      zeroed = nonfinite == "zero"
-      state = ClipState(
-        memory,
-        _noted(state.record, found, seen, sizes, limits, applied, finite, zeroed),
-      )
+      if nonfinite == "zero":
+        weights = weights.zeroed(finite)
+      state = ClipState(memory, _noted(state.record, weights, seen, finite))
     return _leaves.restored(clipped, given_updates), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _limited(
-  threshold: Threshold,
-  layout: Layout,
-  sizes: Sequence[Array],
-  memory: Any,
-  extra_args: dict[str, Any],
+class _Weights(NamedTuple):
+  """Says what becomes of the leaves.
+
+  Attributes:
+    norms: the norms that were weighed.
+    limits: for each block its limits, which broadcast to it.
+    coefficients: for each block what the leaves are multiplied with.
+    effects: for each block what the record shows of it; empty if there is none.
+    settled: leaves that the action has made already, by their index.
+  """
+
+  norms: Norms
+  limits: list[Array]
+  coefficients: list[Extended]
+  effects: list[_record.Effect]
+  settled: dict[int, Array]
+
+  def zeroed(self, finite: Array) -> "_Weights":
+    """Makes the effect that of zeros, unless the step is finite."""
+    return self._replace(effects=[x.zeroed(finite) for x in self.effects])
+
+
+def _memory(threshold: Threshold, norms: Norms, state: Any, name: str) -> Any:
+  """Returns what the threshold remembers.
+
+  Raises:
+    TypeError: if there should be a memory and is none.
+  """
+  if isinstance(state, ClipState):
+    return state.threshold
+  blank = _blocks.blank(norms.layout)
+  if not isinstance(jax.eval_shape(threshold.init, blank), optax.EmptyState):
+    _validate.state(ClipState, state, repr(name))
+  return optax.EmptyState()
+
+
+def _limits(
+  threshold: Threshold, norms: Norms, memory: Any, extra_args: ExtraArgs
 ) -> tuple[list[Array], Any]:
   """Asks the threshold for each block's limits, and for its memory after the step."""
-  table = layout.table(sizes)
-  with _shapes.of(layout):
+  table = norms.table()
+  with _handed.layout(norms.layout):
     limits, memory = threshold.update(table, memory, **extra_args)
   limits = jnp.asarray(limits)
   if limits.ndim:
     limits = jnp.broadcast_to(limits, table.shape)
-  return layout.untabled(limits, sizes), memory
+  return norms.split(limits), memory
 
 
-def _applied(
-  action: Action,
-  layout: Layout,
-  coefficients: Sequence[Extended],
-  limits: Sequence[Array],
-  updates: Updates,
-  settled: dict[int, Array],
-) -> Any:
+def _weights(
+  action: Action, norms: Norms, limits: list[Array], is_recorded: bool
+) -> _Weights:
+  """Weighs each norm against its limit."""
+
+  def weighed(norm: Extended, limit: Array) -> tuple[Extended, _record.Effect | None]:
+    coefficient = action.weigh(norm, limit)
+    # What the record shows, from the same kernels.
+    shown = _record.effect(norm, coefficient) if is_recorded else None
+    return coefficient, shown
+
+  pairs = list(zip(norms.blocks, limits, strict=True))
+  both = _scalars.each(weighed, pairs, last=len(Extended._fields))
+  effects = [shown for _, shown in both if shown is not None]
+  return _Weights(norms, limits, [x for x, _ in both], effects, {})
+
+
+def _settled(action: Action, weights: _Weights, updates: Updates) -> _Weights:
+  """Has the action look at leaves again, if it does; weighs the norms it found."""
+  if action.settle is None:
+    return weights
+  norms, settled, own = weights.norms, {}, []
+  leaves = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
+  rows = zip(leaves, norms.layout.places, norms.spread(weights.limits), strict=True)
+  for i, (leaf, place, (norm, limit)) in enumerate(rows):
+    new = action.settle(leaf, place, norm, limit) if place.scaled else None
+    if new is not None:
+      settled[i], norm = new
+    own.append(norm)
+  norms = norms.gathered(own)
+  effects = weights.effects
+  if effects:
+    effects = _weights(action, norms, weights.limits, True).effects
+  return weights._replace(norms=norms, effects=effects, settled=settled)
+
+
+def _applied(action: Action, weights: _Weights, updates: Updates) -> Updates:
   """Applies to each leaf its coefficient, unless it is settled."""
   leaves, treedef = jax.tree.flatten(updates)
-  own = layout.spread(list(zip(coefficients, limits, strict=True)))
+  layout = weights.norms.layout
+  own = Norms(weights.coefficients, layout).spread(weights.limits)
 
   def new(i: int, place: Place, coefficient: Extended, limit: Array) -> Array:
     leaf = jnp.asarray(leaves[i])
     if not place.scaled:
       return leaf
-    after = settled.get(i)
+    after = weights.settled.get(i)
     after = action.apply(leaf, coefficient, limit) if after is None else after
     return _leaf.keep_weak_type(leaf, after)
 
@@ -260,83 +301,35 @@ def _applied(
   return jax.tree.unflatten(treedef, [new(i, place, *x) for i, (place, x) in rows])
 
 
-def _settled(
-  settle: Callable[..., Any], found: Norms, limits: Sequence[Array], updates: Updates
-) -> tuple[dict[int, Array], Norms]:
-  """Has the action look at leaves again; returns what it made, and the norms then."""
-  leaves = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
-  layout = found.layout
-  own = layout.spread(list(zip(found.blocks, limits, strict=True)))
-  settled, norms = {}, [norm for norm, _ in own]
-  for i, (leaf, place, pair) in enumerate(zip(leaves, layout.places, own, strict=True)):
-    new = settle(leaf, place, *pair) if place.scaled else None
-    if new is not None:
-      settled[i], norms[i] = new
-  return settled, found._replace(blocks=layout.gathered(found.blocks, norms))
-
-
 def _where_finite(finite: Array, x: Array) -> Array:
   return _leaf.keep_weak_type(x, jnp.where(finite, x, jnp.zeros_like(x)))
 
 
 def _noted(
-  record: dict[str, Any],
-  found: Norms,
-  layers: LayerNorms | None,
-  sizes: Sequence[Array],
-  limits: Sequence[Array],
-  applied: Sequence[Any],
-  finite: Array,
-  zeroed: bool,
+  record: dict[str, Any], weights: _Weights, layers: LayerNorms | None, finite: Array
 ) -> dict[str, Any]:
-  """Notes one more step in the records; `zeroed`: if it is not finite, it is zero."""
-  layout = found.layout
-  if zeroed:
-    stays = jnp.stack([jnp.asarray(True), finite])
-    applied = [
-      jnp.where(stays, x, jnp.zeros_like(x))
-      if isinstance(x, jax.Array)
-      else (x[0], jnp.where(finite, x[1], jnp.zeros_like(x[1])))
-      for x in applied
-    ]
+  """Notes one more step in the records."""
+  norms, limits, effects = weights.norms, weights.limits, weights.effects
   entries: dict[str, Any] = {}
   for key, last in record.items():
     if isinstance(last, _record.Record):
-      entries[key] = _record.noted(last, sizes, limits, applied, finite)
+      entries[key] = _record.noted(last, norms.values, limits, effects, finite)
       continue
     if layers is None:
       entries[key] = last  # From a clip with record="layers", which this one is not.
       continue
-    whole = [jnp.broadcast_to(x, n.shape) for x, n in zip(limits, sizes, strict=True)]
-    above = [(n > x).astype(n.dtype) for n, x in zip(sizes, whole, strict=True)]
-    entries[key] = _record.noted_layers(
+    pairs = list(zip(limits, norms.values, strict=True))
+    whole = [jnp.broadcast_to(limit, n.shape) for limit, n in pairs]
+    above = [(n > x).astype(n.dtype) for (_, n), x in zip(pairs, whole, strict=True)]
+    factors = [x.factor() for x in effects]
+    entries[key] = _layers.noted(
       last,
       *layers,
-      limit=_where_scaled(layout, layout.rows(_smallest, whole), jnp.inf),
-      coefficient=_where_scaled(
-        layout, layout.rows(_smallest, [x[0] for x in applied]), 1
-      ),
-      clipped=_where_scaled(layout, layout.rows(largest, above), 0) > 0,
+      limit=_where_scaled(norms.layout, norms.by_layer(_smallest, whole), jnp.inf),
+      coefficient=_where_scaled(norms.layout, norms.by_layer(_smallest, factors), 1),
+      clipped=_where_scaled(norms.layout, norms.by_layer(largest, above), 0) > 0,
     )
   return entries
-
-
-def _factor_and_norm(norm: Extended, coefficient: Extended) -> Any:
-  """Returns what a norm was multiplied with, and the norm after that.
-
-  Of a scalar they are one array, as a TPU has a kernel for each operation on a scalar.
-  """
-  if norm.value.ndim:
-    factor = coefficient.value * coefficient.unit
-    return factor, _product(norm, coefficient)
-  beside = Extended(*(jnp.stack([jnp.ones_like(x), x]) for x in norm))
-  return _product(beside, coefficient)
-
-
-def _product(norm: Extended, coefficient: Extended) -> Array:
-  """Multiplies two numbers; in this order nothing leaves the range on the way."""
-  value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
-  return _extended.as_float(Extended(value, unit))
 
 
 def _where_scaled(layout: Layout, rows: Array, otherwise: float) -> Array:

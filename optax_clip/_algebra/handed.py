@@ -1,14 +1,15 @@
-"""Norms on their way from whoever measured updates to what stands inside.
+"""What travels beside a call: norms on their way inside, and what they are of.
 
 A guard measures the updates, and a clip inside it would measure them again. Between
 the two there may be transformations of anyone, which refuse a keyword that their user
-did not pass. So norms travel beside the call, in a scope that is open only while what
-stands inside is called. Leaving the scope forgets them, and an inner scope shadows the
-outer one.
+did not pass. So norms travel in a scope that is open only while what stands inside is
+called. Leaving the scope forgets them, and an inner scope shadows the outer one.
 
 Norms belong to arrays, which are recognised by identity: a transformation between that
 changes the updates makes others, and so does an entry into `jax.jit` or into a branch.
 Those are measured again.
+
+A threshold sees norms as one array. One that goes by shapes finds their layout here.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,22 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import contextvars
+import dataclasses
 import operator
-from typing import Any
+from typing import Generic
 from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
+from optax_clip._norms.layout import Layout
 from optax_clip._types import Params
 from optax_clip._types import Updates
 
-Blocks = list[Extended]
+Value = TypeVar("Value")
+Measuring = Callable[..., Sequence[Extended]]
 
 
 class Known(NamedTuple):
@@ -40,53 +46,64 @@ class Known(NamedTuple):
 
   updates: Updates = None
   params: Params = None
-  norms: Sequence[tuple[Callable[..., Any], Blocks]] = ()
+  norms: Sequence[tuple[Measuring, Norms]] = ()
 
   def find(
-    self, measuring: Callable[..., Any], updates: Updates, params: Params
-  ) -> Blocks | None:
+    self, measuring: Measuring, updates: Updates, params: Params
+  ) -> Norms | None:
     """Returns what was measured by this function of these very arrays, if it was."""
-    for known, blocks in self.norms:
+    for known, norms in self.norms:
       is_same = known is measuring or (
         type(known) is type(measuring) and bool(known == measuring)
       )
       if is_same and _identical(self.updates, updates):
         uses_params = getattr(measuring, "uses_params", True)
         if not uses_params or _identical(self.params, params):
-          return blocks
+          return norms
     return None
 
   def moved(
     self,
     new: Updates,
     params: Params,
-    change: Callable[[Blocks], Blocks] = lambda blocks: blocks,
+    change: Callable[[Extended], Extended] = lambda block: block,
   ) -> "Known":
     """Carries norms over to a copy of the updates, or to the same in other units."""
-    return Known(new, params, [(x, change(blocks)) for x, blocks in self.norms])
+    pairs = [
+      (x, dataclasses.replace(norms, blocks=list(map(change, norms.blocks))))
+      for x, norms in self.norms
+    ]
+    return Known(new, params, pairs)
 
 
-_NOTHING = Known()
-_scope = contextvars.ContextVar("optax_clip.handed", default=_NOTHING)
+class Scope(Generic[Value]):
+  """Holds a value for all that is called within; an inner scope shadows the outer."""
+
+  def __init__(self, default: Value) -> None:
+    """Sets what is found outside of all scopes."""
+    self._held = contextvars.ContextVar("optax_clip", default=default)
+
+  @contextlib.contextmanager
+  def __call__(self, value: Value) -> Iterator[None]:
+    """Hands the value to all that is called within."""
+    token = self._held.set(value)
+    try:
+      yield
+    finally:
+      self._held.reset(token)
+
+  def get(self) -> Value:
+    """Returns what the innermost scope holds."""
+    return self._held.get()
 
 
-@contextlib.contextmanager
-def scope(known: Known) -> Iterator[None]:
-  """Hands norms to all that is called within."""
-  token = _scope.set(known)
-  try:
-    yield
-  finally:
-    _scope.reset(token)
+# The norms that are known; the layout of the norms that a threshold is asked about.
+scope = Scope(Known())
+layout: Scope[Layout | None] = Scope(None)
 
 
-def at_hand() -> Known:
-  """Returns what the innermost scope holds; outside of all, nothing."""
-  return _scope.get()
-
-
-def _identical(a: Any, b: Any) -> bool:
+def _identical(a: Updates, b: Updates) -> bool:
   """Returns whether two trees have the same structure and the very same leaves."""
-  structures: list[Any] = [jax.tree.structure(x) for x in (a, b)]
   same = all(map(operator.is_, jax.tree.leaves(a), jax.tree.leaves(b)))
-  return same and bool(structures[0] == structures[1])
+  ours: object = jax.tree.structure(a)
+  return same and ours == jax.tree.structure(b)

@@ -1,7 +1,7 @@
 """Where norms come from: measured here, unless someone outside has measured them."""
 
+from collections.abc import Sequence
 import functools
-from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -9,35 +9,20 @@ import jax.numpy as jnp
 
 from optax_clip._algebra import handed as _handed
 from optax_clip._algebra.handed import Known
+from optax_clip._algebra.types import ByLayout
 from optax_clip._algebra.types import Measure
+from optax_clip._norms import blocks as _blocks
 from optax_clip._norms import extended as _extended
-from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
+from optax_clip._types import ExtraArgs
 from optax_clip._types import Params
 from optax_clip._types import Updates
 
 Array = jax.Array
-
-
-class Norms(NamedTuple):
-  """Holds the norms that were measured.
-
-  Attributes:
-    blocks: the norms, one `Extended` for each block of the layout.
-    layout: which leaf they concern.
-  """
-
-  blocks: list[Extended]
-  layout: Layout
-
-  def sizes(self) -> list[Array]:
-    """Returns the norms as floats."""
-    return _scalars.each(_extended.as_float, [(x,) for x in self.blocks])
-
-  def largest(self) -> Array:
-    """Returns each layer's norm, or the largest where it has several."""
-    return self.layout.rows(largest, self.sizes())
+# What a measure may return: norms in blocks, or all of them as one array.
+Found = Sequence[Array | Extended] | Array | Extended
 
 
 def measured(
@@ -45,100 +30,109 @@ def measured(
   by_layer: bool,
   updates: Updates,
   params: Params,
-  extra_args: dict[str, Any],
+  extra_args: ExtraArgs,
 ) -> tuple[Norms, Norms | None]:
   """Returns norms by a measure and, if asked, those of each layer from the same read.
 
   Measures only what was not handed on.
   """
-  at_hand = _handed.at_hand()
+  at_hand, parts = _handed.scope.get(), measure.parts
 
-  def known(measure: Measure) -> list[Extended] | None:
+  def known(measure: Measure) -> Norms | None:
     return at_hand.find(measure.measure, updates, params)
 
-  def by(measure: Measure) -> list[Extended]:
-    blocks = known(measure)
-    if blocks is None:
-      found = measure.measure(updates, params, **extra_args)
-      blocks = as_blocks(found, measure.layout(updates))
-    return blocks
+  def by(measure: Measure) -> Norms:
+    found = known(measure)
+    return measured_by(measure, updates, params, extra_args) if found is None else found
 
-  layout, parts = measure.layout(updates), measure.parts
-  if parts is None or not (by_layer or known(parts.measure)):
-    norms = Norms(by(measure), layout)
+  if parts is None or not (by_layer or known(parts.measure) is not None):
+    norms = by(measure)
     return norms, norms if by_layer else None
-  layers = by(parts.measure)
-  blocks = known(measure)
-  if blocks is None and parts.combine is not None:
-    blocks = list(parts.combine(layers, updates))
-  norms = Norms(by(measure) if blocks is None else blocks, layout)
-  return norms, Norms(layers, parts.measure.layout(updates)) if by_layer else None
+  layers, whole = by(parts.measure), known(measure)
+  if whole is None and parts.combine is not None:
+    found = parts.combine(layers, updates)
+    is_laid = isinstance(found, Norms)
+    whole = found if is_laid else as_norms(found, measure.layout(updates))
+  return by(measure) if whole is None else whole, layers if by_layer else None
+
+
+def measured_by(
+  measure: Measure,
+  updates: Updates,
+  params: Params,
+  extra_args: ExtraArgs,
+  layout: Layout | None = None,
+) -> Norms:
+  """Measures; makes the layout unless it is given."""
+  layout = measure.layout(updates) if layout is None else layout
+  if isinstance(measure.measure, ByLayout):
+    return measure.measure.by(layout, updates, params, extra_args)
+  return as_norms(measure.measure(updates, params, **extra_args), layout)
 
 
 def known_of(
   measure: Measure, updates: Updates, params: Params, norms: Norms, layers: Norms | None
 ) -> Known:
   """Wraps what `measured` found, to be handed on."""
-  entries = [(measure.measure, norms.blocks)]
+  entries = [(measure.measure, norms)]
   if layers is not None and measure.parts is not None:
-    entries.append((measure.parts.measure.measure, layers.blocks))
+    entries.append((measure.parts.measure.measure, layers))
   return Known(updates, params, entries)
 
 
-def known(
-  measure: Measure, updates: Updates, params: Params, norms: list[Extended] | Extended
-) -> Known:
+def known(measure: Measure, updates: Updates, norms: Found) -> Known:
   """Wraps norms that were found otherwise, to be handed on.
 
   Raises:
     ValueError: if the shape of `norms` does not fit the measure.
   """
-  blocks = as_blocks(norms, measure.layout(updates))
-  return Known(updates, params, [(measure.measure, blocks)])
+  entries = [(measure.measure, as_norms(norms, measure.layout(updates)))]
+  return Known(updates, None, entries)
 
 
-def of_layers(measure: Measure, tree: Any) -> Measure:
-  """Returns the measure by layer that goes with a measure.
+def of_layers(measure: Measure, tree: Updates) -> Layout:
+  """Returns the layout of the norms by layer that go with a measure.
 
   Raises:
     ValueError: if a norm covers several leaves and the measure has no `Parts`.
   """
   if measure.parts is not None:
-    return measure.parts.measure
-  if measure.layout(tree).is_shared():
+    return measure.parts.measure.layout(tree)
+  layout = measure.layout(tree)
+  if layout.is_shared():
     raise ValueError(
       "record='layers' needs the norms of each layer, but this measure has norms of"
       " several layers without Parts. All in optax_clip.measures have Parts. Give"
       " yours one, or pass record=True."
     )
-  return measure
+  return layout
 
 
-def as_blocks(norms: Any, layout: Layout) -> list[Extended]:
+def as_norms(found: Found, layout: Layout) -> Norms:
   """Splits what a measure returned: an `Extended` for each block.
 
   Raises:
     ValueError: if the shapes do not fit.
   """
-  if isinstance(norms, Extended) or not isinstance(norms, (list, tuple)):
-    table = _extended.of(norms if isinstance(norms, Extended) else jnp.asarray(norms))
-    blank = layout.blank()
+  if isinstance(found, Extended) or not isinstance(found, (list, tuple)):
+    table = _extended.of(found if isinstance(found, Extended) else jnp.asarray(found))
+    blank = _blocks.blank(layout)
     if table.value.shape != blank.shape:
       raise ValueError(
         f"norms must have the shape {list(blank.shape)}, one entry for each norm of the"
         f" measure, got {list(table.value.shape)}. For several in blocks, pass a list."
       )
-    like = [jnp.zeros(*block) for block in layout.blocks]
-    columns = [layout.untabled(x, like) for x in table]
-    return [Extended(*pair) for pair in zip(*columns, strict=True)]
-  found = [_extended.of(x) for x in norms]
-  shapes = [jnp.shape(x.value) for x in found]
+    like = Norms([_extended.of(jnp.zeros(*block)) for block in layout.blocks], layout)
+    columns = [like.split(x) for x in table]
+    return Norms([Extended(*x) for x in zip(*columns, strict=True)], layout)
+  blocks = [_extended.of(x) for x in found]
+  shapes = [jnp.shape(x.value) for x in blocks]
   if shapes != [block.shape for block in layout.blocks]:
     raise ValueError(
       f"norms must be arrays of the shapes {[list(b.shape) for b in layout.blocks]},"
       f" one for each block of the measure's layout, got {[list(s) for s in shapes]}."
     )
-  return found
+  return Norms(blocks, layout)
 
 
 class LayerNorms(NamedTuple):
@@ -146,11 +140,11 @@ class LayerNorms(NamedTuple):
 
   Attributes:
     norm: the layer's norm, or its largest where it has several.
-    size: the norm for one element, which compares layers.
+    per_element: the norm for one element, which compares layers.
   """
 
   norm: Array
-  size: Array
+  per_element: Array
 
   def divided(self, scale: Array) -> "LayerNorms":
     """Divides both, as if the updates were divided."""
@@ -159,12 +153,12 @@ class LayerNorms(NamedTuple):
 
 def layer_norms(measure: Measure, layers: Norms) -> LayerNorms:
   """Makes what a record keeps for each layer from the layers' norms."""
-  norm = layers.largest()
+  norm = layers.by_layer(largest, layers.values)
   ord = measure.parts.measure.ord if measure.parts else measure.ord
   if ord is None:
     return LayerNorms(norm, norm)
-  powers = [p.size ** (1 / ord) for p in layers.layout.places]
-  elements = layers.layout.per_layer(powers)
+  roots = [p.elements ** (1 / ord) for p in layers.layout.places]
+  elements = layers.layout.per_layer(roots)
   return LayerNorms(norm, norm / jnp.asarray(elements, norm.dtype))
 
 

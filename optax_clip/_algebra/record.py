@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-import optax
 
+from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
+from optax_clip._norms.extended import Extended
 
 Array = jax.Array
 # How much of a rate is of the last step.
@@ -157,62 +158,107 @@ def reported(record: Record | SkipRecord) -> dict[str, Array]:
   }
 
 
+class Effect(NamedTuple):
+  """Holds what the norms of a block were multiplied with, and the norms after that.
+
+  Attributes:
+    both: two arrays; for a scalar norm one array of both: on a TPU every operation on a
+      scalar is a kernel.
+  """
+
+  both: Array | tuple[Array, Array]
+
+  def factor(self) -> Array:
+    """Returns what the norms were multiplied with."""
+    return self.both[0]
+
+  def zeroed(self, finite: Array) -> "Effect":
+    """Makes the norms after clipping those of zeros, unless the step is finite."""
+    if isinstance(self.both, tuple):
+      factor, after = self.both
+      return Effect((factor, jnp.where(finite, after, jnp.zeros_like(after))))
+    stays = jnp.stack([jnp.asarray(True), finite])
+    return Effect(jnp.where(stays, self.both, jnp.zeros_like(self.both)))
+
+
+def effect(norm: Extended, coefficient: Extended) -> Effect:
+  """Says what a coefficient does to the norms of a block."""
+  if norm.value.ndim:
+    factor = coefficient.value * coefficient.unit
+    return Effect((factor, _product(norm, coefficient)))
+  beside = Extended(*(jnp.stack([jnp.ones_like(x), x]) for x in norm))
+  return Effect(_product(beside, coefficient))
+
+
+def _product(norm: Extended, coefficient: Extended) -> Array:
+  """Multiplies two numbers; in this order nothing leaves the range on the way."""
+  value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
+  return _extended.as_float(Extended(value, unit))
+
+
+def _worst(effects: Sequence[Effect], together: bool) -> Array:
+  """Returns the smallest factor and the largest norm after clipping."""
+  if len(effects) == 1 and not isinstance(effects[0].both, tuple):
+    return effects[0].both
+  rows = (_side_by_side([x.both[i] for x in effects], together) for i in range(2))
+  folds = zip((jnp.min, jnp.max), rows, strict=True)
+  return jnp.stack([_fold(fold, row) for fold, row in folds])
+
+
+# Where a `Record` counts steps, keeps the last step of a kind, and flags this one.
+_STEPS, _LAST_ONES, _COUNTS = slice(0, 3), slice(3, 5), 7
+
+
 def blank() -> Record:
   """Makes the record before the first step."""
   return Record(
-    jnp.zeros(5, jnp.float32).at[2].set(1),
+    jnp.asarray([0, 0, 1, 0, 0], jnp.float32),
     jnp.zeros(2, jnp.float32),
-    jnp.zeros(7, jnp.int32),
+    jnp.zeros(_COUNTS, jnp.int32),
   )
 
 
 def noted(
   last: Record,
-  sizes: Sequence[Array],
+  norms: Sequence[Array],
   limits: Sequence[Array],
-  applied: Sequence[Any],
+  effects: Sequence[Effect],
   finite: Array,
 ) -> Record:
   """Notes one more step in a record.
 
   Args:
     last: the record before it.
-    sizes: the norms as floats, in arrays.
+    norms: the norms as floats, in arrays.
     limits: for each of these arrays its limits, which broadcast to it.
-    applied: for each of these arrays what the norms' updates were multiplied with, and
-      their norms after that; of a scalar one array of both.
+    effects: for each of these arrays what became of it.
     finite: bool[], whether all norms are finite.
   """
-  count = sum(x.size for x in sizes)
+  count = sum(x.size for x in norms)
   if not count:
-    return last._replace(counts=last.counts + jnp.eye(7, dtype=jnp.int32)[0])
-  together = _mesh.on_one_device(jax.tree.leaves((sizes, limits, applied)))
+    return last._replace(counts=last.counts + jnp.eye(_COUNTS, dtype=jnp.int32)[0])
+  together = _mesh.on_one_device(jax.tree.leaves((norms, limits, effects)))
   # Where dtypes differ, each block has the limit as its dtype rounds it.
-  if any(x.ndim for x in limits) or len({x.dtype for x in sizes}) > 1:
-    pairs = zip(sizes, limits, strict=True)
+  if any(x.ndim for x in limits) or len({x.dtype for x in norms}) > 1:
+    pairs = zip(norms, limits, strict=True)
     whole = [jnp.broadcast_to(x, n.shape) for n, x in pairs]
     limits = _side_by_side(whole, together)
-  sizes = _side_by_side(sizes, together)
+  norms = _side_by_side(norms, together)
   # A limit that is the same for all norms is one scalar.
-  each = limits if len(limits) == len(sizes) else [limits[0]] * len(sizes)
-  above = [n > x.astype(n.dtype) for n, x in zip(sizes, each, strict=True)]
+  each = limits if len(limits) == len(norms) else [limits[0]] * len(norms)
+  above = [n > x.astype(n.dtype) for n, x in zip(norms, each, strict=True)]
   number_above = _fold(jnp.sum, [x.astype(jnp.float32) for x in above])
   # With one norm this needs no other comparison.
   clipped = above[0].reshape(()) if count == 1 else number_above > 0
   happened = jnp.stack([jnp.asarray(True), finite & clipped, ~finite])
-  counts = counted(happened, last.counts[:3])
-  latest = jnp.where(happened[1:], counts[:1], last.counts[3:5])
+  counts = counted(happened, last.counts[_STEPS])
+  latest = jnp.where(happened[1:], counts[:1], last.counts[_LAST_ONES])
   flags = happened[1:].astype(jnp.int32)
-  if len(applied) == 1 and isinstance(applied[0], jax.Array):
-    factor_and_norm = applied[0]
-  else:
-    rows = (_side_by_side([x[i] for x in applied], together) for i in range(2))
-    folds = zip((jnp.min, jnp.max), rows, strict=True)
-    factor_and_norm = jnp.stack([_fold(fold, row) for fold, row in folds])
+  worst = _worst(effects, together)
   shown = [
-    single(_fold(jnp.max, sizes))[None],
-    single(_fold(jnp.min, [x.astype(sizes[0].dtype) for x in limits]))[None],
-    single(factor_and_norm),
+    single(_fold(jnp.max, norms))[None],
+    single(_fold(jnp.min, [x.astype(norms[0].dtype) for x in limits]))[None],
+    single(worst),
     (number_above / count)[None],
   ]
   return Record(
@@ -225,93 +271,6 @@ def noted(
 def rate(last: Array, happened: Array) -> Array:
   """Averages whether something happened, from 0 on; see `reported`."""
   return last + _RATE_WEIGHT * (happened.astype(jnp.float32) - last)
-
-
-def blank_layers(stacks: list[tuple[int, ...]]) -> LayerRecord:
-  """Makes the record of layers before the first step.
-
-  Args:
-    stacks: for each leaf how many layers it stacks along each of its axes of layers.
-  """
-  # Checkpointers refuse arrays of size 0.
-  count = max(sum(map(math.prod, stacks)), 1)
-  depth = max(map(len, stacks), default=0)
-  rows = [[*stack, *[0] * (depth - len(stack))] for stack in stacks]
-  sizes = jnp.asarray(rows if depth else [0 for _ in stacks] or [-1], jnp.int32)
-  return LayerRecord(
-    stacks=sizes[:, 0] if depth == 1 else sizes,
-    norm=jnp.zeros(count, jnp.float32),
-    limit=jnp.zeros(count, jnp.float32),
-    coefficient=jnp.ones(count, jnp.float32),
-    size=jnp.zeros(count, jnp.float32),
-    steps=jnp.zeros((), jnp.int32),
-    steps_clipped=jnp.zeros(count, jnp.int32),
-    nonfinite_layer=jnp.full((), -1, jnp.int32),
-    nonfinite_step=jnp.zeros((), jnp.int32),
-    usual=jnp.zeros(count, jnp.float32),
-    spike_layer=jnp.full((), -1, jnp.int32),
-    spike_step=jnp.zeros((), jnp.int32),
-    spike_growth=jnp.ones((), jnp.float32),
-  )
-
-
-def noted_layers(
-  last: LayerRecord,
-  norm: Array,
-  size: Array,
-  limit: Array,
-  coefficient: Array,
-  clipped: Array,
-  skipped: Array | None = None,
-) -> LayerRecord:
-  """Notes one more step in a record of layers.
-
-  Args:
-    last: the record before it.
-    norm: f[layers], as the next four are.
-    size: the norm for one element.
-    limit: the largest norm allowed.
-    coefficient: the factor applied.
-    clipped: whether the norm was above its limit.
-    skipped: bool[], whether a guard skipped the step; `None`: there is no guard.
-  """
-  steps = optax.safe_increment(last.steps)
-  if not norm.size:
-    return last._replace(steps=steps)
-  wrong = ~jnp.isfinite(norm)
-  finite = ~jnp.any(wrong)
-  exact = single(norm)
-  later = LayerRecord(
-    stacks=last.stacks,
-    norm=exact,
-    limit=single(limit),
-    coefficient=coefficient.astype(jnp.float32),
-    size=single(size),
-    steps=steps,
-    steps_clipped=counted(clipped & finite, last.steps_clipped),
-    nonfinite_layer=jnp.where(
-      finite, last.nonfinite_layer, jnp.argmax(wrong).astype(jnp.int32)
-    ),
-    nonfinite_step=jnp.where(finite, last.nonfinite_step, steps),
-    usual=last.usual,
-    spike_layer=last.spike_layer,
-    spike_step=last.spike_step,
-    spike_growth=last.spike_growth,
-  )
-  if skipped is None:
-    return later
-  # A layer that did not move before has no growth.
-  known = last.usual > 0
-  growth = jnp.where(known, exact / jnp.where(known, last.usual, 1), 1)
-  spike = skipped & finite
-  return later._replace(
-    usual=jnp.where(finite & ~skipped, exact, last.usual),
-    spike_layer=jnp.where(
-      spike, jnp.argmax(growth).astype(jnp.int32), last.spike_layer
-    ),
-    spike_step=jnp.where(spike, steps, last.spike_step),
-    spike_growth=jnp.where(spike, jnp.max(growth), last.spike_growth),
-  )
 
 
 def of_last_step(state: Any) -> list[bool]:
@@ -350,12 +309,12 @@ def counted(happened: Array, counter: Array) -> Array:
   return counter + grows.astype(counter.dtype)
 
 
-def all_finite(sizes: Sequence[Array]) -> Array:
+def all_finite(norms: Sequence[Array]) -> Array:
   """Returns whether all norms are finite; true if there are none."""
-  if not any(x.size for x in sizes):
+  if not any(x.size for x in norms):
     return jnp.asarray(True)
   # The record needs the largest anyway, and NaN is larger than all.
-  return jnp.isfinite(_fold(jnp.max, _side_by_side(sizes, _mesh.on_one_device(sizes))))
+  return jnp.isfinite(_fold(jnp.max, _side_by_side(norms, _mesh.on_one_device(norms))))
 
 
 def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:

@@ -1,14 +1,17 @@
 """Which three parts make a clipping method, and what each must provide."""
 
 from collections.abc import Callable
-from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
 import jax
 
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
+from optax_clip._types import ExtraArgs
+from optax_clip._types import Params
+from optax_clip._types import Updates
 
 Array = jax.Array
 
@@ -18,12 +21,13 @@ class Parts(NamedTuple):
 
   Attributes:
     measure: measures each layer.
-    combine: ``combine(norms, updates)``: makes the norms of the whole from the layers'
-      norms; `None` if only the updates can tell.
+    combine: ``combine(norms, updates)``: makes the norms of the whole, in any form that
+      a measure may return, from the layers' norms: ``norms.table()`` is one array of
+      them. `None` if only the updates can tell.
   """
 
   measure: "Measure"
-  combine: Callable[[Sequence[Extended], Any], Sequence[Extended]] | None
+  combine: Callable[[Norms, Updates], Any] | None
 
 
 class Measure(NamedTuple):
@@ -41,10 +45,35 @@ class Measure(NamedTuple):
     ord: the order by which a layer's norm grows with its size; `None` if it does not.
   """
 
-  layout: Callable[[Any], Layout]
+  layout: Callable[[Updates], Layout]
   measure: Callable[..., Any]
   parts: Parts | None = None
   ord: float | None = None
+
+
+class ByLayout:
+  """Measures by a layout that its caller has made, so that it is made once a trace.
+
+  Called as the ``measure`` of a `Measure`, it makes the layout itself.
+
+  Attributes:
+    layout: as in `Measure`.
+  """
+
+  layout: Callable[[Updates], Layout]
+  uses_params = False
+
+  def by(
+    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
+  ) -> Norms:
+    """Measures, given the layout."""
+    raise NotImplementedError
+
+  def __call__(
+    self, updates: Updates, params: Params = None, **extra_args: Any
+  ) -> list[Extended]:
+    """Measures."""
+    return list(self.by(self.layout(updates), updates, params, extra_args).blocks)
 
 
 class Threshold(NamedTuple):
@@ -58,8 +87,8 @@ class Threshold(NamedTuple):
       `norms`, of their dtype, and the new state.
   """
 
-  init: Callable[[Any], Any]
-  update: Callable[..., tuple[Any, Any]]
+  init: Callable[[Array], Any]
+  update: Callable[..., tuple[Array, Any]]
 
 
 class Action(NamedTuple):

@@ -120,7 +120,7 @@ def clip_tree(
     nonfinite=nonfinite,
     record=False,
   )
-  with _handed.scope(_measured.known(measure, tree, None, known)):
+  with _handed.scope(_measured.known(measure, tree, known)):
     clipped, _ = tx.update(tree, optax.EmptyState())
   sizes = _extended.as_float(known)
   found = sizes if is_one else prefix.unflatten([sizes[i] for i in range(len(limits))])

@@ -34,6 +34,7 @@ import optax
 
 from optax_clip import _validate
 from optax_clip._algebra import handed as _handed
+from optax_clip._algebra import layers as _layers
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.handed import Known
 from optax_clip._algebra.record import SkipRecord
@@ -94,7 +95,7 @@ class Guard:
     for judge in reversed(self.judges):
       record: dict[str, Any] = {judge.name: blank()}
       if judge.stacks is not None:
-        layers = _record.blank_layers(judge.stacks(params))
+        layers = _layers.blank(judge.stacks(params))
         record[judge.name + _record.LAYERS] = layers
       state = GuardState(state, judge.init(params), record)
     return state
@@ -130,7 +131,7 @@ class Guard:
     given_updates, updates = updates, _leaves.with_values(updates)
     weights = _leaves.floats_only(params)
     states, inner_state = self._apart(state, updates)
-    known = _handed.at_hand()
+    known = _handed.scope.get()
     seen, take = updates, jnp.asarray(True)
     reached, verdicts, scales = {}, {}, []
     order = sorted(range(len(states)), key=lambda i: not self.judges[i].scales)
@@ -177,13 +178,9 @@ class Guard:
     """Splits a state: one for each judge, and that of the transformation inside."""
     states = []
     for judge, kind in zip(self.judges, self.kinds, strict=True):
-      if not isinstance(state, GuardState) or not isinstance(state.record, dict):
-        raise TypeError(
-          f"The state of the guard {judge.name!r} must be the GuardState that its init"
-          f" returned, got a {type(state).__name__}. Pass tx.init(params) of this same"
-          " tx; of a checkpoint of another chain, optax_clip.convert_state(tx, params,"
-          " old_state) makes one."
-        )
+      owner = f"the guard {judge.name!r}"
+      _validate.state(GuardState, state, owner)
+      _validate.state(dict, state.record, f"the record of {owner}")
       kind.check(state.memory, functools.partial(judge.init, updates))
       states.append(state)
       state = state.inner
@@ -324,7 +321,7 @@ def _unscaled(
 def in_units_of(scale: Array, known: Known, new: Updates, params: Params) -> Known:
   """Divides norms by a scale, and makes them those of other updates."""
 
-  def change(blocks: list[Extended]) -> list[Extended]:
-    return [x._replace(value=x.value / scale.astype(x.value.dtype)) for x in blocks]
+  def change(norm: Extended) -> Extended:
+    return norm._replace(value=norm.value / scale.astype(norm.value.dtype))
 
   return known.moved(new, params, change)

@@ -56,7 +56,7 @@ class Measuring(NamedTuple):
       return None
 
     def stacks(params: Params) -> list[tuple[int, ...]]:
-      return _measured.of_layers(self.measure, params).layout(params).stacks()
+      return _measured.of_layers(self.measure, params).stacks()
 
     return stacks
 
@@ -69,7 +69,7 @@ class Measuring(NamedTuple):
     )
     handed = _measured.known_of(self.measure, updates, params, norms, layers)
     return Seen(
-      sizes=norms.layout.table(norms.sizes()).ravel(),
+      sizes=norms.table().ravel(),
       known=handed,
       layers=None if layers is None else _measured.layer_norms(self.measure, layers),
     )

@@ -150,11 +150,7 @@ def observe(
     params: Params = None,
     **extra_args: Any,
   ) -> tuple[Any, ObserveState]:
-    if not isinstance(state, ObserveState):
-      raise TypeError(
-        f"The state of {name!r} must be the ObserveState that its init returned, got a"
-        f" {type(state).__name__}: it is of another transformation."
-      )
+    _validate.state(ObserveState, state, repr(name))
     given_updates, updates = updates, _leaves.with_values(updates)
     weights = _leaves.floats_only(params)
     known = measuring.measured(updates, weights, extra_args).known

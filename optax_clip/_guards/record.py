@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_clip._algebra import layers as _layers
 from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.record import counted
@@ -31,7 +32,7 @@ def noted(last: Any, verdict: Verdict, loss: Array) -> Any:
   if verdict.layers is None:
     return last  # From a guard with record="layers", which this one is not.
   norm, size = verdict.layers
-  return _record.noted_layers(
+  return _layers.noted(
     last,
     norm,
     size,

@@ -20,6 +20,7 @@ from optax_clip._guards.judge import Judge
 from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
+from optax_clip._norms import blocks as _blocks
 from optax_clip._repr import named
 from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import limits as _limits
@@ -268,7 +269,7 @@ def skip_spikes(
   by_norm, by_loss = "norm" in signals, "loss" in signals
 
   def init(params: Params) -> SpikeMemory:
-    values = measuring.measure.layout(params).blank().ravel()
+    values = _blocks.blank(measuring.measure.layout(params)).ravel()
     values = values if by_norm else values[:0]
     if by_loss:
       values = jnp.concatenate([values, jnp.zeros(1, values.dtype)])

@@ -1,6 +1,7 @@
 """How large the largest singular value of each matrix is: proven, and never less."""
 
 from collections.abc import Callable
+from collections.abc import Hashable
 import dataclasses
 import functools
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_clip._algebra.types import ByLayout
 from optax_clip._algebra.types import Measure
 from optax_clip._matrices import certificate as _certificate
 from optax_clip._matrices import clip as _clip
@@ -18,12 +20,14 @@ from optax_clip._norms import extended as _extended
 from optax_clip._norms import layout as _layout
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import norm as _norm
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
 from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaves as _leaves
 from optax_clip._trees import paths as _paths
 from optax_clip._types import AxisName
+from optax_clip._types import ExtraArgs
 from optax_clip._types import Params
 from optax_clip._types import Specs
 from optax_clip._types import Updates
@@ -130,7 +134,7 @@ def _each(axes: Any) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Measured:
+class _Measured(ByLayout):
   """Measures matrices; two are equal if they measure the same.
 
   Attributes:
@@ -141,25 +145,23 @@ class _Measured:
   """
 
   kind: str
-  key: Any
-  layout: Callable[[Any], Layout] = dataclasses.field(compare=False)
+  key: Hashable
+  layout: Callable[[Updates], Layout] = dataclasses.field(compare=False)
 
-  uses_params = False
-
-  def __call__(
-    self, updates: Updates, params: Params = None, **extra_args: Any
-  ) -> list[Extended]:
+  def by(
+    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
+  ) -> Norms:
     del params, extra_args
-    leaves, layout = _leaves.floating_leaves(updates), self.layout(updates)
+    leaves = _leaves.floating_leaves(updates)
     norms = _norm.of_layout(leaves, layout, 2.0)
     if self.kind == "matrix":
       return norms
-    own = layout.spread(norms)
+    own = norms.spread()
     for i, (leaf, place) in enumerate(zip(leaves, layout.places, strict=True)):
       view = _view.of(leaf, place) if leaf.size else None
       if view is not None and not view.is_vector():
         own[i] = _bounded(view, leaf, own[i])
-    return layout.gathered(norms, own)
+    return norms.gathered(own)
 
 
 # As in `_norms.norm`: eager callers compile it once; inside `jit` it is inlined.

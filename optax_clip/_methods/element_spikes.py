@@ -180,11 +180,7 @@ def clip_element_spikes(
     **extra_args: Any,
   ) -> tuple[Any, ElementSpikesState]:
     del extra_args
-    if not isinstance(state, ElementSpikesState):
-      raise TypeError(
-        f"The state of {name!r} must be the ElementSpikesState that its init returned,"
-        f" got a {type(state).__name__}: it is of another transformation."
-      )
+    _validate.state(ElementSpikesState, state, repr(name))
     given_updates, updates = updates, _leaves.with_values(updates)
     leaves = _leaves.floating_leaves(updates)
     if decay is None:
@@ -222,7 +218,7 @@ def clip_element_spikes(
     seen = jnp.where(finite, optax.safe_increment(state.seen), state.seen)
     kept = [_leaf.keep_weak_type(g, x) for g, x in zip(leaves, new, strict=True)]
     clipped_tree = jax.tree.unflatten(treedef, kept)
-    with _handed.scope(_measured.known(peak, clipped_tree, None, norms)):
+    with _handed.scope(_measured.known(peak, clipped_tree, norms)):
       result, clip = recorded.update(clipped_tree, state.clip, params)
     result = _leaves.restored(result, given_updates)
     return result, ElementSpikesState(seen, rms, clip)

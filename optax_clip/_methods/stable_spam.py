@@ -294,7 +294,7 @@ def stable_spam(
       )
     given_updates, updates = updates, _leaves.with_values(updates)
     layout, peaks = peak.layout(updates), list(peak.measure(updates))
-    with _handed.scope(_measured.known(peak, updates, None, peaks)):
+    with _handed.scope(_measured.known(peak, updates, peaks)):
       clipped, first_state = first.update(updates, state[0], params)
     known = Known()
     # Not if leaves are stacked, or of several dtypes, or differ over a mesh.
@@ -307,7 +307,7 @@ def stable_spam(
         # AdaGN then sees updates of zero.
         finite = jnp.all(jnp.isfinite(peaks[0].value))
         norms = norms._replace(value=jnp.where(finite, norms.value, 0))
-      known = _measured.known(norm, clipped, None, norms)
+      known = _measured.known(norm, clipped, norms)
     with _handed.scope(known):
       result, second_state = second.update(clipped, state[1], params)
     return _leaves.restored(result, given_updates), (first_state, second_state)

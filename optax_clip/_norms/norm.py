@@ -38,6 +38,7 @@ from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import range as _range
 from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Block
 from optax_clip._norms.layout import Layout
@@ -50,6 +51,21 @@ _SMALL = 1 << 14
 _BUCKET = 1 << 16
 
 
+def plain(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Array]:
+  """Is this module where nothing over- or underflows, on one device."""
+  found = [jnp.zeros(*block) for block in layout.blocks]
+  for x, place in zip(leaves, layout.places, strict=True):
+    moduli = jnp.abs(x).astype(found[place.block].dtype)
+    over, entry = place.dims, () if place.entry is None else place.entry
+    if ord == math.inf:
+      largest = jnp.max(moduli, axis=over, keepdims=over is not None)
+      found[place.block] = found[place.block].at[entry].max(largest)
+    else:
+      moment = jnp.sum(moduli**ord, axis=over, keepdims=over is not None)
+      found[place.block] = found[place.block].at[entry].add(moment)
+  return found if ord == math.inf else [moment ** (1 / ord) for moment in found]
+
+
 class _Static(NamedTuple):
   """Holds all that decides the program beside its inputs; hashable."""
 
@@ -60,14 +76,14 @@ class _Static(NamedTuple):
 
 
 class _Member(NamedTuple):
-  """Pairs a part with the place of its result."""
+  """Pairs arrays that reduce together with the place of their result."""
 
-  part: _range.Part
+  bundle: _range.Bundle
   place: Place
 
 
-def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Extended]:
-  """Measures leaves: returns for each block of the layout an `Extended` in its shape.
+def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> Norms:
+  """Measures leaves.
 
   Args:
     leaves: floating or complex arrays.
@@ -75,11 +91,12 @@ def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Exten
     ord: any positive real, or `math.inf`.
   """
   if not leaves:
-    return [_extended.of(jnp.zeros(*block)) for block in layout.blocks]
+    nothing = [_extended.of(jnp.zeros(*block)) for block in layout.blocks]
+    return Norms(nothing, layout)
   # Asked here: inside `jit` arrays do not know their devices.
   concatenate = _mesh.on_one_device(leaves)
   static = _Static(layout, ord, concatenate, _backend.forms())
-  return _compiled(tuple(leaves), static=static)
+  return Norms(_compiled(tuple(leaves), static=static), layout)
 
 
 def over_dims(
@@ -91,7 +108,7 @@ def over_dims(
     places.append(Place(i, None, over, _mesh.Cut(), 0))
     kept = tuple(1 if d in over else n for d, n in enumerate(x.shape))
     blocks.append(Block(kept, _power_sums.accumulator(x.dtype)))
-  return of_layout(leaves, Layout(tuple(places), tuple(blocks)), ord)
+  return list(of_layout(leaves, Layout(tuple(places), tuple(blocks)), ord).blocks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -139,7 +156,7 @@ def _measured(static: _Static, arrays: tuple[Array, ...]) -> list[Extended]:
   members = _members(arrays, layout.places, dtype, concatenate)
   reduction = _range.Reduction(
     run=functools.partial(_run, layout, members),
-    sizes=_sizes(arrays, layout),
+    elements=_elements(arrays, layout),
     dtypes=[x.dtype for x in arrays],
     dtype=dtype,
     is_whole=all(p.dims is None for p in layout.places),
@@ -162,16 +179,16 @@ def _measured_jvp(
   def summed(term: Callable[[Array, Array, Extended], Array]) -> list[Array]:
     terms = [
       term(x, dot, norm)
-      for x, dot, norm in zip(arrays, dots, layout.spread(norms), strict=True)
+      for x, dot, norm in zip(arrays, dots, Norms(norms, layout).spread(), strict=True)
     ]
     members = [
-      _Member(_range.Part([x], p.dims), p)
+      _Member(_range.Bundle([x], p.dims), p)
       for x, p in zip(terms, layout.places, strict=True)
     ]
 
-    def local(part: _range.Part, unit: Any) -> list[Array]:
+    def local(bundle: _range.Bundle, unit: Any) -> list[Array]:
       del unit
-      return [_power_sums.over_axes(jnp.sum, part.arrays[0], part.dims)]
+      return [_power_sums.over_axes(jnp.sum, bundle.arrays[0], bundle.dims)]
 
     merge = functools.partial(jnp.sum, axis=0)
     (blocks,) = _run(layout, members, local, lax.psum, merge, None)
@@ -199,13 +216,13 @@ def _slope(x: Array, norm: Extended, ord: float) -> Array:
   share = safe / unit / value
   if ord == 2:
     return share
-  size = jnp.abs(share)
-  present = size > 0
-  sign = share / jnp.where(present, size, 1).astype(share.dtype)
+  modulus = jnp.abs(share)
+  present = modulus > 0
+  sign = share / jnp.where(present, modulus, 1).astype(share.dtype)
   if ord == math.inf:
-    weight = (_is_largest(x, norm) & present).astype(size.dtype)
+    weight = (_is_largest(x, norm) & present).astype(modulus.dtype)
   else:
-    weight = jnp.where(present, jnp.where(present, size, 1) ** (ord - 1), 0)
+    weight = jnp.where(present, jnp.where(present, modulus, 1) ** (ord - 1), 0)
   return sign * weight.astype(share.dtype)
 
 
@@ -232,7 +249,7 @@ def _wide(x: Array, dtype: Any) -> Array:
 def _members(
   arrays: Sequence[Array], places: Sequence[Place], dtype: Any, concatenate: bool
 ) -> list[_Member]:
-  """Makes each large array a part, and concatenates small ones of one norm.
+  """Bundles arrays: each large one alone, small ones of one norm concatenated.
 
   XLA compiles a norm over 2,000 small arrays in 20 seconds, worse than linear in
   their number; over a few concatenations it takes two. Arrays that may be sharded
@@ -246,11 +263,11 @@ def _members(
     del buckets[key]
     if concatenate and len(small) > 1:
       small = [jnp.concatenate([_wide(x, dtype).ravel() for x in small])]
-    found.append(_Member(_range.Part(small, None), place))
+    found.append(_Member(_range.Bundle(small, None), place))
 
   for x, place in zip(arrays, places, strict=True):
     if x.size > _SMALL or place.dims is not None:
-      found.append(_Member(_range.Part([x], place.dims), place))
+      found.append(_Member(_range.Bundle([x], place.dims), place))
       continue
     key = (place.block, place.entry, place.cut, jnp.iscomplexobj(x))
     if sum(y.size for y, _ in buckets.get(key, ())) + x.size > _BUCKET:
@@ -258,7 +275,7 @@ def _members(
     buckets.setdefault(key, []).append((x, place))
   for key in list(buckets):
     close(key)
-  # In this order `segment` has nothing to do where each entry is one part.
+  # In this order `segment` has nothing to do where each entry is one bundle.
   return sorted(found, key=lambda m: (m.place.block, m.place.entry or 0))
 
 
@@ -270,16 +287,16 @@ def _run(
   merge: Callable[..., Array],
   units: Sequence[Array] | None,
 ) -> list[list[Array]]:
-  """Reduces each part, with one collective for each set of mesh axes.
+  """Reduces each bundle, with one collective for each set of mesh axes.
 
   Returns:
     For each array that `local` returns, its blocks.
   """
   own: Sequence[Array | None] = [None] * len(members)
   if units is not None:
-    by_place = dict(zip(layout.places, layout.spread(units), strict=True))
+    by_place = dict(zip(layout.places, Norms(units, layout).spread(), strict=True))
     own = _apart([by_place[m.place] for m in members])
-  results = [local(m.part, unit) for m, unit in zip(members, own, strict=True)]
+  results = [local(m.bundle, unit) for m, unit in zip(members, own, strict=True)]
   places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
   flat = [
     _mesh.placed(x, place.cut)
@@ -298,7 +315,7 @@ def _run(
 
 
 def _apart(units: Sequence[Array]) -> list[Array]:
-  """Gives each part a scalar unit of its own where several share one.
+  """Gives each bundle a scalar unit of its own where several share one.
 
   XLA:CPU materialises a shared one at the size of what it divides.
   """
@@ -322,18 +339,18 @@ def _joined(
   return arrays[0] if len(arrays) == 1 else merge(jnp.stack(arrays))
 
 
-def _sizes(arrays: Sequence[Array], layout: Layout) -> list[Any]:
+def _elements(arrays: Sequence[Array], layout: Layout) -> list[Any]:
   """Counts the elements behind each entry of each block, on all devices."""
-  sizes: list[Any] = [
+  found: list[Any] = [
     [0] * block.shape[0] if len(block.shape) == 1 else 0 for block in layout.blocks
   ]
   for x, p in zip(arrays, layout.places, strict=True):
     kept = [n for i, n in enumerate(x.shape) if p.dims is None or i in p.dims]
-    size = math.prod(kept) * _mesh.devices(p.cut.within)
+    elements = math.prod(kept) * _mesh.devices(p.cut.within)
     if p.entry is None:
-      previous = sizes[p.block] if not layout.blocks[p.block].shape else 0
-      sizes[p.block] = previous + size
+      previous = found[p.block] if not layout.blocks[p.block].shape else 0
+      found[p.block] = previous + elements
     else:
-      sizes[p.block][p.entry] += size
+      found[p.block][p.entry] += elements
   # As floats: there may be more elements than an int32 counts.
-  return [np.asarray(x, np.float64) for x in sizes]
+  return [np.asarray(x, np.float64) for x in found]

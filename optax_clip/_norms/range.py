@@ -42,11 +42,12 @@ from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import rows as _rows
 from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.extended import Extended
+from optax_clip._types import DType
 
 Array = jax.Array
 
 
-class Part(NamedTuple):
+class Bundle(NamedTuple):
   """Holds arrays that reduce together, to one entry of a block or to all of it.
 
   Attributes:
@@ -71,25 +72,25 @@ class _How(NamedTuple):
   by_rows: bool
 
 
-# From a part and its unit, or `None`, to one array or several of one shape.
-Local = Callable[[Part, Array | None], Sequence[Array]]
+# From a bundle and its unit, or `None`, to one array or several of one shape.
+Local = Callable[[Bundle, Array | None], Sequence[Array]]
 
 
 class Reduction(NamedTuple):
-  """Says how parts of arrays become blocks of norms; `norm` makes it.
+  """Says how bundles become blocks of norms; `norm` makes it.
 
   Attributes:
     run: ``run(local, collective, merge, units)`` returns, for each array that
-      ``local`` returns, its blocks: merged over parts, and collected over the mesh.
+      ``local`` returns, its blocks: merged over bundles, and collected over the mesh.
       ``units`` is `None`, or a block of units for each block.
-    sizes: for each block the number of elements behind an entry.
+    elements: for each block the number of elements behind an entry.
     dtypes: the dtypes of the arrays.
     dtype: the dtype of the norms, float32 or float64.
-    is_whole: whether every part reduces to a scalar.
+    is_whole: whether every bundle reduces to a scalar.
   """
 
   run: Callable[..., list[list[Array]]]
-  sizes: Sequence[Any]
+  elements: Sequence[Any]
   dtypes: Sequence[Any]
   dtype: Any
   is_whole: bool
@@ -135,7 +136,7 @@ def _peaks(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
 
 
 def _plain(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
-  moments = _sums_of_parts(reduction, ord, how)
+  moments = _moments(reduction, ord, how)
   return [_root(x, jnp.ones_like(x), ord) for x in moments]
 
 
@@ -145,7 +146,7 @@ def _scaled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
 
 
 def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
-  moments = _sums_of_parts(reduction, ord, how)
+  moments = _moments(reduction, ord, how)
 
   def rescue() -> list[tuple[Array, Array]]:
     # XLA runs both branches where one holds only reductions and arithmetic, unless a
@@ -156,17 +157,17 @@ def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   def keep() -> list[tuple[Array, Array]]:
     return [(x, jnp.ones_like(x)) for x in moments]
 
-  unsafe = _out_of_range(moments, reduction.sizes)
+  unsafe = _out_of_range(moments, reduction.elements)
   return [_root(x, unit, ord) for x, unit in lax.cond(unsafe, rescue, keep)]
 
 
 def _doubled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   with jax.enable_x64(True):
 
-    def local(part: Part, unit: Any) -> list[Array]:
+    def local(bundle: Bundle, unit: Any) -> list[Array]:
       del unit
-      powers = [_power_sums.power(x, ord, jnp.float64) for x in part.arrays]
-      sums = [_total(x, part.dims, how) for x in powers]
+      powers = [_power_sums.power(x, ord, jnp.float64) for x in bundle.arrays]
+      sums = [_total(x, bundle.dims, how) for x in powers]
       return [functools.reduce(jnp.add, sums)]
 
     (moments,) = reduction.run(local, lax.psum, _sum, None)
@@ -194,20 +195,20 @@ def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   # units, and where one sum is unsafe, its neighbour is safe.
   down, up = 2.0 ** -(info.maxexp * 45 // 64), 2.0 ** (info.maxexp * 35 // 64)
 
-  def local(part: Part, unit: Any) -> list[Array]:
+  def local(bundle: Bundle, unit: Any) -> list[Array]:
     del unit
-    sums = [_three_sums(x, dtype, part.dims, down, up, how) for x in part.arrays]
+    sums = [_three_sums(x, dtype, bundle.dims, down, up, how) for x in bundle.arrays]
     return [functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)]
 
-  def merge(parts: Array) -> Array:
+  def merge(sums: Array) -> Array:
     # Without the barrier XLA adds scalar to scalar, each in a kernel on a TPU.
-    return _sum(lax.optimization_barrier(parts))
+    return _sum(lax.optimization_barrier(sums))
 
   columns = reduction.run(local, lax.psum, merge, None)
   found = []
-  for x, small, large, size in zip(*columns, reduction.sizes, strict=True):
+  for x, small, large, count in zip(*columns, reduction.elements, strict=True):
     too_large = ~(x <= float(info.max) / 2)
-    too_small = x < _least(dtype, size)
+    too_small = x < _least(dtype, count)
     moment = jnp.where(too_large, small, jnp.where(too_small, large, x))
     unit = jnp.where(too_large, 1 / down, jnp.where(too_small, 1 / up, 1))
     found.append(_root(moment, unit.astype(dtype), 2))
@@ -244,16 +245,16 @@ def _three_sums(
   ]
 
 
-def _sums_of_parts(
+def _moments(
   reduction: Reduction, ord: float, how: _How, units: Any = None
 ) -> list[Array]:
-  def local(part: Part, unit: Array | None) -> list[Array]:
+  def local(bundle: Bundle, unit: Array | None) -> list[Array]:
     def total(x: Array) -> Array:
-      if how.products and part.dims is None:
+      if how.products and bundle.dims is None:
         return _power_sums.power_sum(x, ord, reduction.dtype, unit)
-      return _total(_power_sums.power(x, ord, reduction.dtype, unit), part.dims, how)
+      return _total(_power_sums.power(x, ord, reduction.dtype, unit), bundle.dims, how)
 
-    return [functools.reduce(jnp.add, map(total, part.arrays))]
+    return [functools.reduce(jnp.add, map(total, bundle.arrays))]
 
   (moments,) = reduction.run(local, lax.psum, _sum, units)
   return moments
@@ -262,16 +263,16 @@ def _sums_of_parts(
 def _in_units(reduction: Reduction, ord: float, how: _How) -> list[tuple[Array, Array]]:
   """Returns the moments in units of the largest elements, and these units."""
   units = [_extended.power_of_two(x) for x in _largest(reduction)]
-  moments = _sums_of_parts(reduction, ord, how, units)
+  moments = _moments(reduction, ord, how, units)
   return list(zip(moments, units, strict=True))
 
 
 def _largest(reduction: Reduction) -> list[Array]:
-  def local(part: Part, unit: Any) -> list[Array]:
+  def local(bundle: Bundle, unit: Any) -> list[Array]:
     del unit
     peaks = [
-      _power_sums.over_axes(jnp.max, _power_sums.modulus(x, reduction.dtype), part.dims)
-      for x in part.arrays
+      _power_sums.over_axes(jnp.max, _power_sums.modulus(x, reduction.dtype), bundle.dims)
+      for x in bundle.arrays
     ]
     return [functools.reduce(jnp.maximum, peaks)]
 
@@ -310,17 +311,17 @@ def _root(moment: Array, unit: Array, ord: float) -> Extended:
   return Extended(*_power_sums.root_and_unit(moment, unit, ord))
 
 
-def _least(dtype: Any, size: Any) -> Array:
+def _least(dtype: DType, elements: Any) -> Array:
   """Returns the bound below which underflow costs a sum of so many powers precision.
 
   Every term may lose up to the smallest normal float. At the bound, all of these
   losses together are one rounding error of the sum.
   """
   info = jnp.finfo(dtype)
-  return jnp.asarray(size, dtype) * (info.tiny / info.eps)
+  return jnp.asarray(elements, dtype) * (info.tiny / info.eps)
 
 
-def _out_of_range(moments: Sequence[Array], sizes: Sequence[Any]) -> Array:
+def _out_of_range(moments: Sequence[Array], elements: Sequence[Any]) -> Array:
   """Returns whether a moment overflowed, or is so small that it lost precision.
 
   A zero beside nonzero moments counts as a true zero (an expert that no token reached,
@@ -328,9 +329,9 @@ def _out_of_range(moments: Sequence[Array], sizes: Sequence[Any]) -> Array:
   If all are zero, they count as out of range, for a second measurement.
   """
   strayed, zero = [jnp.asarray(False)], []
-  for moment, size in zip(moments, sizes, strict=True):
+  for moment, count in zip(moments, elements, strict=True):
     if moment.size:
-      low = (moment > 0) & (moment < _least(moment.dtype, size))
+      low = (moment > 0) & (moment < _least(moment.dtype, count))
       strayed.append(jnp.any(~jnp.isfinite(moment) | low))
       zero.append(jnp.all(moment == 0))
   nothing = jnp.all(jnp.stack(zero)) if zero else jnp.asarray(False)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _validate
-from optax_clip._algebra import shapes as _shapes
+from optax_clip._algebra import handed as _handed
 from optax_clip._algebra.types import Threshold
 from optax_clip._matrices import view as _view
 from optax_clip._thresholds import memory as _memory
@@ -162,7 +162,7 @@ def by_shape(limit: Limit) -> Threshold:
 
 def _factors() -> list[float]:
   """Returns the factor of each norm that a threshold is being asked about."""
-  layout = _shapes.layout()
+  layout = _handed.layout.get()
   places = () if layout is None else layout.places
   if layout is None or layout.is_shared() or any(p.shape is None for p in places):
     raise ValueError(

@@ -88,6 +88,11 @@ def floating_leaves(tree: Any) -> list[Array]:
   return leaves
 
 
+def types(tree: Any) -> list[Any]:
+  """Returns the types of the leaves of a tree, which say all that layouts go by."""
+  return [jax.typeof(x) for x in floating_leaves(tree)]
+
+
 def _as_array(path: Any, leaf: Any) -> Array:
   try:
     return jnp.asarray(leaf)
