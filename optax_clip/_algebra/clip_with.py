@@ -321,12 +321,13 @@ def _noted(
     pairs = list(zip(limits, norms.values, strict=True))
     whole = [jnp.broadcast_to(limit, n.shape) for limit, n in pairs]
     above = [(n > x).astype(n.dtype) for (_, n), x in zip(pairs, whole, strict=True)]
-    factors = [x.factor() for x in effects]
     entries[key] = _layers.noted(
       last,
       *layers,
       limit=_where_scaled(norms.layout, norms.by_layer(_smallest, whole), jnp.inf),
-      coefficient=_where_scaled(norms.layout, norms.by_layer(_smallest, factors), 1),
+      coefficient=_where_scaled(
+        norms.layout, norms.by_layer(_smallest, [x.factor() for x in effects]), 1
+      ),
       clipped=_where_scaled(norms.layout, norms.by_layer(largest, above), 0) > 0,
     )
   return entries

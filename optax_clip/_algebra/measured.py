@@ -122,7 +122,8 @@ def as_norms(found: Found, layout: Layout) -> Norms:
         f"norms must have the shape {list(blank.shape)}, one entry for each norm of the"
         f" measure, got {list(table.value.shape)}. For several in blocks, pass a list."
       )
-    like = Norms([_extended.of(jnp.zeros(*block)) for block in layout.blocks], layout)
+    zeros = [jnp.zeros(*block) for block in layout.blocks]
+    like = Norms([Extended(x, x) for x in zeros], layout)
     columns = [like.split(x) for x in table]
     return Norms([Extended(*x) for x in zip(*columns, strict=True)], layout)
   blocks = [_extended.of(x) for x in found]
