@@ -41,6 +41,16 @@ def is_traced(*operands: Any) -> bool:
   return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands))
 
 
+def traced_once(f: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a function that is traced once for all arguments of like shapes.
+
+  Leaf by leaf, tracing the same arithmetic takes longer than anything else in a trace.
+  The program is what it would be. Outside of one nothing is compiled.
+  """
+  inlined = jax.jit(lambda *operands: f(*operands), inline=True)
+  return lambda *operands: (inlined if is_traced(operands) else f)(*operands)
+
+
 def by_backend(
   *operands: Any,
   cpu: Callable[..., Any],

@@ -296,7 +296,14 @@ def _run(
   if units is not None:
     by_place = dict(zip(layout.places, Norms(units, layout).spread(), strict=True))
     own = _apart([by_place[m.place] for m in members])
-  results = [local(m.bundle, unit) for m, unit in zip(members, own, strict=True)]
+  reduced = {
+    dims: _backend.traced_once(
+      lambda arrays, unit, dims=dims: local(_range.Bundle(arrays, dims), unit)
+    )
+    for dims in {m.bundle.dims for m in members}
+  }
+  rows = zip([m.bundle for m in members], own, strict=True)
+  results = [reduced[dims](list(arrays), unit) for (arrays, dims), unit in rows]
   places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
   flat = [
     _mesh.placed(x, place.cut)

@@ -271,7 +271,9 @@ def _largest(reduction: Reduction) -> list[Array]:
   def local(bundle: Bundle, unit: Any) -> list[Array]:
     del unit
     peaks = [
-      _power_sums.over_axes(jnp.max, _power_sums.modulus(x, reduction.dtype), bundle.dims)
+      _power_sums.over_axes(
+        jnp.max, _power_sums.modulus(x, reduction.dtype), bundle.dims
+      )
       for x in bundle.arrays
     ]
     return [functools.reduce(jnp.maximum, peaks)]

@@ -76,9 +76,10 @@ def each(
     last: how many arrays of a result, the first ones, will multiply leaves.
   """
   arrays = jax.tree.leaves(arguments)
+  of_one = _backend.traced_once(f)
 
   def one_by_one(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return [f(*x) for x in arguments]
+    return [of_one(*x) for x in arguments]
 
   def written(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     def kept(result: Any) -> Any:
@@ -88,7 +89,7 @@ def each(
     return list(map(kept, one_by_one(arguments)))
 
   def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return in_stacks(jax.vmap(f), f, arguments, last)
+    return in_stacks(jax.vmap(f), of_one, arguments, last)
 
   if not _backend.is_traced(arrays):
     return one_by_one(arguments)
