@@ -8,8 +8,8 @@
 # What to do: give a folder of one's own that is run as a module an `__init__.py`.
 set -euo pipefail
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
-python3 -m pip download -q --no-deps --dest "$work" dm-haiku==0.0.17
-python3 - "$work" <<'PYTHON'
+python3.13 -m pip download -q --no-deps --dest "$work" dm-haiku==0.0.17
+python3.13 - "$work" <<'PYTHON'
 import pathlib
 import sys
 import zipfile

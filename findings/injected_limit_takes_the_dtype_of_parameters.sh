@@ -8,7 +8,7 @@
 # What to do: pass hyperparam_dtype=jnp.float32.
 set -euo pipefail
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
+python3.13 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q jax==0.12.0.1 optax==0.2.8
 "$work/venv/bin/python" -W ignore - <<'PYTHON'
 import jax.numpy as jnp

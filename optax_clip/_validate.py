@@ -117,7 +117,9 @@ def known_norm(norm: Any) -> None:
   concrete = _numeric("norm", norm)
   scalar(norm=norm)
   if concrete is not None and concrete < 0:
-    raise ValueError(f"norm must be non-negative or NaN, got {norm!r}: it is no norm.")
+    raise ValueError(
+      f"norm must be non-negative or NaN, got {norm!r}: it is not a norm."
+    )
 
 
 def positive(**values: Any) -> None:

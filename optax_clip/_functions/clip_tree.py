@@ -61,9 +61,9 @@ def clip_tree(
     limits, a tree like theirs.
 
   Raises:
-    ValueError: if `max_norm` or `eps` is negative or NaN, `max_norm` is no tree prefix
-      of the tree, or `norm` no tree like it; if `rescale_to_unit_norm` has no limit to
-      divide by.
+    ValueError: if `max_norm` or `eps` is negative or NaN; if `max_norm` is not a tree
+      prefix of the tree, or `norm` not a tree like it; if `rescale_to_unit_norm`
+      has no limit to divide by.
     TypeError: if a leaf is an integer or a boolean; names its path.
 
   ==================  ===================  ============================

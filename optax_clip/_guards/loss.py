@@ -23,7 +23,7 @@ def judged(extra_args: dict[str, Any], norms: Array) -> Array:
 
   Raises:
     TypeError: if none was passed.
-    ValueError: if it is no scalar.
+    ValueError: if it is not a scalar.
   """
   loss = passed(extra_args)
   if loss is None:

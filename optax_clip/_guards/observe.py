@@ -98,7 +98,7 @@ def observe(
     reads the limit is inf and the coefficient 1.
 
   Raises:
-    TypeError: if `inner` is no transformation, `measure` no measure or `window` no
+    TypeError: if `inner` is not a transformation, `measure` no measure or `window` no
       Python integer; in `update`, if a leaf is an integer or a boolean.
     ValueError: if `window` is below 1; in `update`, if the state has another window or
       another number of norms.

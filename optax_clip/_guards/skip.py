@@ -124,7 +124,7 @@ def skip_nonfinite(
 
   Raises:
     TypeError: if `inner` is not a transformation.
-    ValueError: if `max_consecutive` is no whole number >= 0.
+    ValueError: if `max_consecutive` is not a whole number >= 0.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_clip

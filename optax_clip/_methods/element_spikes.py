@@ -115,7 +115,7 @@ def clip_element_spikes(
 
   Differences: the official code starts to clip 20 steps after each reset of the
   momentum (``warmup=20``), and then zeroes elements whose v is 0. SPAM's resets are
-  not part of this. We keep the root of v, as the square of 1e20 is no float32.
+  not part of this. We keep the root of v, as float32 does not hold the square of 1e20.
 
   References:
     Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM

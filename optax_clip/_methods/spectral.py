@@ -48,7 +48,7 @@ def spectral_clip(
 
   Args:
     max_norm: c >= 0: a float, a schedule of the step, a traced scalar, or a threshold,
-      as `thresholds.by_shape`. `None` is no limit.
+      as `thresholds.by_shape`. `None` is off.
     soft: whether to shrink every singular value, as SPECTRA does, instead of
       those above c alone.
     strict: whether c itself bounds the result. Otherwise what is at most 1e-3 above it,

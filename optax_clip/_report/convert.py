@@ -70,8 +70,8 @@ def convert_state(
       error names it. Only what reports may be lost: records for `metrics`, and the
       counters of a wrapper that is not there any more, as `optax.apply_if_finite`.
       Also if a path in `drop` is none.
-    TypeError: if `tx` is no transformation, or if `params` have no values and a new one
-      is to be made of them.
+    TypeError: if `tx` is not a transformation, or if `params` have no values and a
+      new one is to be made of them.
 
   ============================  ===============================================
   the old state                 result
@@ -145,7 +145,7 @@ def _dropped(old: State, drop: Sequence[str]) -> tuple[frozenset[int], bool]:
     if not below:
       every = [x for part in old.parts for x in old.places(part)]
       raise ValueError(
-        f"drop has {path!r}, which is no part of old_state. Its parts are"
+        f"drop has {path!r}, which is not a part of old_state. Its parts are"
         f" {', '.join(map(repr, every[:_LISTED]))}."
       )
     dropped |= below

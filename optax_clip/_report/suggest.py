@@ -132,7 +132,7 @@ def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
     norms: f[steps], the oldest first, from a run without clipping: what `norm_history`
       returns, or any sequence of numbers. With norms by layer take one column.
     clipped_share: s, from 0 to below 1. With 0, `max_norm` is the largest norm that
-      is no spike. Small shares mean little for the direction of training and only
+      is not a spike. Small shares mean little for the direction of training and only
       protect; large ones make clipping a part of the learning rate.
 
   Returns:
@@ -229,7 +229,7 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
   Raises:
     ValueError: if `norms` is not one-dimensional or has a negative number, or `tx`
       does not record one limit, or needs more than one number.
-    TypeError: if `tx` is no transformation, or `norms` are not real numbers, or are
+    TypeError: if `tx` is not a transformation, or `norms` are not real numbers, or are
       traced.
 
   Example:

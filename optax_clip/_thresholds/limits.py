@@ -120,7 +120,7 @@ def per_group(limits: Sequence[Any]) -> Threshold:
   """Sets one limit, a number or a schedule, for each group of a measure.
 
   Args:
-    limits: as many as the measure has norms, in their order. `None` is no limit.
+    limits: as many as the measure has norms, in their order. `None` is off.
   """
   limits = [math.inf if limit is None else limit for limit in limits]
   if not any(callable(limit) for limit in limits):

@@ -48,8 +48,8 @@ def muon_labels(weight_dimension_numbers: Any = None) -> Callable[[Any], Any]:
     A function from a tree of parameters or updates to a tree of labels.
 
   Raises:
-    ValueError: by the function, if `weight_dimension_numbers` is no tree prefix of its
-      argument.
+    ValueError: by the function, if `weight_dimension_numbers` is not a tree prefix of
+      its argument.
 
   ============================  ======================================
   input                         result

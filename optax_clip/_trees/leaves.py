@@ -16,7 +16,7 @@ Array = jax.Array
 def floats_only(tree: Any) -> Any:
   """Replaces leaves that get no updates by `None`: integers, flags and keys.
 
-  A leaf that is no array stays, for an error that names it.
+  A leaf that is not an array stays, for an error that names it.
   """
   return _without(tree, lambda dtype: not jnp.issubdtype(dtype, jnp.inexact))
 
@@ -98,8 +98,8 @@ def _as_array(path: Any, leaf: Any) -> Array:
     return jnp.asarray(leaf)
   except (TypeError, ValueError) as error:
     raise TypeError(
-      f"updates{jax.tree_util.keystr(path)} is {leaf!r}, which is no array and cannot"
-      " be clipped: leave it out with optax.masked, or with equinox.filter."
+      f"updates{jax.tree_util.keystr(path)} is {leaf!r}, which is not an array and"
+      " cannot be clipped: leave it out with optax.masked, or with equinox.filter."
     ) from error
 
 

@@ -18,7 +18,7 @@ _FIELDS = ("value", "raw_value", "data_array")
 
 
 def is_by_path(rules: Any) -> bool:
-  """Returns whether an argument differs by path, and is no value for all leaves."""
+  """Returns whether an argument differs by path: it is not one value for all."""
   return (
     isinstance(rules, Mapping)
     or _functions.is_function(rules)
@@ -94,8 +94,8 @@ def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
     A function from a tree of parameters or updates to a tree of labels.
 
   Raises:
-    ValueError: if `rules` is empty or a key is no regular expression; by the function,
-      if one is found in no path, or none is found in a path. Lists the paths.
+    ValueError: if `rules` is empty or a key is not a regular expression; by the
+      function, if one is found in no path, or none is found in a path. Lists the paths.
 
   Example:
     >>> import jax.numpy as jnp, optax_clip
@@ -188,13 +188,13 @@ def unit_axes_by_name(
 
 
 def checked_patterns(rules: Any, what: str) -> None:
-  """Raises, at construction, if a key of the mapping is no regular expression."""
+  """Raises, at construction, if a key of the mapping is not a regular expression."""
   for pattern in rules:
     try:
       re.compile(pattern)
     except (re.error, TypeError) as error:
       raise ValueError(
-        f"{what}: {pattern!r} is no regular expression: {error}."
+        f"{what}: {pattern!r} is not a regular expression: {error}."
       ) from error
 
 
@@ -208,7 +208,7 @@ def every_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[
 
   A box holds nothing but one array: a variable of Flax, a named array of haliax
   (``/0``) or penzai (``/value/data_array``). Names are right for any tree: where a
-  node has a second child, also if that is `None`, it is no box.
+  node has a second child, also if that is `None`, it is not a box.
   """
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
   if not any(path and _is_field(path[-1]) for path in paths):

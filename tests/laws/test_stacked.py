@@ -202,7 +202,7 @@ def test_a_function_may_say_which_leaves():
 @pytest.mark.parametrize(
   ("stacked", "error", "words"),
   [
-    ({"block[": 0}, ValueError, "is no regular expression"),
+    ({"block[": 0}, ValueError, "is not a regular expression"),
     (
       {"blocks": "0"},
       TypeError,

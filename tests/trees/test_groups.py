@@ -59,7 +59,8 @@ class TestLabelsByPath:
       optax_clip.labels_by_path(rules)
 
   def test_no_regular_expression(self):
-    with pytest.raises(ValueError, match=r"rules: 'head\[' is no regular expression"):
+    message = r"rules: 'head\[' is not a regular expression"
+    with pytest.raises(ValueError, match=message):
       optax_clip.labels_by_path({"head[": "x"})
 
   def test_one_that_is_found_nowhere(self):
