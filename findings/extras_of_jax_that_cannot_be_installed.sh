@@ -9,7 +9,8 @@
 set -euo pipefail
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 python3.13 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q --dry-run jax==0.12.0.1 && echo "jax: found"
+"$work/venv/bin/pip" install -q --dry-run jax==0.12.0.1
+echo "jax: found"
 for extra in rocm7-local oneapi; do
   said=$("$work/venv/bin/pip" install -q --dry-run "jax[$extra]==0.12.0.1" 2>&1) && exit 1
   printf '%s: ' "$extra"
