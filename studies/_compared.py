@@ -76,7 +76,9 @@ METHODS = {
   "agc 0.01": Method(_first(optax_clip.adaptive_grad_clip(0.01)), "#2e8b57", ":"),
   "agc 0.1": Method(_first(optax_clip.adaptive_grad_clip(0.1)), "#2e8b57"),
   "autoclip": Method(_first(optax_clip.autoclip()), "#e67e22"),
-  "history": Method(_first(optax_clip.clip_by_history(early_factor=None)), "#b8860b"),
+  "history": Method(
+    _first(optax_clip.clip_by_history(early_factor=None, surprise=None)), "#b8860b"
+  ),
   "layer percentile": Method(
     _first(optax_clip.clip_by_layer_percentile()), "#e67e22", "--"
   ),
@@ -92,7 +94,11 @@ METHODS = {
   "adagc, no cap": Method(_first(optax_clip.adagc(early_factor=None)), "#d6569b", "--"),
   "skip_spikes": Method(_spikes(_HISTORY), "#7f8c8d"),
   # "early", the default: until a method has learned, the first norms bound a step.
-  "history, early": Method(_first(optax_clip.clip_by_history()), "#b8860b", "--"),
+  "history, early": Method(
+    _first(optax_clip.clip_by_history(surprise=None)), "#b8860b", "--"
+  ),
+  # A norm counts as at most twice the median, the default.
+  "history, robust": Method(_first(optax_clip.clip_by_history()), "#b8860b", ":"),
   "zclip, early": Method(_first(optax_clip.zclip()), "#c0392b", ":"),
   "adagc, early": Method(_first(optax_clip.adagc()), "#d6569b", ":"),
   "geometric": Method(_first(_by(thresholds.geometric())), "#6b8e23"),

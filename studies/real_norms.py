@@ -31,6 +31,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "real_norms.md"
 METHODS = {
   "`clip_by_global_norm(1.0)`": lambda: optax_clip.clip_by_global_norm(1.0),
   "`clip_by_history()`": optax_clip.clip_by_history,
+  "`clip_by_history(surprise=None)`": lambda: optax_clip.clip_by_history(surprise=None),
   "`zclip()`": optax_clip.zclip,
   '`zclip(mode="percentile")`': lambda: optax_clip.zclip(mode="percentile"),
   "`autoclip()`": optax_clip.autoclip,
@@ -217,6 +218,7 @@ def by_method(rows: list[dict[str, Any]]) -> str:
 BEFORE = {
   "`clip_by_global_norm(1.0)`": 15,
   "`clip_by_history()`": 314,
+  "`clip_by_history(surprise=None)`": 314,
   "`zclip()`": 51,
   '`zclip(mode="percentile")`': 100,
   "`autoclip()`": 22,

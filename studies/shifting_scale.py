@@ -50,6 +50,7 @@ NAMES = (
   "adagc, no cap",
   "skip_spikes",
   "history, early",
+  "history, robust",
   "zclip, early",
   "adagc, early",
   "geometric",

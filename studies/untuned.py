@@ -50,8 +50,8 @@ LEARNED = (
   "pair",
   "pair, geometric",
 )
-# Measured after the others: the default that follows from them.
-ADDED = ("skip_spikes, early",)
+# Measured after the others: defaults that follow from them, and from logs of real runs.
+ADDED = ("skip_spikes, early", "history, robust")
 # A method passes if all hold: its mean regret over all cells is at most this part of
 # that of the best constant kept over all cells; on no clean cell is it worse than no
 # clipping by more percent than this; and so many of 16 seeds of the temporal-order

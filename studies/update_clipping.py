@@ -136,7 +136,10 @@ CELLS = {
   "global 1": Cell(before=optax_clip.clip_by_global_norm(1.0), color="#1f6fb4"),
   "update RMS 1": Cell(after=optax_clip.clip_by_block_rms(1.0), color="#2e8b57"),
   "StableAdamW": Cell(adam=scale_by_stable_adam, color="#c0392b"),
-  "update history": Cell(after=optax_clip.clip_by_history(), color="#b8860b"),
+  # As Levanter has it.
+  "update history": Cell(
+    after=optax_clip.clip_by_history(surprise=None), color="#b8860b"
+  ),
   "none, b2 0.95": Cell(adam=lambda: optax.scale_by_adam(b2=0.95), line="--"),
 }
 ROWS_TOO = {"update RMS 1 by row": Cell(after=_row_rms(1.0), color="#17a2b8")}

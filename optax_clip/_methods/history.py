@@ -20,6 +20,7 @@ def clip_by_history(
   sigmas: Scalar = 3.0,
   window: int = 128,
   early_factor: Scalar | None = 2.0,
+  surprise: Scalar | None = 2.0,
   *,
   ord: float | None = None,
   eps: Scalar = 0.0,
@@ -34,16 +35,21 @@ def clip_by_history(
 
   .. math::
       u \leftarrow u \cdot \min\left(1, \frac{\mu + k \sigma}{n}\right), \quad
-      \mu, \sigma \text{ of } n_{t-W}, \dots, n_{t-1}
+      \mu, \sigma \text{ of } \min(n_{t-W}, s m), \dots, \min(n_{t-1}, s m)
 
-  It remembers norms before clipping, so that the limit cannot collapse and follows
-  any change within a window.
+  with m the median of :math:`n_{t-W}, \dots, n_{t-1}`. It remembers norms before
+  clipping, so that the limit cannot collapse, and follows any change within a window: a
+  fall to the end of it, a rise once it fills half of it.
 
   Args:
     sigmas: k >= 0, in standard deviations. May be traced.
     window: W >= 2, how many norms to remember; they set the limit as soon as the window
       is half full. Static, as in `autoclip`.
     early_factor: before that, as in `zclip`. `None`: nothing is clipped until then.
+    surprise: s > 1, how many times the median a norm counts at most, so that frequent
+      spikes do not lift the limit out of their reach: with 2 it is at most 3 medians
+      where the other norms are equal. May be traced. `None`: each norm counts as it is,
+      as in Levanter: a rise is followed at once, and one spike blinds for a window.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, record, name: as in `clip_with`.
     axis_name, specs: as in `optax_clip.measures`.
@@ -52,7 +58,8 @@ def clip_by_history(
     An `optax.GradientTransformationExtraArgs`; for its memory see `thresholds`.
 
   Raises:
-    ValueError: if `sigmas` is negative or NaN, or `window` is below 2.
+    ValueError: if `sigmas` is negative or NaN, `window` is below 2, or `surprise` is
+      not above 1.
     TypeError: if `window` is not a Python integer.
 
   =====================  =====================================================
@@ -62,8 +69,7 @@ def clip_by_history(
   all zero               unchanged, not remembered
   a NaN or inf element   as `nonfinite` says, not remembered
   equal norms            unchanged, bit for bit
-  one norm of 1e30       clipped; then lifts the limit out of reach for a
-                         window (add `thresholds.at_most`)
+  one norm of 1e30       clipped; then counts as twice the median
   =====================  =====================================================
 
   Example:
@@ -75,15 +81,15 @@ def clip_by_history(
     >>> print(updates["w"])
     [3. 4.]
 
-  Differences: the official code takes the deviation to be at least 1e-6. It remembers
-  NaN, and then clips nothing for a window.
+  Differences: the official code has no `surprise`, and takes the deviation to be at
+  least 1e-6. It remembers NaN, and then clips nothing for a window.
 
   References:
     `clip_update_by_historical_norm` of Levanter, Stanford CRFM, 2025.
   """
   return clip_with(
     measures.global_norm(ord=ord, axis_name=axis_name, specs=specs),
-    _geometric.early(_window.history(sigmas, window), early_factor),
+    _geometric.early(_window.history(sigmas, window, surprise), early_factor),
     actions.rescale(eps=eps, strict=strict),
     nonfinite=nonfinite,
     record=record,

@@ -61,31 +61,45 @@ def percentile(q: Scalar = 10.0, window: int = 1000) -> Threshold:
   return _memory.remembering(start, rule)
 
 
-def history(sigmas: Scalar = 3.0, window: int = 128) -> Threshold:
+def history(
+  sigmas: Scalar = 3.0, window: int = 128, surprise: Scalar | None = None
+) -> Threshold:
   r"""Limits norms to the mean plus some deviations of the last, the newest excluded.
 
   .. math::
       L_t = \mu + k \sigma, \quad
-      \mu, \sigma \text{ of } n_{t-W}, \dots, n_{t-1}
+      \mu, \sigma \text{ of } \min(n_{t-W}, s m), \dots, \min(n_{t-1}, s m)
 
-  It learns norms before clipping, and so follows any change within `window` steps;
-  for as long, one huge norm makes it blind. It sets no limit before the window is
-  half full.
+  with m the median of :math:`n_{t-W}, \dots, n_{t-1}`. It sets no limit before the
+  window is half full.
+
+  Without a `surprise` it follows any change within `window` steps; for as long, one
+  huge norm makes it blind. With one, it sees spikes as long as they are less than half
+  of the window, and follows a rise once half of the window is of the new level.
 
   Args:
     sigmas: k >= 0. A float or a traced scalar.
     window: W >= 2, how many norms are remembered; static.
+    surprise: s > 1, how many times the median a norm counts at most. A float or a
+      traced scalar. `None`: any norm counts as what it is.
   """
   _validate.nonnegative(sigmas=sigmas)
   size = _validate.size(least=2, window=window)
   sigmas = _memory.number(sigmas)
+  if surprise is not None:
+    _validate.above(1.0, surprise=surprise)
+    surprise = _memory.number(surprise)
 
   def start(norms: Array) -> WindowMemory:
     return WindowMemory(jnp.zeros((*norms.shape, size), jnp.float32))
 
   def rule(n: Array, memory: WindowMemory, count: Array) -> tuple[Array, WindowMemory]:
     _same_window(memory.window, size)
-    mean, std = _window_moments(memory.window, count)
+    past = memory.window
+    if surprise is not None:
+      median = _percentile(past, jnp.minimum(count, size), 50.0)
+      past = jnp.minimum(past, surprise * median[:, None])
+    mean, std = _window_moments(past, count)
     ready = count >= max(2, size // 2)
     limits = jnp.where(ready, mean + sigmas * std, _INF)
     return limits, WindowMemory(_inserted(memory.window, n, count))

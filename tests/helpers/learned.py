@@ -43,7 +43,7 @@ METHODS = {
 # Every threshold that learns or is made of others, by its name, with a short memory.
 THRESHOLDS = {
   "percentile": thresholds.percentile(50.0, 20),
-  "history": thresholds.history(window=10),
+  "history": thresholds.history(window=10, surprise=2.0),
   "zscore": thresholds.zscore(warmup=5),
   "clipped_mean": thresholds.clipped_mean(warmup=5),
   "average": thresholds.average(),

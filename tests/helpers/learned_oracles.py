@@ -16,12 +16,14 @@ def autoclip(norms, q=10.0, window=None):
   return np.array(limits)
 
 
-def history(norms, sigmas=3.0, window=128):
-  """Mean and deviations of the norms before each step."""
+def history(norms, sigmas=3.0, window=128, surprise=None):
+  """Mean and deviations of the norms before each step, at most so many medians."""
   limits = []
   for t in range(len(norms)):
     past = norms[max(0, t - window) : t]
     ready = len(past) >= max(2, window // 2)
+    if ready and surprise is not None:
+      past = np.minimum(past, surprise * np.median(past))
     limits.append(np.mean(past) + sigmas * np.std(past) if ready else np.inf)
   return np.array(limits)
 

@@ -14,7 +14,8 @@ from optax_clip import thresholds
 METHODS = {
   "autoclip": thresholds.percentile(),
   "clip_by_layer_percentile": thresholds.percentile(5.0, 100),
-  "clip_by_history": thresholds.history(),
+  "clip_by_history": thresholds.history(surprise=2.0),
+  "clip_by_history, surprise=None": thresholds.history(),
   "zclip": thresholds.zscore(),
   'zclip, mode="mean"': thresholds.zscore(mode="mean"),
   'zclip, mode="percentile"': thresholds.zscore(mode="percentile"),

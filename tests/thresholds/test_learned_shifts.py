@@ -27,6 +27,7 @@ BOUNDS = {
   "autoclip": (1000, 1000, 1000),
   "clip_by_layer_percentile": (100, 100, 100),
   "clip_by_history": (128, 128, 128),
+  "clip_by_history, surprise=None": (10, 128, 128),
   "zclip": (None, 400, 100),
   'zclip, mode="mean"': (None, 400, None),
   'zclip, mode="percentile"': (60, 400, 100),

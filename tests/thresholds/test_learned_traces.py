@@ -55,12 +55,36 @@ def test_percentile(window):
       assert deviation(found[seed, i], wanted[:, i]) < 1e-5, (seed, q)
 
 
-def test_history():
+@pytest.mark.parametrize("surprise", [None, 2.0])
+def test_history(surprise):
   norms = traces()
-  found, _ = learned.limits_of_each(thresholds.history(), norms)
+  found, _ = learned.limits_of_each(thresholds.history(surprise=surprise), norms)
   for seed in SEEDS:
-    wanted = learned_oracles.history(norms[seed].astype(np.float64))
+    past = norms[seed].astype(np.float64)
+    wanted = learned_oracles.history(past, surprise=surprise)
     assert deviation(found[seed], wanted) < 5e-6, seed
+
+
+@pytest.mark.parametrize("share", [0.12, 0.2, 0.35])
+def test_frequent_spikes_do_not_blind_a_history_that_is_surprised(share):
+  random = np.random.default_rng(0)
+  norms = np.exp(0.1 * random.standard_normal(600)).astype(np.float32)
+  spikes = random.random(600) < share
+  norms[spikes] *= 10
+  found, _ = learned.limits(thresholds.history(surprise=2.0), norms)
+  later = np.arange(600) >= 128
+  assert np.all(norms[spikes & later] > found[spikes & later])
+  assert np.mean(norms[~spikes & later] > found[~spikes & later]) < 0.02
+  # Without it they lift the limit out of their own reach.
+  blind, _ = learned.limits(thresholds.history(), norms)
+  assert np.mean(norms[spikes & later] > blind[spikes & later]) < 0.5
+
+
+def test_a_history_that_is_surprised_follows_within_half_a_window():
+  norms = np.where(np.arange(400) < 200, 1.0, 30.0).astype(np.float32)
+  found, _ = learned.limits(thresholds.history(surprise=2.0), norms)
+  (clipped,) = np.nonzero(norms > found)
+  np.testing.assert_array_equal(clipped, np.arange(200, 264))
 
 
 ZCLIP = [
