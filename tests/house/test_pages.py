@@ -119,6 +119,26 @@ def test_nothing_is_said_to_cost_one_read_that_costs_more():
     assert not said.search(" ".join(text.split()))
 
 
+def test_the_costs_of_the_readme_are_those_of_their_page():
+  """So that a figure that is measured anew is changed in both."""
+  said = {row[0]: row for row in rows(section(README, "What does it cost?"))}
+
+  def table(mark):
+    text = page("costs").split(f"<!-- {mark} -->")[1].split(f"<!-- {mark}: end -->")[0]
+    return {row[0]: row for row in rows(text)}, re.search(r"JAX [\d.]*\d", text)[0]
+
+  timed, version = table("costs")
+  counted, other = table("costs on accelerators")
+  names = ("`clip_by_global_norm`", "`optax.clip_by_global_norm`")
+  for column, name in enumerate(names, 1):
+    assert said["CPU, 2 cores"][column].startswith(f"{timed[name][1]} times")
+    for row, first in (("NVIDIA H100", 1), ("TPU v5e", 4)):
+      kernels, read = counted[name][first : first + 2]
+      assert re.match(rf"{re.escape(read)}\b.* {kernels}\b", said[row][column])
+  assert f"All three are of {version};" in README
+  assert version == other
+
+
 def test_the_package_says_so_neither():
   tree = ast.parse((ROOT / "optax_clip" / "__init__.py").read_text())
   assert "one read" not in ast.get_docstring(tree)
