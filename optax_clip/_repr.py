@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import optax
 
+from optax_clip._types import PyTree
+
 _P = ParamSpec("_P")
 
 # Arrays of so many elements, as the vectors of records, print their values.
@@ -40,7 +42,7 @@ def named(
   """
   signature = inspect.signature(factory)
 
-  def is_shown(key: str, value: Any) -> bool:
+  def is_shown(key: str, value: object) -> bool:
     own = signature.parameters[key]
     is_default = value is own.default
     return not is_default or (own.kind is not own.KEYWORD_ONLY and value is not None)
@@ -59,7 +61,7 @@ def named(
   return made
 
 
-def short(node: Any) -> str:
+def short(node: PyTree) -> str:
   """Formats a state: arrays as `float32[1000]`, short ones by their values."""
   if isinstance(node, tuple) and hasattr(node, "_fields"):
     fields = zip(node._fields, node, strict=True)
@@ -78,7 +80,7 @@ def short(node: Any) -> str:
   return str(np.asarray(node).tolist()) if node.ndim else str(node)
 
 
-def _argument(value: Any) -> str:
+def _argument(value: object) -> str:
   if isinstance(value, (bool, int, float, str, type(None), Named)):
     return repr(value)
   if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):

@@ -12,6 +12,8 @@ from typing import TypeAlias
 from jax.typing import ArrayLike
 import numpy as np
 
+# Any tree: of arrays, of settings, of specs.
+PyTree: TypeAlias = Any
 # A tree of floating or complex arrays; a tree of parameters; a state of optax.
 Updates: TypeAlias = Any
 Params: TypeAlias = Any

@@ -13,12 +13,14 @@ import warnings
 import jax
 import numpy as np
 
+from optax_clip._types import PyTree
 
-def _concrete(value: Any) -> np.ndarray | None:
+
+def _concrete(value: object) -> np.ndarray | None:
   return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
-def _numeric(name: str, value: Any) -> np.ndarray | None:
+def _numeric(name: str, value: object) -> np.ndarray | None:
   if callable(value) and not hasattr(value, "dtype"):
     raise TypeError(
       f"{name} must be a number, got the function {value!r}: this takes no schedule."
@@ -36,7 +38,7 @@ def _numeric(name: str, value: Any) -> np.ndarray | None:
   return concrete.astype(np.float64)
 
 
-def limit(**values: Any) -> None:
+def limit(**values: object) -> None:
   """Raises unless each named value is `None`, a schedule, or one number >= 0.
 
   Warns of a 0 that stands in the program: in configurations of others it means that
@@ -56,7 +58,7 @@ def limit(**values: Any) -> None:
       )
 
 
-def bound(**values: Any) -> None:
+def bound(**values: object) -> None:
   """Raises unless each named value is `None`, or one number >= 0."""
   for name, value in values.items():
     if value is not None:
@@ -76,7 +78,7 @@ def _is_ours(module: str) -> bool:
   return module.partition(".")[0] == __name__.partition(".")[0]
 
 
-def scalar(**values: Any) -> None:
+def scalar(**values: object) -> None:
   """Raises for a named value that is an array of several numbers."""
   for name, value in values.items():
     if np.shape(value):
@@ -87,7 +89,7 @@ def scalar(**values: Any) -> None:
       )
 
 
-def nonnegative(**values: Any) -> None:
+def nonnegative(**values: object) -> None:
   """Raises unless each named value is >= 0 (inf is allowed, NaN is not)."""
   for name, value in values.items():
     concrete = _numeric(name, value)
@@ -98,7 +100,7 @@ def nonnegative(**values: Any) -> None:
       )
 
 
-def steps(*, least: int = 0, **values: Any) -> None:
+def steps(*, least: int = 0, **values: object) -> None:
   """Raises unless each named value is a whole number of steps, at least `least`."""
   for name, value in values.items():
     concrete = _numeric(name, value)
@@ -112,7 +114,7 @@ def steps(*, least: int = 0, **values: Any) -> None:
       )
 
 
-def known_norm(norm: Any) -> None:
+def known_norm(norm: object) -> None:
   """Raises unless a value can be a norm: at least 0, or NaN."""
   concrete = _numeric("norm", norm)
   scalar(norm=norm)
@@ -122,7 +124,7 @@ def known_norm(norm: Any) -> None:
     )
 
 
-def positive(**values: Any) -> None:
+def positive(**values: object) -> None:
   """Raises unless each named value is > 0."""
   for name, value in values.items():
     concrete = _numeric(name, value)
@@ -130,7 +132,7 @@ def positive(**values: Any) -> None:
       raise ValueError(f"{name} must be positive, got {value!r}.")
 
 
-def above(low: float, **values: Any) -> None:
+def above(low: float, **values: object) -> None:
   """Raises unless each named value is above `low`."""
   for name, value in values.items():
     concrete = _numeric(name, value)
@@ -138,7 +140,7 @@ def above(low: float, **values: Any) -> None:
       raise ValueError(f"{name} must be above {low:g}, got {value!r}.")
 
 
-def within(low: float, high: float, **values: Any) -> None:
+def within(low: float, high: float, **values: object) -> None:
   """Raises unless each named value is between `low` and `high`, or one of them."""
   for name, value in values.items():
     concrete = _numeric(name, value)
@@ -146,7 +148,7 @@ def within(low: float, high: float, **values: Any) -> None:
       raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
 
 
-def fraction(**values: Any) -> None:
+def fraction(**values: object) -> None:
   """Raises unless each named value, a decay, is in [0, 1)."""
   for name, value in values.items():
     concrete = _numeric(name, value)
@@ -174,7 +176,7 @@ class Kind:
     """Names the owner of the memory, for errors."""
     self._what, self._structure = what, None
 
-  def check(self, state: Any, init: Callable[[], Any]) -> None:
+  def check(self, state: PyTree, init: Callable[[], Any]) -> None:
     """Raises unless a memory has the structure that `init` returns."""
     if self._structure is None:
       self._structure = _structure(jax.eval_shape(init))
@@ -187,22 +189,22 @@ class Kind:
       )
 
 
-def _structure(state: Any) -> Any:
+def _structure(state: PyTree) -> Any:
   return jax.tree.structure(_bare(state))
 
 
-def _bare(state: Any) -> Any:
+def _bare(state: PyTree) -> Any:
   """Drops names that are keys, as they may change."""
   return list(state.values()) if isinstance(state, dict) else state
 
 
-def _kind(state: Any) -> str:
+def _kind(state: PyTree) -> str:
   inside = [type(x).__name__ for x in state] if isinstance(state, tuple) else []
   nested = [x for x in inside if x.endswith(("Memory", "State"))]
   return type(state).__name__ + (f" of {', '.join(nested)}" if nested else "")
 
 
-def size(*, least: int = 1, **values: Any) -> int:
+def size(*, least: int = 1, **values: object) -> int:
   """Checks and returns the one named value, the static length of an array."""
   ((name, value),) = values.items()
   if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
@@ -216,7 +218,7 @@ def size(*, least: int = 1, **values: Any) -> int:
   return int(value)
 
 
-def order(ord: Any) -> float:
+def order(ord: object) -> float:
   """Checks the order of a norm and returns it as a float; `None` is 2."""
   if ord is None:
     return 2.0
@@ -234,7 +236,7 @@ def order(ord: Any) -> float:
   return float(ord)
 
 
-def choice(options: tuple[Any, ...], **values: Any) -> None:
+def choice(options: tuple[Any, ...], **values: object) -> None:
   """Raises unless each named value is one of `options`."""
   for name, value in values.items():
     if value not in options:
@@ -243,7 +245,7 @@ def choice(options: tuple[Any, ...], **values: Any) -> None:
       )
 
 
-def instance(kind: type, where: str, **values: Any) -> None:
+def instance(kind: type, where: str, **values: object) -> None:
   """Raises unless each named value is a `kind`; errors say `where` to get one."""
   for name, value in values.items():
     if not isinstance(value, kind):

@@ -18,6 +18,7 @@ from optax_clip._trees import labels as _labels
 from optax_clip._trees import leaves as _leaves
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
+from optax_clip._types import PyTree
 from optax_clip._types import Scalar
 from optax_clip._types import Specs
 
@@ -25,10 +26,10 @@ Array = jax.Array
 
 
 def clip_tree(
-  tree: Any,
-  max_norm: Any,
+  tree: PyTree,
+  max_norm: PyTree,
   *,
-  norm: Any = None,
+  norm: PyTree = None,
   ord: float | None = None,
   eps: Scalar = 0.0,
   nonfinite: Nonfinite = "propagate",
@@ -127,7 +128,7 @@ def clip_tree(
   return _leaves.restored(clipped, given_tree), found
 
 
-def _checked_limits(max_norm: Any, divides: bool) -> tuple[list[Any], Any]:
+def _checked_limits(max_norm: PyTree, divides: bool) -> tuple[list[Any], Any]:
   """The limits of a tree of them, each a number or `None`, and its structure."""
   rows, prefix = jax.tree_util.tree_flatten_with_path(max_norm, is_leaf=_is_none)
   for path, limit in rows:
@@ -142,7 +143,7 @@ def _checked_limits(max_norm: Any, divides: bool) -> tuple[list[Any], Any]:
   return [limit for _, limit in rows], prefix
 
 
-def _checked_norms(norm: Any, prefix: Any) -> list[Any]:
+def _checked_norms(norm: PyTree, prefix: PyTree) -> list[Any]:
   """The norms of a tree of them, of the structure that the limits have."""
   norms, structure = jax.tree.flatten(norm, is_leaf=_is_none)
   if structure != prefix:
@@ -154,5 +155,5 @@ def _checked_norms(norm: Any, prefix: Any) -> list[Any]:
   return norms
 
 
-def _is_none(node: Any) -> bool:
+def _is_none(node: object) -> bool:
   return node is None

@@ -1,20 +1,19 @@
 """Measures the norm of a tree, for code without an optax chain."""
 
-from typing import Any
-
 import jax
 
 from optax_clip import measures
 from optax_clip._norms import extended as _extended
 from optax_clip._trees import leaves as _leaves
 from optax_clip._types import AxisName
+from optax_clip._types import PyTree
 from optax_clip._types import Specs
 
 Array = jax.Array
 
 
 def global_norm(
-  tree: Any,
+  tree: PyTree,
   *,
   ord: float | None = None,
   axis_name: AxisName = "auto",

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_clip import _validate
 from optax_clip import actions
@@ -21,6 +22,7 @@ from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaf as _leaf
 from optax_clip._trees import paths as _paths
 from optax_clip._types import Params
+from optax_clip._types import PyTree
 from optax_clip._types import Scalar
 
 Array = jax.Array
@@ -216,7 +218,7 @@ class _Place(NamedTuple):
   sizes: tuple[int, ...]
 
 
-def _places(tree: Any, count: int, head_axis: HeadAxis) -> list[_Place]:
+def _places(tree: PyTree, count: int, head_axis: HeadAxis) -> list[_Place]:
   """Where heads lie in each leaf; `count` is the rank of `max_logits`."""
   paths = _paths.every_name(tree)
   leaves = jax.tree.leaves(tree)
@@ -232,7 +234,7 @@ def _places(tree: Any, count: int, head_axis: HeadAxis) -> list[_Place]:
   return places
 
 
-def _head_axes(path: str, leaf: Any, axis: Any, count: int) -> tuple[int, ...]:
+def _head_axes(path: str, leaf: ArrayLike, axis: Any, count: int) -> tuple[int, ...]:
   """The axes of one leaf, checked."""
   if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
     raise TypeError(

@@ -50,6 +50,7 @@ from optax_clip._repr import short
 from optax_clip._trees import leaves as _leaves
 from optax_clip._types import OptState
 from optax_clip._types import Params
+from optax_clip._types import PyTree
 from optax_clip._types import Updates
 
 Array = jax.Array
@@ -101,7 +102,11 @@ class Guard:
     return state
 
   def __call__(
-    self, updates: Updates, state: GuardState, params: Params = None, **extra_args: Any
+    self,
+    updates: Updates,
+    state: GuardState,
+    params: Params = None,
+    **extra_args: object,
   ) -> tuple[Any, GuardState]:
     new, later = self.step(
       _leaves.with_values, None, updates, state, params, extra_args
@@ -111,7 +116,7 @@ class Guard:
   def step(
     self,
     finish: Callable[[Any], Any],
-    kept: Any,
+    kept: PyTree,
     updates: Updates,
     state: GuardState,
     params: Params,
@@ -174,7 +179,7 @@ class Guard:
       state = state.inner
     return found
 
-  def _apart(self, state: Any, updates: Updates) -> tuple[list[GuardState], Any]:
+  def _apart(self, state: OptState, updates: Updates) -> tuple[list[GuardState], Any]:
     """Splits a state: one for each judge, and that of the transformation inside."""
     states = []
     for judge, kind in zip(self.judges, self.kinds, strict=True):
@@ -214,7 +219,7 @@ def guarded_step(
   grads: Updates,
   state: OptState,
   params: Params,
-  **extra_args: Any,
+  **extra_args: object,
 ) -> tuple[Params, OptState]:
   r"""Takes a whole step of a guarded optimizer: returns new parameters, or the old.
 
@@ -277,7 +282,7 @@ def _own(state: GuardState) -> SkipRecord:
   return next(x for x in state.record.values() if isinstance(x, SkipRecord))
 
 
-def _unless_refused(before: Array, new: Any, old: Any) -> Any:
+def _unless_refused(before: Array, new: PyTree, old: PyTree) -> Any:
   """Chooses a judge's state: the old one if a judge further out refused the step.
 
   In either case its record shows what was measured in the last step.

@@ -44,7 +44,7 @@ class Measuring(NamedTuple):
   by_layer: bool
 
   @classmethod
-  def of(cls, measure: Any, record: Any) -> "Measuring":
+  def of(cls, measure: object, record: object) -> "Measuring":
     """Makes one from a guard's arguments."""
     _validate.choice((True, "layers"), record=record)
     return cls(checked_measure(measure), record == "layers")
@@ -75,7 +75,7 @@ class Measuring(NamedTuple):
     )
 
 
-def checked_measure(measure: Any) -> Measure:
+def checked_measure(measure: object) -> Measure:
   """Checks a measure; returns the global norm for `None`."""
   if measure is None:
     return measures.global_norm()

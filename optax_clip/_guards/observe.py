@@ -148,7 +148,7 @@ def observe(
     updates: Updates,
     state: ObserveState,
     params: Params = None,
-    **extra_args: Any,
+    **extra_args: object,
   ) -> tuple[Any, ObserveState]:
     _validate.state(ObserveState, state, repr(name))
     given_updates, updates = updates, _leaves.with_values(updates)
@@ -183,7 +183,7 @@ def _ring(window: int, name: str) -> Threshold:
     return {name: NormHistory(ring, jnp.zeros((), jnp.int32))}
 
   def update(
-    norms: Array, state: dict[str, NormHistory], **extra_args: Any
+    norms: Array, state: dict[str, NormHistory], **extra_args: object
   ) -> tuple[Array, dict[str, NormHistory]]:
     del extra_args
     ((key, (ring, steps)),) = state.items()

@@ -27,6 +27,7 @@ from optax_clip._thresholds import limits as _limits
 from optax_clip._thresholds import memory as _memory
 from optax_clip._thresholds import window as _window
 from optax_clip._types import GuardRecording
+from optax_clip._types import OptState
 from optax_clip._types import Params
 from optax_clip._types import Scalar
 from optax_clip._types import Updates
@@ -144,7 +145,7 @@ def skip_nonfinite(
   def judge(
     updates: Updates,
     params: Params,
-    memory: Any,
+    memory: OptState,
     record: SkipRecord,
     extra_args: dict[str, Any],
   ) -> Verdict:

@@ -25,6 +25,8 @@ from optax_clip import _backend
 from optax_clip import _jaxprs
 from optax_clip._algebra import record as _record
 from optax_clip._trees import leaf as _leaf
+from optax_clip._types import OptState
+from optax_clip._types import PyTree
 from optax_clip._types import Updates
 
 Array = jax.Array
@@ -34,8 +36,8 @@ def taken_or_kept(
   take: Array,
   step: Callable[[Any], tuple[Any, Any]],
   updates: Updates,
-  kept: Any,
-  state: Any,
+  kept: PyTree,
+  state: OptState,
 ) -> tuple[Any, Any]:
   """Returns ``step(updates)`` if the step is taken, else what there was before.
 
@@ -93,8 +95,8 @@ def _decided(
   take: bool,
   step: Callable[[Any], tuple[Any, Any]],
   updates: Updates,
-  kept: Any,
-  state: Any,
+  kept: PyTree,
+  state: OptState,
 ) -> tuple[Any, Any]:
   """Takes or skips a step of which it is known now whether to take it."""
   shown = _record.of_last_step(state)
@@ -114,7 +116,7 @@ def _decided(
   return _as_weak(like, (kept, later))
 
 
-def _as_weak(like: Any, new: Any) -> Any:
+def _as_weak(like: PyTree, new: PyTree) -> Any:
   """Makes results weakly typed where what came in is."""
   old, (found, treedef) = jax.tree.leaves(like), jax.tree.flatten(new)
   if len(old) != len(found):
@@ -122,13 +124,13 @@ def _as_weak(like: Any, new: Any) -> Any:
   return jax.tree.unflatten(treedef, map(_weakly_typed, old, found))
 
 
-def _weakly_typed(like: Any, new: Array) -> Array:
+def _weakly_typed(like: PyTree, new: Array) -> Array:
   """Makes a result weakly typed if what came in is."""
   old = jnp.asarray(like)
   return _leaf.keep_weak_type(old, new) if old.shape == new.shape else new
 
 
-def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:
+def _zeros(shapes: PyTree, leaves: list[Any], take: Array) -> list[Array]:
   """Makes the updates of a skipped step."""
   found = jax.tree.leaves(shapes)
   if len(found) != len(leaves):
@@ -142,7 +144,7 @@ def _zeros(shapes: Any, leaves: list[Any], take: Array) -> list[Array]:
   ]
 
 
-def _same_types(state: Any, later: Any) -> None:
+def _same_types(state: OptState, later: OptState) -> None:
   """Raises an error if a step changes a type in the state."""
   fix = (
     "A guard has to choose between the two, and so has jax.lax.scan. Make its init"

@@ -1,7 +1,5 @@
 """Clips units in proportion to their weights (adaptive gradient clipping, AGC)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,6 +21,7 @@ from optax_clip._types import Recording
 from optax_clip._types import Scalar
 from optax_clip._types import ScalarOrSchedule
 from optax_clip._types import Specs
+from optax_clip._types import UnitAxis
 
 Array = jax.Array
 
@@ -31,7 +30,7 @@ Array = jax.Array
 def adaptive_grad_clip(
   clipping: ScalarOrSchedule | None,
   eps: Scalar = 1e-3,
-  axis: Any = None,
+  axis: UnitAxis = None,
   *,
   ord: float | None = None,
   nonfinite: Nonfinite = "propagate",
@@ -119,7 +118,7 @@ def adaptive_grad_clip(
   )
 
 
-def unitwise_norm(x: Array, axis: Any = None) -> Array:
+def unitwise_norm(x: Array, axis: UnitAxis = None) -> Array:
   """Measures the 2-norm of each unit, and repeats it at each of the unit's elements.
 
   Args:

@@ -133,7 +133,7 @@ def _share_of_bound(
   )
 
   def measure(
-    updates: Updates, params: Params = None, *, accumulator: Any = None, **extra: Any
+    updates: Updates, params: Params = None, *, accumulator: Any = None, **extra: object
   ) -> list[Extended]:
     del extra
     _leaves.same_structure(updates, params)

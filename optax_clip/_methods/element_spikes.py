@@ -177,7 +177,7 @@ def clip_element_spikes(
     params: Params = None,
     *,
     second_moment: Any = None,
-    **extra_args: Any,
+    **extra_args: object,
   ) -> tuple[Any, ElementSpikesState]:
     del extra_args
     _validate.state(ElementSpikesState, state, repr(name))

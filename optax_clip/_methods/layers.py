@@ -16,6 +16,7 @@ from optax_clip._trees import axes as _axes
 from optax_clip._trees import labels as _labels
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
+from optax_clip._types import PyTree
 from optax_clip._types import Recording
 from optax_clip._types import Scalar
 from optax_clip._types import ScalarOrSchedule
@@ -82,8 +83,8 @@ def clip_by_group_norm(
   eps: Scalar = 0.0,
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
-  counted: Any = None,
-  scaled: Any = None,
+  counted: PyTree = None,
+  scaled: PyTree = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
   record: Recording = True,

@@ -1,7 +1,5 @@
 """Clips matrices by their singular values."""
 
-from typing import Any
-
 import optax
 
 from optax_clip import _validate
@@ -19,6 +17,7 @@ from optax_clip._types import Recording
 from optax_clip._types import Scalar
 from optax_clip._types import ScalarOrSchedule
 from optax_clip._types import Specs
+from optax_clip._types import UnitAxis
 
 
 @named
@@ -28,7 +27,7 @@ def spectral_clip(
   soft: bool = False,
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
-  axis: Any = None,
+  axis: UnitAxis = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
   stacked: _axes.Stacked = None,
@@ -113,7 +112,7 @@ def clip_by_spectral_norm(
   eps: Scalar = 0.0,
   nonfinite: Nonfinite = "propagate",
   strict: bool = False,
-  axis: Any = None,
+  axis: UnitAxis = None,
   axis_name: AxisName = "auto",
   specs: Specs = None,
   stacked: _axes.Stacked = None,

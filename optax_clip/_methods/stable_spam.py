@@ -28,6 +28,7 @@ from optax_clip._trees import axes as _axes
 from optax_clip._trees import leaves as _leaves
 from optax_clip._types import AxisName
 from optax_clip._types import Nonfinite
+from optax_clip._types import OptState
 from optax_clip._types import Params
 from optax_clip._types import Recording
 from optax_clip._types import Scalar
@@ -284,7 +285,7 @@ def stable_spam(
     return first.init(params), second.init(params)
 
   def update(
-    updates: Updates, state: Any, params: Params = None, **extra_args: Any
+    updates: Updates, state: OptState, params: Params = None, **extra_args: object
   ) -> tuple[Any, Any]:
     del extra_args
     if not isinstance(state, tuple) or len(state) != 2:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import optax
 
 from optax_clip import _validate
@@ -323,7 +324,7 @@ def _placer(params: Params) -> Callable[[Names, Any], Any]:
         spec = jax.sharding.PartitionSpec()
         everywhere = jax.sharding.NamedSharding(x.sharding.mesh, spec)
 
-  def placed(names: Names, leaf: Any) -> Any:
+  def placed(names: Names, leaf: ArrayLike) -> Any:
     if isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer)):
       return leaf
     if not places or _is_spread(leaf):
@@ -337,7 +338,7 @@ def _placer(params: Params) -> Callable[[Names, Any], Any]:
   return placed
 
 
-def _is_spread(x: Any) -> bool:
+def _is_spread(x: object) -> bool:
   """Whether a value is an array on several devices."""
   if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
     return False

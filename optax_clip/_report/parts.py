@@ -16,7 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
+
+from optax_clip._types import OptState
+from optax_clip._types import PyTree
 
 Names = tuple[str, ...]
 
@@ -88,7 +92,7 @@ class Part:
 class State:
   """The leaves of a state, and its parts in their order."""
 
-  def __init__(self, state: Any, chained: frozenset[str]) -> None:
+  def __init__(self, state: OptState, chained: frozenset[str]) -> None:
     """Cuts each path, see the module's docstring; `chained`: see `chained_names`."""
     pairs = jax.tree_util.tree_leaves_with_path(state)
     self.paths = [path for path, _ in pairs]
@@ -193,7 +197,7 @@ def _cut(names: Names, chained: frozenset[str]) -> tuple[int, Names, str, str]:
   return i, tuple(scope), kind, ""
 
 
-def chained_names(shapes: Any) -> frozenset[str]:
+def chained_names(shapes: PyTree) -> frozenset[str]:
   """The names in states of `optax.named_chain`: keys above all fields of states."""
   found = set()
   for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
@@ -229,17 +233,17 @@ def _order(name: str) -> tuple[int, int, str]:
   return (0, int(name), "") if name.isdigit() else (1, 0, name)
 
 
-def _dtype(x: Any) -> Any:
+def _dtype(x: ArrayLike) -> Any:
   return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
-def _is_known(x: Any) -> bool:
+def _is_known(x: ArrayLike) -> bool:
   """Whether it is a number whose value can be read here."""
   if isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) or jnp.shape(x):
     return False
   return not isinstance(x, jax.Array) or x.is_fully_replicated
 
 
-def type_of(x: Any) -> str:
+def type_of(x: ArrayLike) -> str:
   """As ``float32[3]``."""
   return f"{_dtype(x)}{list(jnp.shape(x))}"

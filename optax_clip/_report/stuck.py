@@ -16,6 +16,7 @@ from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards.judge import SkipReason
 from optax_clip._types import OptState
+from optax_clip._types import PyTree
 
 
 def warn(opt_state: OptState) -> None:
@@ -48,6 +49,6 @@ def _stuck(record: SkipRecord) -> int:
   return steps if steps > 1 and is_norm else 0
 
 
-def _nodes(tree: Any, kind: type) -> list[Any]:
+def _nodes(tree: PyTree, kind: type) -> list[Any]:
   found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
   return [node for node in found if isinstance(node, kind)]

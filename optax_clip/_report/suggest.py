@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 import optax
 
 from optax_clip._report.metrics import metrics
 from optax_clip._thresholds import memory as _memory
+from optax_clip._types import OptState
 
 Array = jax.Array
 
@@ -101,7 +103,7 @@ class Suggestion(NamedTuple):
     return "\n".join(lines)
 
 
-def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
+def suggest_max_norm(norms: ArrayLike, clipped_share: float = 0.05) -> Suggestion:
   r"""Suggests a `max_norm` that clips all spikes, and few other norms.
 
   .. math::
@@ -210,7 +212,7 @@ def suggest_max_norm(norms: Any, clipped_share: float = 0.05) -> Suggestion:
   )
 
 
-def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
+def replay_limits(tx: optax.GradientTransformation, norms: ArrayLike) -> np.ndarray:
   r"""Computes the limits that a clip of the global norm would have had on a history.
 
   .. math::
@@ -265,7 +267,7 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
       " one clip, as optax_clip.autoclip(), without record=False."
     )
 
-  def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
+  def step(state: OptState, norm: jax.Array) -> tuple[Any, jax.Array]:
     _, state = tx.update(norm, state)
     return state, metrics(state)[limits[0]]
 
@@ -273,7 +275,7 @@ def replay_limits(tx: optax.GradientTransformation, norms: Any) -> np.ndarray:
   return np.asarray(replayed)
 
 
-def _checked_history(norms: Any) -> np.ndarray:
+def _checked_history(norms: ArrayLike) -> np.ndarray:
   """Checks norms, and returns them in float64."""
   if isinstance(norms, jax.core.Tracer):
     raise TypeError("norms are traced: call this outside of jax.jit, on their values.")

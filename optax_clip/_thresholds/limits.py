@@ -19,6 +19,7 @@ from optax_clip._algebra import handed as _handed
 from optax_clip._algebra.types import Threshold
 from optax_clip._matrices import view as _view
 from optax_clip._thresholds import memory as _memory
+from optax_clip._types import OptState
 from optax_clip._types import Scalar
 from optax_clip._types import ScalarOrSchedule
 
@@ -86,7 +87,7 @@ def constant(limit: ScalarOrSchedule) -> Threshold:
   """
   _validate.nonnegative(limit=limit)
 
-  def update(norms: Array, state: Any, **extra_args: Any) -> tuple[Array, Any]:
+  def update(norms: Array, state: OptState, **extra_args: object) -> tuple[Array, Any]:
     del extra_args
     return _filled(norms, limit), state
 
@@ -106,7 +107,7 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
     return ScheduleState(jnp.zeros((), jnp.int32))
 
   def update(
-    norms: Array, state: ScheduleState, **extra_args: Any
+    norms: Array, state: ScheduleState, **extra_args: object
   ) -> tuple[Array, ScheduleState]:
     kind.check(state, lambda: init(norms))
     del extra_args
@@ -152,7 +153,7 @@ def by_shape(limit: Limit) -> Threshold:
   """
   base = of(limit)
 
-  def update(norms: Array, state: Any, **extra_args: Any) -> tuple[Array, Any]:
+  def update(norms: Array, state: OptState, **extra_args: object) -> tuple[Array, Any]:
     limits, state = base.update(norms, state, **extra_args)
     factors = jnp.asarray(_factors(), norms.dtype).reshape(norms.shape)
     return limits * factors, state
@@ -209,7 +210,7 @@ def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Thre
     return WarmupState(seen, threshold.init(norms), first.init(norms))
 
   def update(
-    norms: Array, state: WarmupState, **extra_args: Any
+    norms: Array, state: WarmupState, **extra_args: object
   ) -> tuple[Array, WarmupState]:
     kind.check(state, lambda: init(norms))
     later, memory = threshold.update(norms, state.threshold, **extra_args)
@@ -223,7 +224,7 @@ def warmup(threshold: Threshold, steps: Scalar, limit: Limit = math.inf) -> Thre
   return Threshold(init, update)
 
 
-def restarted(threshold: Threshold, norms: Array, old: Any) -> Any:
+def restarted(threshold: Threshold, norms: Array, old: OptState) -> Any:
   """Makes a memory that has learned nothing yet; schedules stay at their step.
 
   Args:
@@ -269,7 +270,7 @@ def _beside(
   def init(norms: Array) -> Any:
     return state(threshold.init(norms), other.init(norms))
 
-  def update(norms: Array, states: Any, **extra_args: Any) -> tuple[Array, Any]:
+  def update(norms: Array, states: OptState, **extra_args: object) -> tuple[Array, Any]:
     kind.check(states, lambda: init(norms))
     mine, theirs = states
     limits, mine = threshold.update(norms, mine, **extra_args)

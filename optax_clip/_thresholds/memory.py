@@ -39,6 +39,7 @@ import optax
 
 from optax_clip import _validate
 from optax_clip._algebra.types import Threshold
+from optax_clip._types import Scalar
 
 Array = jax.Array
 # The largest norm that is remembered.
@@ -83,7 +84,7 @@ def remembering(
     return MemoryState(jnp.zeros_like(like, jnp.int32), start(like))
 
   def update(
-    norms: Array, state: MemoryState, **extra_args: Any
+    norms: Array, state: MemoryState, **extra_args: object
   ) -> tuple[Array, MemoryState]:
     del extra_args
     exact = norms.ravel()
@@ -133,7 +134,7 @@ def debiasing(decay: float | Array, count: Array) -> Array:
   return jnp.where(count == 0, 1, (1 - decay) / -jnp.expm1(t * log))
 
 
-def number(value: Any) -> Any:
+def number(value: Scalar) -> Any:
   """Converts a hyperparameter to a Python float where it is known, else to f32[]."""
   if callable(value):
     raise TypeError(
@@ -157,7 +158,7 @@ def plausible(n: Array, mean: Array, count: Array) -> tuple[Array, Array]:
   return jnp.minimum(n, most), (count == 1) & (mean > LEAP * n)
 
 
-def root_mean(weight: Any, old: Array, new: Array) -> Array:
+def root_mean(weight: Scalar, old: Array, new: Array) -> Array:
   r"""Takes the root of a weighted mean square, :math:`\sqrt{(1-w) a^2 + w b^2}`.
 
   The squares of both may be out of range.

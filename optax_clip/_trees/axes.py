@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip._trees import paths as _paths
+from optax_clip._types import PyTree
+from optax_clip._types import UnitAxis
 
 # Of one leaf: the axis of its layers, or several, as of layers and of experts.
 Axes = int | Sequence[int]
@@ -16,7 +18,7 @@ Axes = int | Sequence[int]
 Stacked = Mapping[str, Axes] | Callable[[str, Any], Axes | None] | None
 
 
-def unit_axes(shape: Sequence[int], axis: Any) -> tuple[int, ...]:
+def unit_axes(shape: Sequence[int], axis: UnitAxis) -> tuple[int, ...]:
   """Returns the axes that one unit's weights span, by the rule of optax and NFNets.
 
   Args:
@@ -64,7 +66,7 @@ def distinct(
   return found
 
 
-def layer_axes(tree: Any, stacked: Stacked) -> list[tuple[int, ...] | None]:
+def layer_axes(tree: PyTree, stacked: Stacked) -> list[tuple[int, ...] | None]:
   """Returns for each leaf the axes that count its stacked layers, or `None`.
 
   Args:
@@ -91,7 +93,7 @@ def stacked_axes(shape: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]
 
 
 def stacked_unit_axes(
-  shape: Sequence[int], axis: Any, layers: Sequence[int] | None
+  shape: Sequence[int], axis: UnitAxis, layers: Sequence[int] | None
 ) -> tuple[int, ...]:
   """Returns the `unit_axes` of one layer in a stack, as axes of the stack."""
   if layers is None:
@@ -100,7 +102,7 @@ def stacked_unit_axes(
   return tuple(rest[i] for i in unit_axes([shape[i] for i in rest], axis))
 
 
-def checked_stacked(stacked: Any) -> None:
+def checked_stacked(stacked: PyTree) -> None:
   """Raises, at construction, unless `stacked` can say axes of layers."""
   if stacked is None:
     return

@@ -1,12 +1,12 @@
 """Which arguments are functions, and which are trees that can be called."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from optax_clip._types import PyTree
 
-def is_function(given: Any) -> bool:
+
+def is_function(given: object) -> bool:
   """Returns whether what may be a function or a tree is to be called.
 
   A module of Equinox, haliax or penzai can be called, and is a tree. So a tree with
@@ -22,7 +22,7 @@ def is_function(given: Any) -> bool:
   return all(map(callable, jax.tree.leaves(given)))
 
 
-def is_node(given: Any) -> bool:
+def is_node(given: object) -> bool:
   """Returns whether a value is a tree of a class of someone's own, to be walked."""
   builtin = (type(None), tuple, list, dict)
   return not (
@@ -32,7 +32,7 @@ def is_node(given: Any) -> bool:
   )
 
 
-def not_a_count(tree: Any, name: str, argument: str) -> None:
+def not_a_count(tree: PyTree, name: str, argument: str) -> None:
   """Raises if a function of trees is called as a schedule, with a step.
 
   Args:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip._trees import functions as _functions
+from optax_clip._types import PyTree
 
 # A tree of labels, a prefix of one, or a function from updates to one.
 Labels = Any | Callable[[Any], Any]
@@ -28,7 +29,7 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
   _all_known(found, names)
 
 
-def muon_labels(weight_dimension_numbers: Any = None) -> Callable[[Any], Any]:
+def muon_labels(weight_dimension_numbers: PyTree = None) -> Callable[[Any], Any]:
   r"""Labels leaves as `optax.contrib.muon` splits them: "muon" and "adam".
 
   Muon orthogonalises what it takes, so that a clip before it hardly acts on these
@@ -74,14 +75,14 @@ def muon_labels(weight_dimension_numbers: Any = None) -> Callable[[Any], Any]:
     https://kellerjordan.github.io/posts/muon/.
   """
 
-  def by_rank(tree: Any) -> Any:
+  def by_rank(tree: PyTree) -> Any:
     _functions.not_a_count(tree, "muon_labels", "labels")
     return jax.tree.map(lambda x: "muon" if jnp.ndim(x) == 2 else "adam", tree)
 
   if weight_dimension_numbers is None:
     return by_rank
 
-  def labels(tree: Any) -> Any:
+  def labels(tree: PyTree) -> Any:
     _functions.not_a_count(tree, "muon_labels", "labels")
     numbers = weight_dimension_numbers
     resolved = numbers(tree) if _functions.is_function(numbers) else numbers
@@ -94,12 +95,12 @@ def muon_labels(weight_dimension_numbers: Any = None) -> Callable[[Any], Any]:
   return labels
 
 
-def _is_for_muon(node: Any) -> bool:
+def _is_for_muon(node: object) -> bool:
   """Whether a node is what Muon is told of a leaf: dimensions, or `None`."""
   return node is None or hasattr(node, "reduction_axis")
 
 
-def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]:
+def label_ids(labels: Labels, names: Sequence[Hashable], tree: PyTree) -> list[int]:
   """Returns for each leaf of `tree` the index of its label in `names`."""
   found = each_leaf(labels, tree, "labels")
   _hashable(found, "labels")
@@ -108,7 +109,7 @@ def label_ids(labels: Labels, names: Sequence[Hashable], tree: Any) -> list[int]
   return [index[label] for label in found]
 
 
-def flags(tree: Any, **values: Any) -> list[bool]:
+def flags(tree: PyTree, **values: PyTree) -> list[bool]:
   """Returns for each leaf what the one named value says; True if that is `None`."""
   ((what, given),) = values.items()
   if given is None:
@@ -120,14 +121,14 @@ def flags(tree: Any, **values: Any) -> list[bool]:
   return found
 
 
-def each_leaf(given: Any, tree: Any, what: str) -> list[Any]:
+def each_leaf(given: PyTree, tree: PyTree, what: str) -> list[Any]:
   """Broadcasts a tree, a prefix of one, or what a function returns, to the leaves."""
   if not jax.tree.leaves(tree):
     return []  # optax.tree_map_params initialises with a stand-in for all parameters.
   return broadcast(given(tree) if _functions.is_function(given) else given, tree, what)
 
 
-def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
+def broadcast(prefix: PyTree, tree: PyTree, what: str) -> list[Any]:
   """Broadcasts a tree, or a prefix of one, to the leaves."""
   try:
     return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
@@ -139,7 +140,7 @@ def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
     ) from error
 
 
-def _hashable(labels: Any, what: str) -> set[Any]:
+def _hashable(labels: PyTree, what: str) -> set[Any]:
   for path, label in jax.tree_util.tree_leaves_with_path(labels):
     if not isinstance(label, Hashable):
       raise TypeError(

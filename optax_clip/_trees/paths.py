@@ -17,7 +17,7 @@ from optax_clip._trees import functions as _functions
 _FIELDS = ("value", "raw_value", "data_array")
 
 
-def is_by_path(rules: Any) -> bool:
+def is_by_path(rules: PyTree) -> bool:
   """Returns whether an argument differs by path: it is not one value for all."""
   return (
     isinstance(rules, Mapping)
@@ -26,7 +26,7 @@ def is_by_path(rules: Any) -> bool:
   )
 
 
-def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
+def by_path(tree: Any, rules: PyTree, what: str) -> list[Any]:
   """Returns for each leaf the value of the first rule found in its path, or `None`.
 
   Args:
@@ -65,7 +65,7 @@ def by_path(tree: Any, rules: Any, what: str) -> list[Any]:
   ]
 
 
-def _each_leafs(tree: Any, rules: Any, what: str) -> list[Any]:
+def _each_leafs(tree: Any, rules: PyTree, what: str) -> list[Any]:
   """Returns what stands in a tree of rules where another tree has its leaves."""
   treedef: Any = jax.tree.structure(tree)
   try:
@@ -187,7 +187,7 @@ def unit_axes_by_name(
   return axis
 
 
-def checked_patterns(rules: Any, what: str) -> None:
+def checked_patterns(rules: PyTree, what: str) -> None:
   """Raises, at construction, if a key of the mapping is not a regular expression."""
   for pattern in rules:
     try:
