@@ -1,5 +1,6 @@
 """Which threshold fits the norms of a first run. Plain NumPy, on the host."""
 
+from collections.abc import Sequence
 import math
 from typing import Any
 from typing import NamedTuple
@@ -103,7 +104,9 @@ class Suggestion(NamedTuple):
     return "\n".join(lines)
 
 
-def suggest_max_norm(norms: ArrayLike, clipped_share: float = 0.05) -> Suggestion:
+def suggest_max_norm(
+  norms: ArrayLike | Sequence[float], clipped_share: float = 0.05
+) -> Suggestion:
   r"""Suggests a `max_norm` that clips all spikes, and few other norms.
 
   .. math::
@@ -212,7 +215,9 @@ def suggest_max_norm(norms: ArrayLike, clipped_share: float = 0.05) -> Suggestio
   )
 
 
-def replay_limits(tx: optax.GradientTransformation, norms: ArrayLike) -> np.ndarray:
+def replay_limits(
+  tx: optax.GradientTransformation, norms: ArrayLike | Sequence[float]
+) -> np.ndarray:
   r"""Computes the limits that a clip of the global norm would have had on a history.
 
   .. math::
@@ -275,7 +280,7 @@ def replay_limits(tx: optax.GradientTransformation, norms: ArrayLike) -> np.ndar
   return np.asarray(replayed)
 
 
-def _checked_history(norms: ArrayLike) -> np.ndarray:
+def _checked_history(norms: ArrayLike | Sequence[float]) -> np.ndarray:
   """Checks norms, and returns them in float64."""
   if isinstance(norms, jax.core.Tracer):
     raise TypeError("norms are traced: call this outside of jax.jit, on their values.")
