@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip._trees import functions as _functions
+from optax_clip._types import PyTree
 
 # What holds one array calls it so: Flax's variables and boxes, penzai's named arrays.
 _FIELDS = ("value", "raw_value", "data_array")
