@@ -18,11 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Runs the command; with `None` that of the command line.
-
-  Where the log or the arguments are wrong, or a library is missing, it ends with code 2
-  and one line on stderr.
-  """
+  """Runs the command; what is wrong ends it with code 2 and one line on stderr."""
   parser = _Parser(prog="python -m optax_clip", description=__doc__)
   add = parser.add_argument
   verbs = "a max_norm that clips spikes and few other steps; or what METHODs would do"

@@ -31,7 +31,7 @@ _WORSE = (re.compile(r"(?<!un)clipped|(?:post|after).?clip"), re.compile("epoch"
 _BETTER = re.compile(r"raw|orig|unclip|(?:pre|before).?clip")
 STEPS = re.compile(
   r"(?:^|[/_ .])(?:steps?|iter(?:ation)?s?|num_updates|updates?|up\.?|batch(?:_idx)?)"
-  r"(?:/max_steps)?$"
+  r"(?:/max_steps)?$|^epoch$"
 )
 _NAMELESS = re.compile(r"value|\d+")
 _LISTED = 6  # Names in an error.
@@ -44,10 +44,7 @@ _Rows: TypeAlias = Sequence[dict[str, Any]]
 
 
 def choose(kind: str, rows: _Rows, wanted: str | None) -> tuple[str, list[str]]:
-  """The column that is wanted, or named as a norm of gradients, and why; a `LogError`.
-
-  A part of its name does, if no other norm has this part.
-  """
+  """The column that is wanted, by a part of its name, or is of gradients; and why."""
   keys = list(dict.fromkeys(key for row in rows for key in row))
   if wanted is not None:
     norms = (

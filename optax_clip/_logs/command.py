@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-from collections.abc import Sequence
 import math
 import shutil
 import sys
@@ -45,7 +44,7 @@ def answer(asked: argparse.Namespace) -> str:
   rows = f"{len(log.norms)} rows of {log.column}, steps {first:.0f} to {last:.0f}"
   said = [f"{asked.log}: {rows}", *map(_NOTES.fill, log.notes)]
   if asked.command == "replay":
-    return "\n".join([*said, "", replay(log, methods or USUAL)])
+    return "\n".join([*said, "", replay(log, methods or [*USUAL])])
   share = 0.05 if share is None else share
   if after := _after_clip(log.norms, clip, share):
     said.append(_NOTES.fill(after))
@@ -129,7 +128,7 @@ def _value(text: str) -> Any:
     return text.strip()
 
 
-def replay(log: _log.Log, methods: Sequence[str]) -> str:
+def replay(log: _log.Log, methods: list[str]) -> str:
   """A table of what methods would have allowed, and what is to be known about it."""
   from tabulate import tabulate
 

@@ -36,10 +36,7 @@ class Log(NamedTuple):
 
 
 def read(path: str, column: str | None = None, run: str | None = None) -> Log:
-  """Reads a column, by default the one named as a norm of gradients, or a `LogError`.
-
-  `run` is the name or the number, from 1, of one of several runs in the file.
-  """
+  """Reads a column, by default that of gradient norms; a run by its name or number."""
   try:
     kind, records, notes = _records.read(pathlib.Path(path))
     column, why = _columns.choose(kind, records, column)
@@ -58,13 +55,10 @@ def read(path: str, column: str | None = None, run: str | None = None) -> Log:
     raise LogError(said) from error
   norms = np.array([value for _, value in rows])
   steps, is_exact = _steps(rows)
-  if is_exact:
-    steps, norms, repeated = _once(steps, norms)
-    steps, norms, uneven = _evenly(steps, norms)
-    notes += [*repeated, *uneven]
-  else:
-    steps = np.arange(len(norms), dtype=float)
-  return Log(column, norms, steps, [*notes, *_units(column, rows)])
+  steps = steps if is_exact else np.arange(len(norms), dtype=float)
+  steps, norms, repeated = _once(steps, norms)
+  steps, norms, uneven = _evenly(steps, norms)
+  return Log(column, norms, steps, [*notes, *repeated, *uneven, *_units(column, rows)])
 
 
 def _norm(row: dict[str, Any], column: str, number: int) -> float | None:
@@ -89,9 +83,7 @@ def _units(column: str, rows: _Rows) -> list[str]:
   scale = (_text.number(cell) if _text.is_number(cell) else None) or 1.0
   if middle > (1e3 if scale > 1 else 1e4):
     said = f"loss scale, {scale:g}" if scale > 1 else "loss scale"
-    notes.append(
-      f"a median of {middle:.3g} may be in units of the {said}: divide by it"
-    )
+    notes += [f"a median of {middle:.3g} may be in units of the {said}: divide by it"]
   return notes
 
 
@@ -140,10 +132,9 @@ def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:
   """The steps of the rows, or their numbers; and whether they are steps, not epochs."""
   found = []
   for name in rows[len(rows) // 2][0]:
-    is_epoch = name.lower() == "epoch"
     cells = [row.get(name) for row, _ in rows]
-    known = is_epoch or _columns.STEPS.search(name.lower())
-    if known and all(map(_text.is_number, cells)):
+    if _columns.STEPS.search(name.lower()) and all(map(_text.is_number, cells)):
+      is_epoch = name.lower() == "epoch"
       steps = np.array(list(map(_text.number, cells)), float)
       if len(np.unique(steps)) > 1 and (is_epoch or not np.any(steps % 1)):
         found.append((is_epoch, int((np.diff(steps) < 0).sum()), steps))

@@ -27,6 +27,9 @@ _SCALAR = ("Wall time", "Step", "Value")  # TensorBoard's download.
 _LONG = ("key", "metric", "metric_name", "tag", "variable", "name")
 # Names for columns without: numpy.savetxt of steps and norms, and MLflow's store.
 _NAMELESS = {2: ["step", "value"], 3: ["timestamp", "value", "step"]}
+_is_plain = re.compile(
+  r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf)", re.I
+).fullmatch
 
 
 class LogError(ValueError):
@@ -138,8 +141,7 @@ def _table(text: str) -> Rows | None:
     rows = list(csv.reader(lines, delimiter=separator))
     if separator == ";":  # Where a comma is the point of decimals.
       rows[2:] = [[cell.replace(",", ".") for cell in row] for row in rows[2:]]
-    kind = "TSV" if separator == "\t" else "CSV"
-    if found := _rows(rows, kind):
+    if found := _rows(rows, "TSV" if separator == "\t" else "CSV"):
       return found
   # Any text has blanks: only numbers may stand between these.
   if not all(_is_plain(cell) for line in lines[2:] for cell in line.split()):
@@ -155,34 +157,26 @@ def _table(text: str) -> Rows | None:
 def _rows(rows: list[list[str]], kind: str) -> Rows | None:
   """A comment, names and rows as a table, if most are of one length, with a number."""
   header, body = [name.strip() for name in rows[1]], rows[2:]
+  width = len(header)
   if all(map(_is_plain, header)):  # The names are in the comment, or nowhere.
-    body, width = rows[1:], len(header)
+    body = rows[1:]
     header = _NAMELESS.get(width, [str(i + 1) for i in range(width)])
     header = rows[0] if len(rows[0]) == width else header
   is_number = _is_plain if kind == "columns" else _text.is_number
   # A line of text may end in a number, too, but in the first line as well.
-  named = [i for i, x in enumerate(header) if not _is_plain(x)] or range(len(header))
-  fits = [
-    len(x) == len(header) and any(is_number(x[i]) for i in named) for x in body[:50]
-  ]
-  if sum(fits) <= len(fits) / 2 and (fits or len(header) < 2 or kind == "columns"):
+  named = [i for i, x in enumerate(header) if not _is_plain(x)] or range(width)
+  fits = [len(x) == width and any(is_number(x[i]) for i in named) for x in body[:50]]
+  if sum(fits) <= len(fits) / 2 and (fits or width < 2 or kind == "columns"):
     return None
   # Lines of dashes stand below names. A run that goes on may write these once more.
   body = [x for x in body if "".join(x).strip(" -:")]
   body = [x for x in body if [name.strip() for name in x] != header]
-  whole = [x for x in body if len(x) == len(header)]
+  whole = [x for x in body if len(x) == width]
   short = len(body) - len(whole)
   left = [f"left out {short} of {len(body)} rows of another length"] if short else []
   twice = {name for name in header if header.count(name) > 1}
   header = [f"{x}.{i}" if x in twice else x for i, x in enumerate(header, 1)]
   return Rows(kind, [dict(zip(header, x, strict=True)) for x in whole], left)
-
-
-def _is_plain(cell: Any) -> bool:
-  try:
-    return float(cell) is not None
-  except ValueError:
-    return False
 
 
 def _events(path: pathlib.Path) -> Rows:
