@@ -1,5 +1,6 @@
 """How a training step is compiled for devices that need not be there."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import hashlib
@@ -72,16 +73,37 @@ def traced(
 
 
 def digest(traced: jax.stages.Traced, platform: str) -> str:
-  """Hashes what a step computes on a platform: lowered for it, not compiled.
+  """Hashes the operations of a step on a platform: lowered for it, not compiled.
 
-  Names, comments and modules do not change it, nor does what the step does not use,
-  nor the forms of other backends. Versions of JAX and optax do, and the number of
-  devices that JAX has.
+  Names, comments and modules do not change it, nor does the order of operations, nor
+  the forms of other backends. Versions of JAX and optax do, and the number of devices
+  that JAX has.
   """
   text = traced.lower(lowering_platforms=(platform,)).as_text()
-  # Functions have names.
-  text = re.sub(r"@[\w.]+", "@", text)
+  # The choice of the platform is in it, with an index that is known, and so are
+  # constants of forms that are not chosen.
+  choice = re.compile(
+    r"\}, \{|stablehlo\.return .*|.*constant dense<\d+> : tensor<i32>"
+  )
+  lines = [
+    re.sub(r"[@%][\w.#:]+", "", line)
+    for function in text.split("func.func")
+    for line in _used(function.splitlines())
+  ]
+  text = "\n".join(sorted(x for x in map(str.strip, lines) if not choice.fullmatch(x)))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _used(lines: list[str]) -> list[str]:
+  """Leaves out the lines of a function whose value no line uses."""
+  uses = collections.Counter(name for x in lines for name in re.findall(r"%\w+", x))
+
+  def unused(line: str) -> bool:
+    name = re.match(r"\s*(%\w+) = ", line)
+    return bool(name) and uses[name[1]] == 1 and not line.endswith("({")
+
+  kept = [line for line in lines if not unused(line)]
+  return kept if len(kept) == len(lines) else _used(kept)
 
 
 def step(

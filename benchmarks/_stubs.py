@@ -6,7 +6,6 @@ loads them, and tells JAX of the plugin, whose own way to do so first asks for a
 It takes gcc and readelf, and a second.
 """
 
-from collections.abc import Iterable
 import ctypes
 import importlib.util
 import pathlib
@@ -14,15 +13,42 @@ import re
 import shutil
 import subprocess
 import tempfile
+from typing import NamedTuple
 
-# For each platform: the modules that hold the plugin, the name of its file, and which
-# libraries are of the driver.
+
+class _Plugin(NamedTuple):
+  """Describes the plugin of a platform.
+
+  Attributes:
+    module: the module in whose folder it is.
+    file: the name of its file.
+    name: the platform, as XLA calls it.
+    libraries: which libraries are of the driver, by their names.
+    functions: which functions these have.
+  """
+
+  module: str
+  file: str
+  name: str
+  libraries: re.Pattern[str]
+  functions: re.Pattern[str]
+
+
 _PLUGINS = {
-  "rocm": (("jax_plugins.xla_rocm7",), "xla_rocm_plugin.so", re.compile(".")),
-  "oneapi": (
-    ("jax_plugins.xla_oneapi", "jax_plugins.oneapi"),
-    "pjrt_plugin_oneapi.so",
-    re.compile("^libze_"),
+  "rocm": _Plugin(
+    "jax_plugins.xla_rocm7",
+    "xla_rocm_plugin.so",
+    "ROCM",
+    re.compile(".*"),
+    re.compile(".*"),
+  ),
+  # Its other libraries come with the package, and some of them want the driver, too.
+  "oneapi": _Plugin(
+    "jax_plugins.xla_oneapi",
+    "xla_oneapi_plugin.so",
+    "SYCL",
+    re.compile("libze_.*"),
+    re.compile("(ze|zes|zet|zel)[A-Z].*"),
   ),
 }
 # Of the C library and the compiler, which every machine has.
@@ -43,78 +69,83 @@ def register(platform: str) -> None:
 
   if platform in xla_bridge._backend_factories:
     return
-  plugin = _plugin(platform)
-  load(plugin, _PLUGINS[platform][2])
+  plugin = _PLUGINS[platform]
+  path = _path(plugin)
+  _load(path, plugin)
   options = xla_client.generate_pjrt_gpu_plugin_options()
-  options["platform_name"] = platform.upper()
+  options["platform_name"] = plugin.name
   # Else JAX calls the plugins' own ways.
   xla_bridge.discover_pjrt_plugins = lambda: None
   xla_bridge.register_plugin(
-    platform, priority=500, library_path=str(plugin), options=options
+    platform, priority=500, library_path=str(path), options=options
   )
 
 
-def _plugin(platform: str) -> pathlib.Path:
-  modules, file, _ = _PLUGINS[platform]
-  for module in modules:
-    spec = importlib.util.find_spec(module)
-    for folder in (spec and spec.submodule_search_locations) or ():
-      if (found := pathlib.Path(folder) / file).exists():
-        return found
-  raise RuntimeError(f"{file} is in none of {', '.join(modules)}.")
+def _path(plugin: _Plugin) -> pathlib.Path:
+  spec = importlib.util.find_spec(plugin.module)
+  for folder in (spec and spec.submodule_search_locations) or ():
+    if (found := pathlib.Path(folder) / plugin.file).exists():
+      return found
+  raise RuntimeError(f"{plugin.module} has no {plugin.file}.")
 
 
-def load(plugin: pathlib.Path, driver: re.Pattern[str]) -> list[str]:
-  """Loads a library for each of the driver's that a plugin names; returns their names.
+def _load(path: pathlib.Path, plugin: _Plugin) -> None:
+  """Loads a library for each of the driver's that a plugin names.
 
   The linker takes a loaded library for one of the same name, so that no path has to be
   set before the process starts.
   """
   needed = [
     name
-    for name in re.findall(r"\(NEEDED\).*\[(.*)\]", _elf("-d", plugin))
-    if driver.search(name) and not _SYSTEM.match(name)
+    for name in _needed(path)
+    if plugin.libraries.fullmatch(name) and not _SYSTEM.match(name)
   ]
-  wanted = _wanted(plugin, needed)
+  # Of the package's own libraries, which it puts beside Python's.
+  beside = [path.parents[4] / name for name in _needed(path)]
+  users = [path, *(x for x in beside if x.exists())]
+  wanted: dict[str, dict[str, set[str]]] = {name: {} for name in needed}
+  for user in users:
+    _collect(user, plugin, wanted)
   with tempfile.TemporaryDirectory() as folder:
     for name in needed:
       ctypes.CDLL(str(_made(pathlib.Path(folder), name, wanted[name])))
-  return needed
 
 
-def _wanted(
-  plugin: pathlib.Path, libraries: Iterable[str]
-) -> dict[str, dict[str, list[str]]]:
-  """Sorts what a plugin does not define by library and by version ("": none)."""
-  found: dict[str, dict[str, list[str]]] = {name: {} for name in libraries}
+def _needed(path: pathlib.Path) -> list[str]:
+  return re.findall(r"\(NEEDED\).*\[(.*)\]", _elf("-d", path))
+
+
+def _collect(
+  user: pathlib.Path, plugin: _Plugin, wanted: dict[str, dict[str, set[str]]]
+) -> None:
+  """Adds what a file wants, by library and by version ("": none)."""
   # Which library has a version: "Version needs" names them, file by file.
   homes: dict[str, str] = {}
   file = ""
-  for line in _elf("-V", plugin).partition("Version needs")[2].splitlines():
+  for line in _elf("-V", user).partition("Version needs")[2].splitlines():
     if match := re.search(r"File: (\S+)", line):
       file = match[1]
     elif match := re.search(r"Name: (\S+)", line):
       homes[match[1]] = file
-  # Names without a version may be in any of them.
-  some = next((name for name in found if name not in homes.values()), None)
-  for line in _elf("--dyn-syms", plugin).splitlines():
+  # Names without a version may be in any of the others.
+  some = next((name for name in wanted if name not in homes.values()), "")
+  for line in _elf("--dyn-syms", user).splitlines():
     match = re.search(r"(?:FUNC|NOTYPE)\s+GLOBAL\s+\S+\s+UND ([^\s@]+)@*(\S*)", line)
-    if match:
+    if match and plugin.functions.fullmatch(match[1]):
       home = homes.get(match[2], "") if match[2] else some
-      if home in found:
-        found[home].setdefault(match[2], []).append(match[1])
-  return found
+      if home in wanted:
+        wanted[home].setdefault(match[2], set()).add(match[1])
 
 
 def _made(
-  folder: pathlib.Path, library: str, versions: dict[str, list[str]]
+  folder: pathlib.Path, library: str, versions: dict[str, set[str]]
 ) -> pathlib.Path:
   """Compiles a library of functions that fail."""
   source, script, target = (folder / x for x in ("stub.c", "stub.map", library))
   names = sorted({name for group in versions.values() for name in group})
   source.write_text("static char some[1 << 16];\n" + "".join(map(_function, names)))
   tags = [
-    f"{version} {{ global: {' '.join(f'{name};' for name in group)} }};\n"
+    f"{version} {{ global: {' '.join(f'{name};' for name in sorted(group))} }};\n"
     for version, group in versions.items()
     if version
   ]

@@ -127,7 +127,8 @@ def _how(backend: str, reduction: Reduction) -> _How:
   # On a GPU a dot product would be a library call. (A forced form runs on a CPU, whose
   # short sums are serial.)
   products = backend == "cpu" or _backend.forced() is not None
-  return _How(products, backend == "gpu" and not reduction.is_whole)
+  by_rows = backend in ("gpu", "oneapi") and not reduction.is_whole
+  return _How(products, by_rows)
 
 
 def _peaks(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
