@@ -183,7 +183,6 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
   "norms/test_scalars.py": {
     "test_units_side_by_side_are_as_leaf_by_leaf": ("gpu-True",),
     "test_a_vector_is_taken_apart_bit_for_bit": ("17", "257"),
-    "test_columns_of_16_bits_are_those_of_float64": ("shape0",),
   },
   "report/test_layers.py": {
     "test_a_norm_merged_of_layers_is_that_of_float64": ("2",),
