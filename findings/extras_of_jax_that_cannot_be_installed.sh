@@ -5,7 +5,7 @@
 # them are those of jax 0.12.0 and 0.11.2. Nothing is installed here (`--dry-run`).
 # Output: "jax: found", "rocm7-local: ERROR: No matching distribution found for
 # jax-rocm7-plugin==0.12.0.1.*; extra == "rocm7-local"" and the like for oneapi.
-# What to do: pin jax==0.12.0 for AMD GPUs and jax==0.11.2 for those of Intel.
+# What to do: install jax and jax-rocm7-plugin 0.12.0, or jax and jax-oneapi-plugin 0.11.2.
 set -euo pipefail
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 python3.13 -m venv "$work/venv"

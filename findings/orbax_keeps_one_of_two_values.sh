@@ -5,7 +5,7 @@
 # one name on the disk. Orbax reads one of the two values in both places, now this one and now
 # that one, and raises nothing.
 # Output: "saved 1.0 and 2.0, restored 1.0 and 1.0", or 2.0 and 2.0.
-# What to do: nest the tree by the dots before you save it.
+# What to do: give such keys other names before you save the tree.
 set -euo pipefail
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 python3.13 -m venv "$work/venv"
