@@ -54,7 +54,7 @@ from optax_clip._trees.labels import muon_labels
 from optax_clip._trees.paths import labels_by_path
 from optax_clip._trees.paths import unit_axes_by_name
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
   "Action",
