@@ -225,6 +225,14 @@ FAULTS = (
     "learned_vectors learned_traces learned_state",
   ),
   Fault(
+    "a history counts spikes as what they are",
+    "_thresholds/window.py",
+    "past = jnp.minimum(past, surprise * median[:, None])",
+    "past = jnp.minimum(past, 1000 * surprise * median[:, None])",
+    "learned_traces",
+    "history",
+  ),
+  Fault(
     "zclip compares with the wrong side of its limit",
     "_methods/zclip.py",
     "spike = (n > level) & ~warm",
