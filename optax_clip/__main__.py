@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("command", choices=("suggest", "replay"), help=verbs)
   add("log", help="what a trainer wrote: CSV, TSV, JSON, text, TensorBoard's events")
   methods = "for replay, as autoclip, clip_by_global_norm:1.0 or zclip:2.5,decay=.9"
-  add("methods", nargs="*", metavar="METHOD", help=methods)
+  add("methods", nargs="*", default=[], metavar="METHOD", help=methods)
   add("--column", help="the column or key; else the only one named as a gradient norm")
   add("--run", help="the name, or the number from 1, of one of several runs in it")
   share = "for suggest: the share of ordinary steps to clip (default: 0.05, 1 in 20)"

@@ -658,6 +658,11 @@ def test_flags_of_the_other_command_are_refused(log, one_line_error):
     assert "are for suggest" in one_line_error(main, ["replay", log, flag, "0.5"])
 
 
+def test_the_log_alone_is_required(one_line_error):
+  err = one_line_error(main, ["replay"])
+  assert err.endswith("required: log\n")
+
+
 def test_methods_may_stand_behind_flags(log, capsys):
   main(["replay", log, "zclip", "--column", "grad_norm", "autoclip"])
   assert tuple(table(capsys.readouterr().out)) == ("zclip", "autoclip")
