@@ -125,18 +125,15 @@ def test_the_costs_of_the_readme_are_those_of_their_page():
 
   def table(mark):
     text = page("costs").split(f"<!-- {mark} -->")[1].split(f"<!-- {mark}: end -->")[0]
-    return {row[0]: row for row in rows(text)}, re.search(r"JAX [\d.]*\d", text)[0]
+    return {row[0]: row for row in rows(text)}
 
-  timed, version = table("costs")
-  counted, other = table("costs on accelerators")
+  timed, counted = table("costs"), table("costs on accelerators")
   names = ("`clip_by_global_norm`", "`optax.clip_by_global_norm`")
   for column, name in enumerate(names, 1):
     assert said["CPU, 2 cores"][column].startswith(f"{timed[name][1]} times")
     for row, first in (("NVIDIA H100", 1), ("TPU v5e", 4)):
       kernels, read = counted[name][first : first + 2]
       assert re.match(rf"{re.escape(read)}\b.* {kernels}\b", said[row][column])
-  assert f"All three are of {version};" in README
-  assert version == other
 
 
 def test_the_package_says_so_neither():
