@@ -38,7 +38,7 @@ def answer(asked: argparse.Namespace) -> str:
   if asked.command == "replay" and (share, clip) != (None, None):
     raise LogError("--clipped-share and --from-clip are for suggest")
   if clip is not None and not 0 < clip < math.inf:
-    raise LogError(f"--from-clip {clip:g} is no number above 0")
+    raise LogError(f"--from-clip {clip:g} is not a number above 0")
   log = _log.read(asked.log, asked.column, asked.run)
   first, last = log.steps[[0, -1]]
   rows = f"{len(log.norms)} rows of {log.column}, steps {first:.0f} to {last:.0f}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from optax_clip._logs import text as _text
 
-# What files of numbers that are no text begin with, and what they are.
+# What files of numbers that are not text begin with, and what they are.
 _BINARY = {
   b"PAR1": "a Parquet file: write it as CSV, with pandas",
   b"\x93NUMPY": "an array of NumPy: write it by numpy.savetxt",
@@ -62,7 +62,7 @@ def read(path: pathlib.Path) -> Rows:
   # A shell of Windows writes UTF-16, and marks the order of its bytes.
   wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
   if not wide and b"\0" in data[:4096]:
-    raise LogError("is no text, nor a file that is named as TensorBoard's events are")
+    raise LogError("is not text, nor a file that is named as TensorBoard's events are")
   text = data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
   text = _COLOURS.sub("", text)
   rows = _json(text) if text.lstrip()[:1] in ("{", "[") else None
@@ -95,7 +95,7 @@ def _json(text: str) -> Rows | None:
     with contextlib.suppress(json.JSONDecodeError):
       rows += [x for x in [json.loads(line)] if isinstance(x, dict)]
   bad = len(lines) - len(rows)
-  left = [f"left out {bad} lines that are no JSON, or not complete"] if bad else []
+  left = [f"left out {bad} lines that are not JSON, or not complete"] if bad else []
   return Rows("JSON lines", rows, left) if bad <= len(rows) else None
 
 

@@ -42,7 +42,7 @@ def number(value: Any) -> float | None:
       return None
     if found := _IN_CELL.fullmatch(text):
       return _float(found["number"] or found["tensor"])
-  raise ValueError(f"{text[:40]!r} is no number")
+  raise ValueError(f"{text[:40]!r} is not a number")
 
 
 def is_number(value: Any) -> bool:

@@ -222,7 +222,7 @@ def test_json_lines_without_the_key_are_no_steps(tmp_path):
   ("name", "text", "part"),
   [
     ("a.csv", "step,norm\n0,1\n1,2\n2", "1 of 3 rows of another length"),
-    ("a.jsonl", '{"norm": 1}\n{"norm": 2}\n{"nor', "1 lines that are no JSON"),
+    ("a.jsonl", '{"norm": 1}\n{"norm": 2}\n{"nor', "1 lines that are not JSON"),
   ],
 )
 def test_a_line_that_is_being_written_is_left_out(tmp_path, name, text, part):
@@ -579,11 +579,11 @@ ERRORS = {
     [],
     ["2 columns look like", "--column", "'a/norm', 'b/norm'"],
   ),
-  "a word": ("step,grad_norm\n0,1\n1,oops\n", [], ["row 2", "'oops' is no number"]),
+  "a word": ("step,grad_norm\n0,1\n1,oops\n", [], ["row 2", "'oops' is not a number"]),
   "a word in JSON": (
     f'{JSON}\n{{"grad_norm": 2}}\n{{"grad_norm": [1, 2]}}\n',
     [],
-    ["row 3", "'[1, 2]' is no number"],
+    ["row 3", "'[1, 2]' is not a number"],
   ),
   "a negative one": ("step,grad_norm\n0,-1\n1,2\n", [], ["row 1", "-1 is negative"]),
   "no log": ("once upon a time\n", [], ["seems to be text", "there are none"]),
@@ -644,7 +644,7 @@ def test_a_bad_method_is_one_line(method, parts, log, one_line_error):
     (["--clipped-share", "1"], "clipped_share must be at least 0 and below 1, got 1.0"),
     (["--clipped-share", "x"], "invalid float value: 'x'"),
     (["--clipped-share", "0.001"], "1000 are needed for clipped_share=0.001"),
-    (["--from-clip", "0"], "--from-clip 0 is no number above 0"),
+    (["--from-clip", "0"], "--from-clip 0 is not a number above 0"),
     (["--colour", "norm"], "--colour"),
     (["autoclip"], "suggest takes no method: autoclip"),
   ],
