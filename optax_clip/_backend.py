@@ -23,7 +23,7 @@ _FAST_AMD = ("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95", "gfx1251")
 
 
 def forced() -> str | None:
-  """Returns the backend whose forms run everywhere, if any: cpu, gpu, oneapi or tpu."""
+  """Returns the backend whose forms run everywhere: a name in `by_backend`."""
   return os.environ.get(_FORCED)
 
 
@@ -56,6 +56,7 @@ def by_backend(
   cpu: Callable[..., Any],
   gpu: Callable[..., Any],
   tpu: Callable[..., Any],
+  rocm: Callable[..., Any] | None = None,
   oneapi: Callable[..., Any] | None = None,
 ) -> Any:
   """Applies the function of the backend that the program is lowered for.
@@ -63,18 +64,20 @@ def by_backend(
   Args:
     *operands: trees of arrays.
     cpu: the function for CPUs, and for backends that are not named here.
-    gpu: for GPUs of NVIDIA (``cuda`` in JAX) and AMD (``rocm``).
+    gpu: for GPUs: of NVIDIA, and of those for which there is no function of their own.
     tpu: for TPUs.
-    oneapi: for GPUs of Intel; `None`: as for the others.
+    rocm: for GPUs of AMD, if they are not as NVIDIA's.
+    oneapi: for GPUs of Intel, if they are not as NVIDIA's.
   """
-  found = {"cpu": cpu, "gpu": gpu, "tpu": tpu, "oneapi": oneapi or gpu}
+  found = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
+  found |= {"rocm": rocm or gpu, "oneapi": oneapi or gpu}
   if (backend := forced()) is not None:
     return found[backend](*operands)
   if all(f is cpu for f in found.values()):
     return cpu(*operands)
-  return lax.platform_dependent(
-    *operands, cuda=gpu, rocm=gpu, oneapi=found["oneapi"], tpu=tpu, default=cpu
-  )
+  names = {"cuda": "gpu", "rocm": "rocm", "oneapi": "oneapi", "tpu": "tpu"}
+  forms = {platform: found[name] for platform, name in names.items()}
+  return lax.platform_dependent(*operands, default=cpu, **forms)
 
 
 def has_fast_float64() -> bool:

@@ -65,11 +65,11 @@ class _How(NamedTuple):
 
   Attributes:
     products: whether small arrays are summed by a dot product.
-    by_rows: whether sums along an axis are taken as `rows` says.
+    sums: how many sums along an axis at once are enough, for `rows`; 0: any number.
   """
 
   products: bool
-  by_rows: bool
+  sums: int
 
 
 # From a bundle and its unit, or `None`, to one array or several of one shape.
@@ -114,7 +114,7 @@ def norms(reduction: Reduction, ord: float) -> list[Extended]:
     if reduction.dtype != jnp.float64:
       slow = square and reduction.is_whole and not _backend.has_fast_float64()
       gpu = _tripled if slow else _doubled
-  forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu, "oneapi": oneapi}
+  forms = {"cpu": cpu, "gpu": gpu, "rocm": gpu, "oneapi": oneapi, "tpu": tpu}
   kinds = {name: (form, _how(name, reduction)) for name, form in forms.items()}
   # One function for like kinds: JAX traces a function once.
   made = {
@@ -127,8 +127,11 @@ def _how(backend: str, reduction: Reduction) -> _How:
   # On a GPU a dot product would be a library call. (A forced form runs on a CPU, whose
   # short sums are serial.)
   products = backend == "cpu" or _backend.forced() is not None
-  by_rows = backend in ("gpu", "oneapi") and not reduction.is_whole
-  return _How(products, by_rows)
+  sums = 0 if reduction.is_whole else _rows.SUMS.get(backend, 0)
+  if backend == "gpu" and _backend.has_fast_float64():
+    # In float32 XLA squares and adds in one kernel there.
+    sums *= any(dtype.itemsize == 2 for dtype in reduction.dtypes)
+  return _How(products, sums)
 
 
 def _peaks(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
@@ -302,8 +305,8 @@ def _written(stack: Array) -> tuple[Array, Array]:
 
 
 def _total(power: Array, dims: tuple[int, ...] | None, how: _How) -> Array:
-  if how.by_rows and dims is not None:
-    return _rows.total(power, dims)
+  if how.sums and dims is not None:
+    return _rows.total(power, dims, how.sums)
   return _power_sums.over_axes(jnp.sum, power, dims)
 
 

@@ -19,21 +19,21 @@ import jax.numpy as jnp
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
-# So many sums at once are threads enough, on all GPUs that were tried (NOTES.md).
-_SUMS = 24 << 10
+# So many sums at once are threads enough: NVIDIA's GPUs, AMD's and Intel's (NOTES.md).
+SUMS = {"gpu": 12 << 10, "rocm": 24 << 10, "oneapi": 24 << 10}
 # Of fewer rows than this a first sum does not pay.
 _ROWS = 16
 # Arrays of at most this many elements are summed at once.
 _SMALL = 1 << 16
 
 
-def total(x: Array, dims: tuple[int, ...]) -> Array:
-  """Sums over some axes, which stay with size 1."""
+def total(x: Array, dims: tuple[int, ...], sums: int) -> Array:
+  """Sums over some axes, which stay with size 1, by at least so many sums at first."""
   first, last = (dims[0], dims[-1] + 1) if dims else (0, 0)
   lead, rows, columns = (
     math.prod(shape) for shape in (x.shape[:first], x.shape[first:last], x.shape[last:])
   )
-  parts = min(-(-_SUMS // max(lead * columns, 1)), rows // _ROWS)
+  parts = min(-(-sums // max(lead * columns, 1)), rows // _ROWS)
   along_rows = last - first == len(dims) and last < x.ndim
   if not along_rows or parts < 2 or x.size <= _SMALL or not _mesh.on_one_device([x]):
     return jnp.sum(x, axis=dims, keepdims=True)
@@ -44,5 +44,5 @@ def total(x: Array, dims: tuple[int, ...]) -> Array:
   whole = jnp.pad(
     x.reshape(lead, rows, columns), ((0, 0), (0, parts * each - rows), (0, 0))
   )
-  sums = jnp.sum(whole.reshape(lead, parts, each, columns), axis=2)
-  return jnp.sum(lax.optimization_barrier(sums), axis=1).reshape(kept)
+  first_sums = jnp.sum(whole.reshape(lead, parts, each, columns), axis=2)
+  return jnp.sum(lax.optimization_barrier(first_sums), axis=1).reshape(kept)
