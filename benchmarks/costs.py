@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import _marked
 from benchmarks import _targets
+from benchmarks import compiled
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
@@ -53,6 +54,13 @@ COMPILED = {
 }
 # The targets of the second table, one for each compiler.
 ACCELERATORS = ("h100", "tpu-v5e")
+# The targets of the third table, and its methods with their peers in optax.
+GPUS = ("h100", "b200", "rtx4090", "rtx5090", "mi300x", "intel-max")
+OF_GPUS = {
+  "clip_by_global_norm": "optax.clip_by_global_norm",
+  "adaptive_grad_clip": "optax.adaptive_grad_clip",
+  "update, skip_nonfinite": "update, optax.apply_if_finite",
+}
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
@@ -87,15 +95,18 @@ def accelerators(results: dict[str, dict[str, Any]]) -> str:
     target: {row["method"]: row for row in result["rows"] if _is_shown(row)}
     for target, result in results.items()
   }
-  some = next(iter(results))
-  first, about = found[some]["none"], results[some]["about"]
+  first = next(iter(found.values()))["none"]
   titles = [_targets.TARGETS[target].title for target in results]
+  versions = [(x["about"]["jax"], x["about"]["date"]) for x in results.values()]
+  made = [
+    f"{'an ' * title.startswith('NVIDIA')}{title} with JAX {jax} on {date}"
+    for title, (jax, date) in zip(titles, versions, strict=True)
+  ]
   head = "".join(f" {title}: kernels | bytes | copies |" for title in titles)
   lines = [
     f"An AdamW step on {first['parameters'] / 1e6:.0f}M float32 parameters in"
     f" {first['leaves']} leaves,",
-    f"compiled for {' and '.join('an ' * ('NVIDIA' in t) + t for t in titles)} with JAX"
-    f" {about['jax']} on {about['date']}; counted, not run:",
+    f"compiled for {' and '.join(made)}; counted, not run:",
     "",
     f"| clipping |{head}",
     "|---" + "|---" * 3 * len(found) + "|",
@@ -103,7 +114,7 @@ def accelerators(results: dict[str, dict[str, Any]]) -> str:
   for name, methods in COMPILED.items():
     cells = []
     for rows in found.values():
-      own = [rows[method] for method in methods]
+      own = [rows[method] for method in methods if method in rows]
       cells += [
         _range([row["kernels"] for row in own], 0),
         _range([row["bytes"] for row in own]),
@@ -113,13 +124,69 @@ def accelerators(results: dict[str, dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
+def gpus(results: dict[str, dict[str, Any]]) -> str:
+  """Writes the third table: what each GPU gets, in float32 and in bfloat16."""
+  lines = [
+    "Bytes of an AdamW step on 84M parameters in 61 leaves, in float32 and in bfloat16,"
+    " and of the same",
+    "step with optax's; the most conditionals and copies of all rows of ours that were"
+    " counted:",
+    "",
+    "| compiled for | JAX | global norm | optax | AGC | optax | `skip_nonfinite` |"
+    " optax | conditionals | copies |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+  ]
+  for target, result in results.items():
+    rows = {(row["method"], row["dtype"]): row for row in result["rows"] if _is_of(row)}
+    cells = [_targets.TARGETS[target].title, result["about"]["jax"]]
+    for methods in OF_GPUS.items():
+      cells += [
+        " and ".join(
+          f"{rows[method, dtype]['bytes']:.2f}"
+          for dtype in ("float32", "bfloat16")
+          if (method, dtype) in rows
+        )
+        for method in methods
+      ]
+    ours = [row for (method, _), row in rows.items() if compiled.is_ours(method)]
+    cells.append(f"{max((row['conditionals'] for row in ours), default=0)}")
+    cells.append(f"{max((row['temp_copies'] for row in ours), default=0):.2f}")
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+  """Writes the fourth table: what another version of JAX makes of the same steps."""
+  versions = [result["about"]["jax"] for result in (old, new)]
+  before, after = (
+    {(row["method"], row["dtype"]): row for row in result["rows"] if _is_of(row)}
+    for result in (old, new)
+  )
+  lines = [
+    f"| H100: kernels, bytes | JAX {versions[0]} | JAX {versions[1]} |",
+    "|---|---|---|",
+  ]
+  for key in before:
+    if key in after:
+      texts = [f"{x['kernels']}, {x['bytes']:.2f}" for x in (before[key], after[key])]
+      if texts[0] != texts[1]:
+        lines.append(f"| `{key[0]}`, {key[1]} | {texts[0]} | {texts[1]} |")
+  return "\n".join(lines)
+
+
+def _is_of(row: dict[str, Any]) -> bool:
+  """Returns whether a row belongs to the step that the tables show."""
+  cell = tuple(row[key] for key in ("model", "optimizer", "devices"))
+  return cell == ("transformer", "adamw", 1)
+
+
 def _is_shown(row: dict[str, Any]) -> bool:
-  """Returns whether a row belongs to the step that the table shows."""
-  cell = tuple(row[key] for key in ("model", "optimizer", "dtype", "devices"))
-  return cell == ("transformer", "adamw", "float32", 1)
+  return _is_of(row) and bool(row["dtype"] == "float32")
 
 
 def _range(values: list[float], digits: int = 2) -> str:
+  if not values:
+    return ""
   low, high = (
     f"{abs(x) if round(x, digits) == 0 else x:.{digits}f}"
     for x in (min(values), max(values))
@@ -131,9 +198,19 @@ def updated(text: str) -> str:
   """Puts the tables of the committed results into the page."""
   results = json.loads((RESULTS / "cpu-overhead.json").read_text())
   text = _marked.replaced(text, "costs", table(results["rows"], results["about"]))
-  paths = {target: RESULTS / f"compiled-{target}.json" for target in ACCELERATORS}
-  counted = {k: json.loads(p.read_text()) for k, p in paths.items() if p.exists()}
-  return _marked.replaced(text, "costs on accelerators", accelerators(counted))
+  found = {name: counted(name) for name in dict.fromkeys((*ACCELERATORS, *GPUS))}
+  some = {name: found[name] for name in ACCELERATORS if found[name]}
+  text = _marked.replaced(text, "costs on accelerators", accelerators(some))
+  some = {name: found[name] for name in GPUS if found[name]}
+  text = _marked.replaced(text, "costs on each GPU", gpus(some))
+  old = json.loads((RESULTS / "jax-0.10.2" / "compiled-h100.json").read_text())
+  return _marked.replaced(text, "costs by version", changes(old, found["h100"]))
+
+
+def counted(target: str) -> dict[str, Any]:
+  """Reads the results of a target; empty if it was not counted."""
+  path = RESULTS / f"compiled-{target}.json"
+  return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 if __name__ == "__main__":

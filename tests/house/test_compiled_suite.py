@@ -1,9 +1,11 @@
 """What is read from a compiled program, and that committed figures are up to date."""
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from benchmarks import _charts
 from benchmarks import _compiling
 from benchmarks import _programs
 from benchmarks import _rows
+from benchmarks import _stubs
 from benchmarks import _targets
 from benchmarks import compiled
 from benchmarks import costs
@@ -209,6 +212,43 @@ class TestSuite:
     assert "counted, not run" in table
     assert "| `clip_by_layer_norm` | 3 | 8.00 | 0 |" in table
 
+  def test_the_table_of_gpus(self):
+    results = {"mi300x": {"rows": self.rows(), "about": _ABOUT}}
+    *_, row = costs.gpus(results).splitlines()
+    assert row.startswith("| AMD MI300X | 0.10.2 | 8.00 | 8.00 | 8.00 | 8.00 |")
+    assert row.endswith("| 3 | 0.00 |")
+
+  def test_the_table_of_versions_has_what_changed(self):
+    old, new = self.rows(), self.rows()
+    new[1] |= {"kernels": 9}
+    table = costs.changes(
+      {"rows": old, "about": _ABOUT}, {"rows": new, "about": {"jax": "0.12.0.1"}}
+    )
+    assert table.splitlines()[2:] == [
+      f"| `{old[1]['method']}`, float32 | 3, 8.00 | 9, 8.00 |"
+    ]
+
+  @pytest.mark.parametrize("target", _targets.TARGETS)
+  def test_every_target_is_described(self, target):
+    topologies = _targets.TARGETS[target].topologies
+    assert topologies.keys() == {1, 8}
+    for described in topologies.values():
+      assert described.keys() & {"target_config", "topology_name"}
+
+  @pytest.mark.parametrize("slow", [False, True])
+  def test_programs_are_traced_as_on_the_target(self, slow, monkeypatch):
+    monkeypatch.delenv("OPTAX_CLIP_FLOAT64", raising=False)
+    with _targets.float64(slow):
+      assert os.environ["OPTAX_CLIP_FLOAT64"] == ("slow" if slow else "fast")
+    assert "OPTAX_CLIP_FLOAT64" not in os.environ
+
+  def test_either_cuda_will_do(self, monkeypatch):
+    found = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"}
+    monkeypatch.setattr(_targets, "_found", found.__contains__)
+    assert "pip install" in _targets.missing("h100")
+    found.add("nvidia-nvvm")
+    assert _targets.missing("b200") is None
+
   @pytest.mark.parametrize("target", ["h100,abacus", "abacus"])
   def test_an_unknown_target_is_named(self, target, monkeypatch, environment):
     with pytest.raises(SystemExit, match=r"--target abacus: choose from h100, b200"):
@@ -220,6 +260,31 @@ class TestSuite:
       benchmarks.main(["--suite", "compiled", "--target", "h100"])
     with pytest.raises(_targets.MissingError, match=r"pip install libtpu$"):
       _targets.devices("tpu-v5e")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc and readelf")
+def test_a_library_that_is_missing_is_stood_in_for(tmp_path):
+  def made(name, text, *flags):
+    (tmp_path / "a.c").write_text(text)
+    command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / name, tmp_path / "a.c"]
+    subprocess.run([*command, *flags], check=True)
+    return tmp_path / name
+
+  script = tmp_path / "versions"
+  script.write_text("GONE_1 { global: gone; };")
+  gone = made(
+    "libgone.so.1",
+    "int gone(void) { return 7; }",
+    "-Wl,-soname,libgone.so.1",
+    f"-Wl,--version-script={script}",
+  )
+  user = made("user.so", "int gone(void); int ask(void) { return gone(); }", gone)
+  gone.unlink()
+  with pytest.raises(OSError, match="libgone"):
+    ctypes.CDLL(str(user))
+  names = re.compile("libgone.*"), re.compile(".*")
+  _stubs._load(user, _stubs._Plugin("", "user.so", "", *names))
+  assert ctypes.CDLL(str(user)).ask() == 100
 
 
 @pytest.fixture
