@@ -6,7 +6,10 @@ import importlib
 import pathlib
 from typing import Any
 
-SUITES = ("overhead", "skip", "leaves", "precision", "spectral", "scale", "mesh")
+SUITES = (
+  *("overhead", "skip", "leaves", "compiling"),
+  *("precision", "spectral", "scale", "mesh"),
+)
 
 
 def arguments() -> argparse.ArgumentParser:

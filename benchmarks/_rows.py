@@ -41,6 +41,14 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     ("step_ms", "step ms", "{:.2f}"),
     ("added_ms", "added ms", "{:.2f}"),
   ],
+  "compiling": [
+    ("method", "step", "{}"),
+    ("trace_s", "trace s", "{:.2f}"),
+    ("lower_s", "lower s", "{:.2f}"),
+    ("compile_s", "compile s", "{:.2f}"),
+    ("total_s", "total s", "{:.2f}"),
+    ("total_over_optax", "/optax", "{:.2f}"),
+  ],
   "precision": [
     ("case", "case", "{}"),
     ("method", "norm by", "{}"),
@@ -160,6 +168,7 @@ def _subject(row: dict[str, Any]) -> str:
     )
   return {
     "leaves": "the same bytes in more leaves, an sgd step",
+    "compiling": f"an adamw step of {row.get('leaves')} leaves, in CPU seconds",
     "precision": "the global norm against float64",
     "scale": "norm and clip alone",
     "spectral": row.get("case") or f"matrices of twelve kinds, {row.get('dtype')}",

@@ -27,10 +27,8 @@ or `None` may take the mapping's place, or a tree of these like the updates, of 
 of your own, as a module of Equinox.
 """
 
-from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Sequence
-import dataclasses
 import math
 from typing import Any
 
@@ -39,8 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_clip import _validate
-from optax_clip._algebra import measured as _measured
-from optax_clip._algebra.types import ByLayout
+from optax_clip._algebra import by_layout as _by_layout
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Parts
 from optax_clip._matrices.measure import spectral_norm
@@ -50,7 +47,6 @@ from optax_clip._norms import layout as _layout
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import norm as _norm
 from optax_clip._norms import power_sums as _power_sums
-from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.blocks import Norms
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Layout
@@ -60,8 +56,6 @@ from optax_clip._trees import leaves as _leaves
 from optax_clip._trees import paths as _paths
 from optax_clip._types import AxisName
 from optax_clip._types import DType
-from optax_clip._types import ExtraArgs
-from optax_clip._types import Params
 from optax_clip._types import Scalar
 from optax_clip._types import Specs
 from optax_clip._types import Updates
@@ -108,7 +102,9 @@ def global_norm(
 
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
   parts = Parts(finer, combine if p >= 1 else None)
-  return Measure(layout, _Norm("global", p, (axis_name, specs), layout), parts)
+  return Measure(
+    layout, _by_layout.Norm("global", p, (axis_name, specs), layout), parts
+  )
 
 
 def layer_norm(
@@ -141,7 +137,7 @@ def layer_norm(
     return _layout.of_leaves(updates, dims, layers, axis_name, specs)
 
   key = ("layer", axis_name, specs, stacked)
-  return Measure(layout, _Norm("layer", p, key, layout), ord=_growing(p))
+  return Measure(layout, _by_layout.Norm("layer", p, key, layout), ord=_growing(p))
 
 
 def layer_rms(
@@ -149,7 +145,7 @@ def layer_rms(
 ) -> Measure:
   """Measures the root mean square of each layer, in the shape of `layer_norm`."""
   norm = layer_norm(axis_name=axis_name, specs=specs, stacked=stacked)
-  return norm._replace(measure=_Rms(norm), ord=None)
+  return norm._replace(measure=_by_layout.Rms(norm), ord=None)
 
 
 def group_norm(
@@ -211,7 +207,7 @@ def group_norm(
   key = (labels, tuple(names), counted, axis_name, specs)
   finer = layer_norm(ord=ord, axis_name=axis_name, specs=specs)
   parts = Parts(finer, combine if p >= 1 else None)
-  return Measure(layout, _Norm("group", p, key, layout, counts), parts)
+  return Measure(layout, _by_layout.Norm("group", p, key, layout, counts), parts)
 
 
 def unit_norm(
@@ -255,7 +251,7 @@ def unit_norm(
     return _layout.of_leaves(updates, dims, layers, axis_name, specs)
 
   key = (axis, axis_name, specs, stacked)
-  return Measure(layout, _Norm("unit", p, key, layout))
+  return Measure(layout, _by_layout.Norm("unit", p, key, layout))
 
 
 def relative(measure: Measure, *, floor: Scalar = 1e-3) -> Measure:
@@ -272,100 +268,9 @@ def relative(measure: Measure, *, floor: Scalar = 1e-3) -> Measure:
   if parts is not None:
     # No ratio of two norms follows from the ratios of their parts.
     parts = Parts(relative(parts.measure, floor=floor), None)
-  return measure._replace(measure=_Ratio(measure, floor), parts=parts, ord=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Norm(ByLayout):
-  """Measures norms of updates; two are equal if they measure the same.
-
-  Attributes:
-    kind: what one norm measures, by name.
-    ord: the order of the norms.
-    key: all that the layout depends on beside the updates.
-    layout: from updates to the layout of their norms.
-    counts: for each leaf whether it counts; all do if `None`.
-  """
-
-  kind: str
-  ord: float
-  key: Hashable
-  layout: Callable[[Updates], Layout] = dataclasses.field(compare=False)
-  counts: Callable[[Updates], list[bool]] | None = dataclasses.field(
-    default=None, compare=False
+  return measure._replace(
+    measure=_by_layout.Ratio(measure, floor), parts=parts, ord=None
   )
-
-  def by(
-    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
-  ) -> Norms:
-    del params, extra_args
-    leaves = _leaves.floating_leaves(updates)
-    if self.counts is None:
-      return _norm.of_layout(leaves, layout, self.ord)
-    rows = zip(leaves, layout.places, self.counts(updates), strict=True)
-    kept = [(x, place) for x, place, counts in rows if counts]
-    places = tuple(place for _, place in kept)
-    found = _norm.of_layout(
-      [x for x, _ in kept], layout._replace(places=places), self.ord
-    )
-    return Norms(found.blocks, layout)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rms(ByLayout):
-  """Measures the root mean squares of layers."""
-
-  norm: Measure = dataclasses.field(compare=False)
-  key: Any = None
-
-  def __post_init__(self) -> None:
-    object.__setattr__(self, "key", self.norm.measure)
-    object.__setattr__(self, "layout", self.norm.layout)
-
-  def by(
-    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
-  ) -> Norms:
-    norms = _measured.measured_by(self.norm, updates, params, extra_args, layout)
-    blocks = [
-      norm._replace(value=norm.value / jnp.sqrt(jnp.asarray(count, norm.value.dtype)))
-      for norm, count in zip(norms.blocks, layout.elements(), strict=True)
-    ]
-    return Norms(blocks, layout)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ratio(ByLayout):
-  """Measures updates in units of the same measure of the parameters."""
-
-  of: Measure = dataclasses.field(compare=False)
-  floor: Scalar
-  key: Any = None
-
-  uses_params = True
-
-  def __post_init__(self) -> None:
-    object.__setattr__(self, "key", self.of.measure)
-    object.__setattr__(self, "layout", self.of.layout)
-
-  def by(
-    self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
-  ) -> Norms:
-    _leaves.same_structure(updates, params)
-    # Where updates and parameters have the same types, they have the same layout.
-    alike = _leaves.types(updates) == _leaves.types(params)
-    own = layout if alike else self.of.layout(params)
-    above = _measured.measured_by(self.of, updates, None, extra_args, layout)
-    below = _measured.measured_by(self.of, params, None, extra_args, own)
-    weights = below.values
-    if (own.blocks, own.positions()) != (layout.blocks, layout.positions()):
-      # Dtypes decide which block holds a norm, and parameters may have others.
-      weights = above.split(below.table())
-    pairs = list(zip(above.blocks, weights, strict=True))
-    return Norms(_scalars.each(self._ratio, pairs), layout)
-
-  def _ratio(self, update: Extended, weight: Array) -> Extended:
-    floor = jnp.maximum(weight, jnp.asarray(self.floor, weight.dtype))
-    return _extended.divided(update, floor.astype(update.value.dtype))
 
 
 def _table(layers: Norms) -> Extended:

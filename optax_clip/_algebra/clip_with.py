@@ -251,17 +251,20 @@ def _weights(
   action: Action, norms: Norms, limits: list[Array], is_recorded: bool
 ) -> _Weights:
   """Weighs each norm against its limit."""
-
-  def weighed(norm: Extended, limit: Array) -> tuple[Extended, _record.Effect | None]:
-    coefficient = action.weigh(norm, limit)
-    # What the record shows, from the same kernels.
-    shown = _record.effect(norm, coefficient) if is_recorded else None
-    return coefficient, shown
-
   pairs = list(zip(norms.blocks, limits, strict=True))
-  both = _scalars.each(weighed, pairs, last=len(Extended._fields))
-  effects = [shown for _, shown in both if shown is not None]
-  return _Weights(norms, limits, [x for x, _ in both], effects, {})
+
+  def shown(norm: Extended, limit: Array, coefficient: Extended) -> _record.Effect:
+    del limit
+    return _record.effect(norm, coefficient)
+
+  last = len(Extended._fields)
+  if not is_recorded:
+    return _Weights(
+      norms, limits, _scalars.each(action.weigh, pairs, last=last), [], {}
+    )
+  # What the record shows comes from the same kernels.
+  both = _scalars.each(action.weigh, pairs, then=shown, last=last)
+  return _Weights(norms, limits, [x for x, _ in both], [x for _, x in both], {})
 
 
 def _settled(action: Action, weights: _Weights, updates: Updates) -> _Weights:

@@ -1,5 +1,6 @@
 """Clips each layer by the running mean of its clipped norms (AdaGC)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,6 @@ from optax_clip._types import Specs
 Array = jax.Array
 
 
-_INF = float("inf")
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -84,7 +84,7 @@ def clipped_mean(
     # The unit cancels. Without it the derivative of n / total may be no float.
     unit = jax.lax.stop_gradient(total)
     share = jnp.where(n > 0, (n / unit) / (total / unit), 1)
-    early = _INF if most is None else share * most
+    early = math.inf if most is None else share * most
     limits = jnp.where(warm, early, ratio * gamma)
     clipped = jnp.maximum(jnp.minimum(n, limits), _TINY)
 
@@ -108,7 +108,7 @@ def _total(norms: Array, ord: float) -> Array:
   """Combines all norms into the global one."""
   if not norms.size:
     return jnp.zeros((), norms.dtype)
-  if ord == _INF:
+  if ord == math.inf:
     return jnp.max(norms)
   # The unit cancels, so that its derivative is left out.
   largest = jax.lax.stop_gradient(jnp.max(norms))

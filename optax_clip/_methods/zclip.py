@@ -1,5 +1,6 @@
 """Clips norms with a high z-score (ZClip)."""
 
+import math
 from typing import Literal
 from typing import NamedTuple
 from typing import TypeAlias
@@ -26,8 +27,6 @@ from optax_clip._types import Specs
 
 Array = jax.Array
 
-
-_INF = float("inf")
 
 Mode: TypeAlias = Literal["adaptive_scaling", "mean", "percentile"]
 
@@ -118,7 +117,7 @@ def zscore(
     if skip_update_on_spike:
       new = jax.tree.map(lambda a, b: jnp.where(spike, b, a), new, memory)
     limits = jnp.where(spike, limit, level)
-    return jnp.where(warm, _INF, limits), new
+    return jnp.where(warm, math.inf, limits), new
 
   return _memory.remembering(start, rule)
 

@@ -33,11 +33,6 @@ class Extended(NamedTuple):
   unit: Array
 
 
-def is_extended(node: Any) -> bool:
-  """Returns whether a node of a tree is an `Extended`."""
-  return isinstance(node, Extended)
-
-
 def of(x: Array | Extended) -> Extended:
   """Converts a float to `Extended`; leaves an `Extended` as it is."""
   return x if isinstance(x, Extended) else Extended(x, jnp.ones_like(x))

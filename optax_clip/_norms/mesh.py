@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip import _backend
+from optax_clip._trees import paths as _paths
 from optax_clip._types import AxisName
 from optax_clip._types import Specs
 
@@ -136,8 +137,8 @@ def whole_shapes(tree: Any, specs: Specs) -> list[tuple[int, ...]]:
 def _leaf_specs(tree: Any, specs: Specs) -> list[Any]:
   """Returns each leaf's `PartitionSpec`; `None` stands for an empty one."""
 
-  def is_spec(node: Any) -> bool:
-    return node is None or isinstance(node, jax.sharding.PartitionSpec)
+  def is_spec(node: object) -> bool:
+    return node is None or _paths.is_spec(node)
 
   given, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
   wrong = [spec for spec in given if not is_spec(spec)]

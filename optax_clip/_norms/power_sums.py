@@ -7,7 +7,6 @@ path plain.
 
 from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax import lax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
+from optax_clip._types import DType
 
 Array = jax.Array
 # Arrays of at most this many elements are summed by a dot product.
@@ -23,28 +23,22 @@ _SMALL = 1 << 14
 _HIGH = 2.0**126
 
 
-def accumulator(*dtypes: Any) -> Any:
+def accumulator(*dtypes: DType) -> DType:
   """Returns the dtype in which these dtypes are summed: float64 or float32."""
   double = any(jnp.finfo(d).dtype == jnp.float64 for d in dtypes)
   return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def power_sum(
-  x: Array,
-  ord: float,
-  dtype: Any,
-  unit: Array | None = None,
-  axes: tuple[int, ...] | None = None,
-) -> Array:
-  """Sums ``(|x| / unit) ** ord`` over some axes, which stay with size 1, or over all.
+def power_sum(x: Array, ord: float, dtype: DType, unit: Array | None = None) -> Array:
+  """Sums ``(|x| / unit) ** ord``.
 
   XLA:CPU adds up to a thousand elements of a small array one after the other, which
   costs a digit. A dot product does not, and unlike `ravel` it moves no data of a
   sharded array. (JAX may refuse it with explicit sharding.)
   """
-  small = axes is None and 1 < x.size <= _SMALL
+  small = 1 < x.size <= _SMALL
   if ord != 2 or not small or _mesh.is_explicitly_sharded(x):
-    return over_axes(jnp.sum, power(x, ord, dtype, unit), axes)
+    return over_axes(jnp.sum, power(x, ord, dtype, unit), None)
   if jnp.iscomplexobj(x):
     re, im = (power_sum(part, ord, dtype, unit) for part in (x.real, x.imag))
     return re + im
@@ -63,11 +57,11 @@ def over_axes(
   return reduce(x, axis=axes, keepdims=axes is not None, initial=0)
 
 
-def modulus(x: Array, dtype: Any) -> Array:
+def modulus(x: Array, dtype: DType) -> Array:
   return jnp.abs(x).astype(dtype)
 
 
-def power(x: Array, ord: float, dtype: Any, unit: Array | None = None) -> Array:
+def power(x: Array, ord: float, dtype: DType, unit: Array | None = None) -> Array:
   """Returns ``(|x| / unit) ** ord``, elementwise."""
   if ord != 2:
     x = modulus(x, dtype)

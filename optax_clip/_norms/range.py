@@ -4,10 +4,10 @@ A sum of squares of float32 values over- and underflows for values beyond about 
 and below about 1e-19. Measuring the largest element first would be a second read at
 every step. Which form costs nothing instead depends on the compiler:
 
-* CPU, `rescued`: the plain sum; and *only if it left the safe range*, a second
-  measurement in units of the largest element replaces it (`lax.cond`). XLA:CPU
-  vectorises the sum of ``x * x`` and of little else, and pays nothing for a branch
-  that it does not take.
+* CPU, `rescued`: the plain sum; and *only if it left the safe range*, a sum in float64
+  replaces it (`lax.cond`). XLA:CPU vectorises the sum of ``x * x`` and of little else,
+  and pays nothing for a branch that it does not take, but the time to compile it: one
+  sum takes half of what two in units of the largest element take.
 * GPU of NVIDIA or AMD, `doubled`: the sum in float64, whose range no square of a
   float32 leaves. It reads elements in their own dtype. A `cond` would copy its
   predicate to the host and stop it in every step (and XLA runs both branches of some).
@@ -34,6 +34,7 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_clip import _backend
 from optax_clip._norms import extended as _extended
@@ -65,10 +66,12 @@ class _How(NamedTuple):
 
   Attributes:
     products: whether small arrays are summed by a dot product.
+    is_single: whether there is no float64, or it is no wider than the norms.
     sums: how many sums along an axis at once are enough, for `rows`; 0: any number.
   """
 
   products: bool
+  is_single: bool
   sums: int
 
 
@@ -127,11 +130,12 @@ def _how(backend: str, reduction: Reduction) -> _How:
   # On a GPU a dot product would be a library call. (A forced form runs on a CPU, whose
   # short sums are serial.)
   products = backend == "cpu" or _backend.forced() is not None
+  is_single = backend != "cpu" or reduction.dtype == jnp.float64
   sums = 0 if reduction.is_whole else _rows.SUMS.get(backend, 0)
   if backend == "gpu" and _backend.has_fast_float64():
     # In float32 XLA squares and adds in one kernel there.
     sums *= any(dtype.itemsize == 2 for dtype in reduction.dtypes)
-  return _How(products, sums)
+  return _How(products, is_single, sums)
 
 
 def _peaks(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
@@ -152,44 +156,56 @@ def _scaled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
 def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   moments = _moments(reduction, ord, how)
 
-  def rescue() -> list[tuple[Array, Array]]:
+  def rescue() -> list[Extended]:
     # XLA runs both branches where one holds only reductions and arithmetic, unless a
     # barrier hides what it returns.
-    pairs = _in_units(reduction, ord, how)
-    return list(lax.optimization_barrier(pairs))
+    again = _scaled if how.is_single else _widened
+    return list(lax.optimization_barrier(again(reduction, ord, how)))
 
-  def keep() -> list[tuple[Array, Array]]:
-    return [(x, jnp.ones_like(x)) for x in moments]
+  def keep() -> list[Extended]:
+    return [_root(x, jnp.ones_like(x), ord) for x in moments]
 
-  unsafe = _out_of_range(moments, reduction.elements)
-  return [_root(x, unit, ord) for x, unit in lax.cond(unsafe, rescue, keep)]
+  return list(lax.cond(_out_of_range(moments, reduction.elements), rescue, keep))
+
+
+def _widened(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
+  """Sums in float64: on a CPU slower to run, and faster to compile, than two sums."""
+  with jax.enable_x64(True):
+    moments = _moments_in_float64(reduction, ord, how)
+    return [_narrowed((x, x), reduction.dtype, ord) for x in moments]
 
 
 def _doubled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   with jax.enable_x64(True):
-
-    def local(bundle: Bundle, unit: Any) -> list[Array]:
-      del unit
-      powers = [_power_sums.power(x, ord, jnp.float64) for x in bundle.arrays]
-      sums = [_total(x, bundle.dims, how) for x in powers]
-      return [functools.reduce(jnp.add, sums)]
-
-    (moments,) = reduction.run(local, lax.psum, _sum, None)
-
-    def of_pair(pair: tuple[Array, Array]) -> Extended:
-      one, other = (_power_sums.root(x, ord) for x in pair)
-      return _extended.from_float(one, other, reduction.dtype)
+    moments = _moments_in_float64(reduction, ord, how)
 
     def of_stack(x: Array) -> Extended:
-      return of_pair(_written(x))
+      return _narrowed(_written(x), reduction.dtype, ord)
 
     def of_one(x: Array) -> Extended:
       is_stack = x.ndim == 1 and x.size > 1
-      return of_stack(x) if is_stack else of_pair((x, x))
+      return of_stack(x) if is_stack else _narrowed((x, x), reduction.dtype, ord)
 
     if not _mesh.on_one_device(moments):
       return [of_one(x) for x in moments]
     return _scalars.in_stacks(of_stack, of_one, [(x,) for x in moments])
+
+
+def _moments_in_float64(reduction: Reduction, ord: float, how: _How) -> list[Array]:
+  def local(bundle: Bundle, unit: Any) -> list[Array]:
+    del unit
+    powers = [_power_sums.power(x, ord, jnp.dtype(jnp.float64)) for x in bundle.arrays]
+    sums = [_total(x, bundle.dims, how) for x in powers]
+    return [functools.reduce(jnp.add, sums)]
+
+  (moments,) = reduction.run(local, lax.psum, _sum, None)
+  return moments
+
+
+def _narrowed(pair: tuple[Array, Array], dtype: DType, ord: float) -> Extended:
+  """Takes the root of a moment in float64; one of a pair decides the unit."""
+  one, other = (_power_sums.root(x, ord) for x in pair)
+  return _extended.from_float(one, other, dtype)
 
 
 def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
@@ -334,6 +350,11 @@ def _out_of_range(moments: Sequence[Array], elements: Sequence[Any]) -> Array:
   a dead unit), not as an underflow, which hides elements below about 1e-19 at most.
   If all are zero, they count as out of range, for a second measurement.
   """
+  if len(moments) > 1 and _mesh.on_one_device(moments):
+    # Side by side: XLA compiles few kernels, and not some for each.
+    joined = jnp.concatenate([x.ravel() for x in moments])
+    moments = [lax.optimization_barrier(joined)]
+    elements = [max(np.max(x) for x in elements)]
   strayed, zero = [jnp.asarray(False)], []
   for moment, count in zip(moments, elements, strict=True):
     if moment.size:

@@ -62,7 +62,12 @@ def _by_entries(table: Array) -> list[list[Array]]:
 
 
 def each(
-  f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, last: int = 0
+  f: Callable[..., Any],
+  arguments: Sequence[tuple[Any, ...]],
+  *,
+  then: Callable[..., Any] | None = None,
+  last: int = 0,
+  write: bool = False,
 ) -> list[Any]:
   """Returns ``[f(*x) for x in arguments]``; one GPU computes like shapes at once.
 
@@ -73,28 +78,31 @@ def each(
   Args:
     f: a function from trees of arrays to such a tree; like shapes give like shapes.
     arguments: the arguments of each call.
-    last: how many arrays of a result, the first ones, will multiply leaves.
+    then: takes the arguments and the result of a call; each then gives a pair.
+    last: how many arrays a result of `f` has, if they multiply leaves.
+    write: whether the results of `f` go into many kernels.
   """
   arrays = jax.tree.leaves(arguments)
-  of_one = _backend.traced_once(f)
+  first = _backend.traced_once(f)
+  second = None if then is None else _backend.traced_once(then)
+
+  def of_one(*x: Any, kept: Callable[[Any], Any] = lambda result: result) -> Any:
+    result = kept(first(*x))
+    return result if second is None else (result, second(*x, result))
 
   def one_by_one(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [of_one(*x) for x in arguments]
 
   def written(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    def kept(result: Any) -> Any:
-      found, treedef = jax.tree.flatten(result)
-      return jax.tree.unflatten(treedef, [*map(_written, found[:last]), *found[last:]])
-
-    return list(map(kept, one_by_one(arguments)))
+    return [of_one(*x, kept=_written) for x in arguments]
 
   def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return in_stacks(jax.vmap(f), of_one, arguments, last)
+    return in_stacks(jax.vmap(of_one), of_one, arguments, last)
 
   if not _backend.is_traced(arrays):
     return one_by_one(arguments)
   alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
-  cpu = written if last and any(x.ndim > 1 for x in arrays) else one_by_one
+  cpu = written if (last or write) and any(x.ndim > 1 for x in arrays) else one_by_one
   gpu = together if alike else one_by_one
   return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=one_by_one)
 
@@ -121,7 +129,7 @@ def in_stacks(
     of_stack: the function for arguments with one more axis in front.
     of_one: the function for arguments unlike all others.
     arguments: the arguments of each call.
-    last: as in `each`.
+    last: how many arrays of a result, the first ones, multiply leaves.
   """
   results: list[Any] = [None] * len(arguments)
   for members in by_shape(arguments):
@@ -139,25 +147,33 @@ def in_stacks(
 
 
 @jax.custom_jvp
-def _written(x: Array) -> Array:
-  """Returns the array, which XLA:CPU materialises if it has an entry for each unit.
+def _written(tree: Any) -> Any:
+  """Returns the arrays, which XLA:CPU materialises if they have an entry for each unit.
 
   Else XLA:CPU would repeat all that follows the last division for each element of the
-  leaf that the array multiplies.
+  leaf that an array multiplies, and compile it anew into every kernel that takes one.
   """
-  if x.ndim < 2:
-    return x
+  arrays, treedef = jax.tree.flatten(tree)
+  if not arrays or arrays[0].ndim < 2:
+    return tree
   # As bits: XLA:CPU would turn a sum into a kernel that multiplies the leaf, too.
-  bits = _bits(x)
-  first = lax.broadcasted_iota(jnp.int32, (2, *x.shape), 0) == 0
-  both = jnp.where(first, bits[None], jnp.zeros_like(bits)[None])
-  kept = lax.reduce(both, jnp.zeros((), bits.dtype), lax.bitwise_or, (0,))
-  return lax.bitcast_convert_type(kept, x.dtype)
+  bits = list(map(_bits, arrays))
+  first = lax.broadcasted_iota(jnp.int32, (2, *bits[0].shape), 0) == 0
+  both = [jnp.where(first, x[None], jnp.zeros_like(x)[None]) for x in bits]
+  kept = lax.reduce(both, [jnp.zeros((), x.dtype) for x in bits], _either, (0,))
+  found = [
+    lax.bitcast_convert_type(x, y.dtype) for x, y in zip(kept, arrays, strict=True)
+  ]
+  return jax.tree.unflatten(treedef, found)
 
 
 @_written.defjvp
-def _written_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _written_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
   return _written(primals[0]), tangents[0]
+
+
+def _either(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+  return [x | y for x, y in zip(a, b, strict=True)]
 
 
 def _bits(x: Array) -> Array:
@@ -209,7 +225,7 @@ def _along_first(bits: Array) -> list[Array]:
     lax.reduce(
       [lax.select(place == i, bits, none) for i in range(count)],
       [jnp.zeros((), bits.dtype)] * count,
-      lambda a, b: [x | y for x, y in zip(a, b, strict=True)],
+      _either,
       (0,),
     )
   )

@@ -1,5 +1,6 @@
 """How a limit follows the running mean of the norms."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,6 @@ from optax_clip._thresholds import memory as _memory
 from optax_clip._types import Scalar
 
 Array = jax.Array
-
-
-_INF = float("inf")
 
 
 class AverageMemory(NamedTuple):
@@ -46,6 +44,6 @@ def average(decay: Scalar = 0.999) -> Threshold:
     mean = memory.mean + weight * (x - memory.mean)
     known = jnp.where(n > 0, mean, memory.mean)
     unknown = (count == 0) & (n == 0)
-    return jnp.where(unknown, _INF, known), AverageMemory(mean)
+    return jnp.where(unknown, math.inf, known), AverageMemory(mean)
 
   return _memory.remembering(lambda n: AverageMemory(jnp.zeros_like(n)), rule)

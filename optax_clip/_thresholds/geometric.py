@@ -1,5 +1,6 @@
 """How a limit follows the running geometric mean of the norms."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ from optax_clip._types import Scalar
 Array = jax.Array
 
 
-_INF = float("inf")
 # A norm below this share of the mean counts as this share: its quotient is a float.
 _LEAST = 2.0**-100
 
@@ -84,7 +84,7 @@ def geometric(
     share = jnp.clip(n / unit, _LEAST, most)
     weight = jnp.maximum(1 - beta, 1 / (count.astype(jnp.float32) + 1))
     new = jnp.where(known, unit * share**weight, n)
-    return jnp.where(known, factor * unit, _INF), GeometricMemory(new)
+    return jnp.where(known, factor * unit, math.inf), GeometricMemory(new)
 
   return _memory.remembering(lambda n: GeometricMemory(jnp.zeros_like(n)), rule)
 

@@ -5,6 +5,7 @@ The functions are public as `optax_clip.thresholds`. `memory` does what all rule
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,6 @@ from optax_clip._thresholds import memory as _memory
 from optax_clip._types import Scalar
 
 Array = jax.Array
-_INF = float("inf")
 
 
 class WindowMemory(NamedTuple):
@@ -101,7 +101,7 @@ def history(
       past = jnp.minimum(past, surprise * median[:, None])
     mean, std = _window_moments(past, count)
     ready = count >= max(2, size // 2)
-    limits = jnp.where(ready, mean + sigmas * std, _INF)
+    limits = jnp.where(ready, mean + sigmas * std, math.inf)
     return limits, WindowMemory(_inserted(memory.window, n, count))
 
   return _memory.remembering(start, rule)
@@ -129,7 +129,7 @@ def _filled(window: Array, count: Array) -> Array:
 
 def _percentile(values: Array, total: Array, q: Scalar) -> Array:
   """Interpolates a percentile of each row's first `total` values; inf of none."""
-  ranked = jnp.sort(jnp.where(_filled(values, total), values, _INF), axis=1)
+  ranked = jnp.sort(jnp.where(_filled(values, total), values, math.inf), axis=1)
   # In hundredths of a place, which are whole numbers for a whole q.
   last = jnp.maximum(total - 1, 0)
   hundredths = q * last.astype(jnp.float32)

@@ -160,9 +160,6 @@ def unit_axes_by_name(
   if isinstance(outputs, str):
     raise TypeError(f"outputs must be a collection of names, got {outputs!r}.")
 
-  def is_spec(node: Any) -> bool:
-    return isinstance(node, jax.sharding.PartitionSpec)
-
   specs = jax.tree.leaves(names, is_leaf=is_spec)
   found = {
     name: tuple(spec)
@@ -186,6 +183,11 @@ def unit_axes_by_name(
     return tuple(i for i in range(rank) if not {*_each(entries[i])} & {*outputs})
 
   return axis
+
+
+def is_spec(node: object) -> bool:
+  """Returns whether a node of a tree is a `PartitionSpec`, which may be a tuple."""
+  return isinstance(node, jax.sharding.PartitionSpec)
 
 
 def checked_patterns(rules: PyTree, what: str) -> None:

@@ -1,0 +1,108 @@
+"""How long a step takes until it runs: to trace, to lower and to compile."""
+
+from collections.abc import Callable
+import gc
+import itertools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import _suite
+import optax_clip
+
+SHAPES = [(256, 64), (64, 256), (512, 48), (96,), (384,), (3, 3, 16, 32)]
+
+
+def _before(*clips: Any) -> Any:
+  return optax.chain(*clips, optax.adamw(1e-3))
+
+
+# Ours, each with what does the same in optax.
+PAIRS: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
+  "clip_by_global_norm": (
+    lambda: _before(optax_clip.clip_by_global_norm(1.0)),
+    "optax.clip_by_global_norm",
+    lambda: _before(optax.clip_by_global_norm(1.0)),
+  ),
+  "clip_by_block_rms": (
+    lambda: _before(optax_clip.clip_by_block_rms(1.0)),
+    "optax.clip_by_block_rms",
+    lambda: _before(optax.clip_by_block_rms(1.0)),
+  ),
+  "adaptive_grad_clip": (
+    lambda: _before(optax_clip.adaptive_grad_clip(0.01)),
+    "optax.adaptive_grad_clip",
+    lambda: _before(optax.adaptive_grad_clip(0.01)),
+  ),
+  "skip_nonfinite": (
+    lambda: optax_clip.skip_nonfinite(_before(optax_clip.clip_by_global_norm(1.0))),
+    "optax.apply_if_finite",
+    lambda: optax.apply_if_finite(_before(optax.clip_by_global_norm(1.0)), 10),
+  ),
+}
+STAGES = ("trace_s", "lower_s", "compile_s")
+
+
+def run(options: _suite.Options) -> _suite.Rows:
+  """Measures donated AdamW steps of 300 leaves in six shapes."""
+  copies, rounds = (2, 1) if options.quick else (50, 3)
+  return measured(SHAPES * copies, rounds, options.note)
+
+
+def measured(
+  shapes: list[tuple[int, ...]],
+  rounds: int,
+  note: Callable[[str], None] = lambda text: None,
+) -> _suite.Rows:
+  """Returns a row for each step, in CPU seconds, those of all rounds in turn."""
+  makers = {name: ours for name, (ours, _, _) in PAIRS.items()}
+  makers |= {peer: theirs for _, peer, theirs in PAIRS.values()}
+  peers = {name: peer for name, (_, peer, _) in PAIRS.items()}
+  times: dict[str, list[tuple[float, ...]]] = {name: [] for name in makers}
+  params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  # The first round pays for what JAX and XLA do once in a process.
+  for turn in range(rounds + 1):
+    for name, make in makers.items():
+      note(f"{len(shapes)} leaves: {name}")
+      seconds = _seconds(make(), params)
+      times[name] += [seconds] if turn else []
+  middle = {
+    name: [statistics.median(column) for column in zip(*own, strict=True)]
+    for name, own in times.items()
+  }
+  return [
+    {
+      "suite": "compiling",
+      "method": name,
+      "leaves": len(shapes),
+      **dict(zip(STAGES, middle[name], strict=True)),
+      "total_s": sum(middle[name]),
+      "total_over_optax": sum(middle[name]) / sum(middle[peers.get(name, name)]),
+    }
+    for name in makers
+  ]
+
+
+def _seconds(tx: Any, params: list[jax.ShapeDtypeStruct]) -> tuple[float, ...]:
+  """Measures one step: CPU seconds of this process for each of the stages."""
+  tx = optax.with_extra_args_support(tx)
+
+  def step(params: Any, state: Any, grads: Any) -> Any:
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.eval_shape(tx.init, params)
+  jitted = jax.jit(step, donate_argnums=(0, 1))
+  gc.collect()
+  times = [time.process_time()]
+  traced = jitted.trace(params, state, params)
+  times.append(time.process_time())
+  lowered = traced.lower()
+  times.append(time.process_time())
+  lowered.compile()
+  times.append(time.process_time())
+  return tuple(b - a for a, b in itertools.pairwise(times))
