@@ -32,7 +32,7 @@ from benchmarks import _targets
 
 Rows = list[dict[str, Any]]
 
-LONG = 3.0
+LONG = 20.0
 
 
 def transformer(blocks: int = 12) -> list[tuple[int, ...]]:
