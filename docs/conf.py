@@ -266,6 +266,28 @@ def _index_words(app: Sphinx, page: str, source: list[str]) -> None:
   source[0] = re.sub(pattern, entry, source[0], flags=re.MULTILINE)
 
 
+class IndexSections(SphinxTransform):
+  """Has index words lead to their section, not to an empty mark in it.
+
+  The search shows the text of the place, and fails in the browser where there is none.
+  """
+
+  # Before Sphinx collects the words.
+  default_priority = 840
+
+  def apply(self, **kwargs: object) -> None:
+    """Replaces the places of the words."""
+    for node in self.document.findall(addnodes.index):
+      above = node.parent
+      while above is not None and not isinstance(above, nodes.section):
+        above = above.parent
+      if above is not None:
+        node["entries"] = [
+          (kind, word, above["ids"][0], main, key)
+          for kind, word, _, main, key in node["entries"]
+        ]
+
+
 def _offer_notebook(app: Sphinx, page: str, source: list[str]) -> None:
   """Adds a link to the executed notebook below the title of a page that is one."""
   if page.startswith("notebooks/"):
@@ -313,6 +335,7 @@ def _short_types(
 def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
   app.add_transform(DarkFigures)
+  app.add_transform(IndexSections)
   app.add_transform(LinkNames)
   app.add_transform(TablesOfSentences)
   # Before intersphinx, which asks for what this has renamed.
