@@ -63,20 +63,30 @@ class Norm(ByLayout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rms(ByLayout):
-  """Measures the root mean squares of layers."""
+class _Of(ByLayout):
+  """Measures by another measure, whose layout it has; two are equal if these are.
 
-  norm: Measure = dataclasses.field(compare=False)
-  key: Any = None
+  Attributes:
+    of: the other measure.
+    key: what it is known by.
+  """
+
+  of: Measure = dataclasses.field(compare=False)
+  key: Any = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
-    object.__setattr__(self, "key", self.norm.measure)
-    object.__setattr__(self, "layout", self.norm.layout)
+    object.__setattr__(self, "key", self.of.measure)
+    object.__setattr__(self, "layout", self.of.layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rms(_Of):
+  """Measures the root mean squares of layers."""
 
   def by(
     self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs
   ) -> Norms:
-    norms = _measured.measured_by(self.norm, updates, params, extra_args, layout)
+    norms = _measured.measured_by(self.of, updates, params, extra_args, layout)
     blocks = [
       norm._replace(value=norm.value / jnp.sqrt(jnp.asarray(count, norm.value.dtype)))
       for norm, count in zip(norms.blocks, layout.elements(), strict=True)
@@ -85,18 +95,12 @@ class Rms(ByLayout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ratio(ByLayout):
+class Ratio(_Of):
   """Measures updates in units of the same measure of the parameters."""
 
-  of: Measure = dataclasses.field(compare=False)
   floor: Scalar
-  key: Any = None
 
   uses_params = True
-
-  def __post_init__(self) -> None:
-    object.__setattr__(self, "key", self.of.measure)
-    object.__setattr__(self, "layout", self.of.layout)
 
   def by(
     self, layout: Layout, updates: Updates, params: Params, extra_args: ExtraArgs

@@ -1,1 +1,1 @@
-"""Defines what is no transformation of a chain: functions of trees and of examples."""
+"""Defines functions of trees and of examples: they are not transformations."""
