@@ -30,25 +30,22 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_clip import _backend
+from optax_clip._norms import bundles as _bundles
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import range as _range
-from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.blocks import Norms
+from optax_clip._norms.bundles import Bundle
+from optax_clip._norms.bundles import Member
 from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Block
 from optax_clip._norms.layout import Layout
 from optax_clip._norms.layout import Place
 
 Array = jax.Array
-# Arrays of at most this many elements are concatenated before they are reduced.
-_SMALL = 1 << 14
-# The most elements of one concatenation, which may need a temporary (256 KiB).
-_BUCKET = 1 << 16
 
 
 def plain(leaves: Sequence[Array], layout: Layout, ord: float) -> list[Array]:
@@ -73,13 +70,6 @@ class _Static(NamedTuple):
   ord: float
   concatenate: bool
   forms: tuple[str | None, bool]
-
-
-class _Member(NamedTuple):
-  """Pairs arrays that reduce together with the place of their result."""
-
-  bundle: _range.Bundle
-  place: Place
 
 
 def of_layout(leaves: Sequence[Array], layout: Layout, ord: float) -> Norms:
@@ -152,15 +142,7 @@ def _compiled(arrays: tuple[Array, ...], *, static: _Static) -> list[Extended]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measured(static: _Static, arrays: tuple[Array, ...]) -> list[Extended]:
   layout, ord, concatenate, _ = static
-  dtype = _power_sums.accumulator(*(x.dtype for x in arrays))
-  members = _members(arrays, layout.places, dtype, concatenate)
-  reduction = _range.Reduction(
-    run=functools.partial(_run, layout, members),
-    elements=_elements(arrays, layout),
-    dtypes=[x.dtype for x in arrays],
-    dtype=dtype,
-    is_whole=all(p.dims is None for p in layout.places),
-  )
+  reduction = _bundles.reduction(arrays, layout, concatenate=concatenate)
   found = _range.norms(reduction, ord)
   return [
     Extended(*(x.astype(block.dtype) for x in norm))
@@ -182,16 +164,15 @@ def _measured_jvp(
       for x, dot, norm in zip(arrays, dots, Norms(norms, layout).spread(), strict=True)
     ]
     members = [
-      _Member(_range.Bundle([x], p.dims), p)
-      for x, p in zip(terms, layout.places, strict=True)
+      Member(Bundle([x], p.dims), p) for x, p in zip(terms, layout.places, strict=True)
     ]
 
-    def local(bundle: _range.Bundle, unit: Any) -> list[Array]:
+    def local(bundle: Bundle, unit: Any) -> list[Array]:
       del unit
       return [_power_sums.over_axes(jnp.sum, bundle.arrays[0], bundle.dims)]
 
     merge = functools.partial(jnp.sum, axis=0)
-    (blocks,) = _run(layout, members, local, lax.psum, merge, None)
+    (blocks,) = _bundles.run(layout, members, local, lax.psum, merge, None)
     return blocks
 
   slopes = summed(lambda x, dot, norm: _along(_slope(x, norm, ord), dot))
@@ -210,7 +191,7 @@ def _measured_jvp(
 def _slope(x: Array, norm: Extended, ord: float) -> Array:
   """Differentiates a norm by an element: ``sign(x) (|x| / n) ** (ord - 1)``."""
   usable = jnp.isfinite(norm.value) & (norm.value > 0)
-  wide = _wide(x, norm.value.dtype)
+  wide = _power_sums.widened(x, norm.value.dtype)
   safe = jnp.where(usable, wide, jnp.zeros_like(wide))
   unit, value = (jnp.where(usable, y, 1).astype(wide.dtype) for y in reversed(norm))
   share = safe / unit / value
@@ -237,127 +218,3 @@ def _along(slope: Array, dot: Array) -> Array:
       dot.imag.astype(slope.imag.dtype)
     )
   return slope * dot.astype(slope.dtype)
-
-
-def _wide(x: Array, dtype: Any) -> Array:
-  """Casts an array to the precision of a dtype; a complex one stays complex."""
-  if not jnp.iscomplexobj(x):
-    return x.astype(dtype)
-  return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
-
-
-def _members(
-  arrays: Sequence[Array], places: Sequence[Place], dtype: Any, concatenate: bool
-) -> list[_Member]:
-  """Bundles arrays: each large one alone, small ones of one norm concatenated.
-
-  XLA compiles a norm over 2,000 small arrays in 20 seconds, worse than linear in
-  their number; over a few concatenations it takes two. Arrays that may be sharded
-  (`concatenate=False`) stay apart: concatenating could move them between devices.
-  """
-  found: list[_Member] = []
-  buckets: dict[Any, list[tuple[Array, Place]]] = {}
-
-  def close(key: Any) -> None:
-    small, ((_, place), *_) = [x for x, _ in buckets[key]], buckets[key]
-    del buckets[key]
-    if concatenate and len(small) > 1:
-      small = [jnp.concatenate([_wide(x, dtype).ravel() for x in small])]
-    found.append(_Member(_range.Bundle(small, None), place))
-
-  for x, place in zip(arrays, places, strict=True):
-    if x.size > _SMALL or place.dims is not None:
-      found.append(_Member(_range.Bundle([x], place.dims), place))
-      continue
-    key = (place.block, place.entry, place.cut, jnp.iscomplexobj(x))
-    if sum(y.size for y, _ in buckets.get(key, ())) + x.size > _BUCKET:
-      close(key)
-    buckets.setdefault(key, []).append((x, place))
-  for key in list(buckets):
-    close(key)
-  # In this order `segment` has nothing to do where each entry is one bundle.
-  return sorted(found, key=lambda m: (m.place.block, m.place.entry or 0))
-
-
-def _run(
-  layout: Layout,
-  members: Sequence[_Member],
-  local: _range.Local,
-  collective: Callable[..., Array],
-  merge: Callable[..., Array],
-  units: Sequence[Array] | None,
-) -> list[list[Array]]:
-  """Reduces each bundle, with one collective for each set of mesh axes.
-
-  Returns:
-    For each array that `local` returns, its blocks.
-  """
-  own: Sequence[Array | None] = [None] * len(members)
-  if units is not None:
-    by_place = dict(zip(layout.places, Norms(units, layout).spread(), strict=True))
-    own = _apart([by_place[m.place] for m in members])
-  reduced = {
-    dims: _backend.traced_once(
-      lambda arrays, unit, dims=dims: local(_range.Bundle(arrays, dims), unit)
-    )
-    for dims in {m.bundle.dims for m in members}
-  }
-  rows = zip([m.bundle for m in members], own, strict=True)
-  results = [reduced[dims](list(arrays), unit) for (arrays, dims), unit in rows]
-  places = [m.place for m, result in zip(members, results, strict=True) for _ in result]
-  flat = [
-    _mesh.placed(x, place.cut)
-    for x, place in zip([x for result in results for x in result], places, strict=True)
-  ]
-  flat = _mesh.collect_each(flat, [place.cut.axes for place in places], collective)
-  count = len(results[0])
-  columns = []
-  for column in range(count):
-    found: list[list[tuple[Array, int | None]]] = [[] for _ in layout.blocks]
-    for x, m in zip(flat[column::count], members, strict=True):
-      found[m.place.block].append((x, m.place.entry))
-    pairs = zip(found, layout.blocks, strict=True)
-    columns.append([_joined(x, block.shape, merge) for x, block in pairs])
-  return columns
-
-
-def _apart(units: Sequence[Array]) -> list[Array]:
-  """Gives each bundle a scalar unit of its own where several share one.
-
-  XLA:CPU materialises a shared one at the size of what it divides.
-  """
-  scalars = [unit for unit in units if not unit.ndim]
-  if len({id(unit) for unit in scalars}) == len(scalars):
-    return list(units)
-  own = iter(_scalars.columns([jnp.stack(scalars)]))
-  return [unit if unit.ndim else next(own)[0] for unit in units]
-
-
-def _joined(
-  values: Sequence[tuple[Array, int | None]],
-  shape: tuple[int, ...],
-  merge: Callable[..., Array],
-) -> Array:
-  """Joins the results of the parts to their block."""
-  arrays = [x for x, _ in values]
-  if any(index is not None for _, index in values):
-    index = [i or 0 for _, i in values]
-    return _power_sums.segment(merge, jnp.stack(arrays), index, shape[0])
-  return arrays[0] if len(arrays) == 1 else merge(jnp.stack(arrays))
-
-
-def _elements(arrays: Sequence[Array], layout: Layout) -> list[Any]:
-  """Counts the elements behind each entry of each block, on all devices."""
-  found: list[Any] = [
-    [0] * block.shape[0] if len(block.shape) == 1 else 0 for block in layout.blocks
-  ]
-  for x, p in zip(arrays, layout.places, strict=True):
-    kept = [n for i, n in enumerate(x.shape) if p.dims is None or i in p.dims]
-    elements = math.prod(kept) * _mesh.devices(p.cut.within)
-    if p.entry is None:
-      previous = found[p.block] if not layout.blocks[p.block].shape else 0
-      found[p.block] = previous + elements
-    else:
-      found[p.block][p.entry] += elements
-  # As floats: there may be more elements than an int32 counts.
-  return [np.asarray(x, np.float64) for x in found]

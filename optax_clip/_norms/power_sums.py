@@ -61,6 +61,13 @@ def modulus(x: Array, dtype: DType) -> Array:
   return jnp.abs(x).astype(dtype)
 
 
+def widened(x: Array, dtype: DType) -> Array:
+  """Casts an array to the precision of a dtype; a complex one stays complex."""
+  if not jnp.iscomplexobj(x):
+    return x.astype(dtype)
+  return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+
+
 def power(x: Array, ord: float, dtype: DType, unit: Array | None = None) -> Array:
   """Returns ``(|x| / unit) ** ord``, elementwise."""
   if ord != 2:

@@ -11,9 +11,9 @@ every step. Which form costs nothing instead depends on the compiler:
 * GPU of NVIDIA or AMD, `doubled`: the sum in float64, whose range no square of a
   float32 leaves. It reads elements in their own dtype. A `cond` would copy its
   predicate to the host and stop it in every step (and XLA runs both branches of some).
-  Float64 runs at half the float32 rate on data-centre cards, far above what their
-  memory delivers. Other cards have 1/32 or 1/64 of it and sum whole arrays `tripled`:
-  ``benchmarks/NOTES.md`` estimates why. Along an axis `rows` comes first.
+  Float64 runs at half the float32 rate on data-centre cards, much faster than their
+  memory delivers elements. Other cards have 1/32 or 1/64 of it and sum whole arrays
+  `tripled`: ``benchmarks/NOTES.md`` estimates why. Along an axis `rows` comes first.
 * TPU, and GPU of Intel, `tripled`: three sums with constant units, from one read; one
   is chosen. A TPU has no float64, nor have some GPUs of Intel. On a TPU this compiles
   to fewer kernels than a plain sum with a branch.
@@ -42,23 +42,12 @@ from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms import rows as _rows
 from optax_clip._norms import scalars as _scalars
+from optax_clip._norms.bundles import Bundle
+from optax_clip._norms.bundles import Reduction
 from optax_clip._norms.extended import Extended
 from optax_clip._types import DType
 
 Array = jax.Array
-
-
-class Bundle(NamedTuple):
-  """Holds arrays that reduce together, to one entry of a block or to all of it.
-
-  Attributes:
-    arrays: all real, or all complex.
-    dims: the dimensions to reduce, which stay with size 1; `None` reduces all, to a
-      scalar.
-  """
-
-  arrays: Sequence[Array]
-  dims: tuple[int, ...] | None
 
 
 class _How(NamedTuple):
@@ -66,37 +55,13 @@ class _How(NamedTuple):
 
   Attributes:
     products: whether small arrays are summed by a dot product.
-    is_single: whether there is no float64, or it is no wider than the norms.
+    is_single: whether float64 is missing, or no wider than the norms.
     sums: how many sums along an axis at once are enough, for `rows`; 0: any number.
   """
 
   products: bool
   is_single: bool
   sums: int
-
-
-# From a bundle and its unit, or `None`, to one array or several of one shape.
-Local = Callable[[Bundle, Array | None], Sequence[Array]]
-
-
-class Reduction(NamedTuple):
-  """Says how bundles become blocks of norms; `norm` makes it.
-
-  Attributes:
-    run: ``run(local, collective, merge, units)`` returns, for each array that
-      ``local`` returns, its blocks: merged over bundles, and collected over the mesh.
-      ``units`` is `None`, or a block of units for each block.
-    elements: for each block the number of elements behind an entry.
-    dtypes: the dtypes of the arrays.
-    dtype: the dtype of the norms, float32 or float64.
-    is_whole: whether every bundle reduces to a scalar.
-  """
-
-  run: Callable[..., list[list[Array]]]
-  elements: Sequence[Any]
-  dtypes: Sequence[Any]
-  dtype: Any
-  is_whole: bool
 
 
 def norms(reduction: Reduction, ord: float) -> list[Extended]:
@@ -334,7 +299,7 @@ def _root(moment: Array, unit: Array, ord: float) -> Extended:
 
 
 def _least(dtype: DType, elements: Any) -> Array:
-  """Returns the bound below which underflow costs a sum of so many powers precision.
+  """Returns the bound below which a sum of powers loses precision to underflow.
 
   Every term may lose up to the smallest normal float. At the bound, all of these
   losses together are one rounding error of the sum.

@@ -6,8 +6,8 @@ that is twice the bytes of the gradients and of the parameters. On which GPUs, a
 which dtypes and widths, hangs on the price that its model of the device has for the
 arithmetic.
 
-Sums of some rows each come first, then: so many that there are threads enough. A
-barrier keeps XLA from making one sum of both.
+Sums of a few rows each then come first, as many as keep all threads busy. A barrier
+keeps XLA from making one sum of both.
 """
 
 import math
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from optax_clip._norms import mesh as _mesh
 
 Array = jax.Array
-# So many sums at once are threads enough: NVIDIA's GPUs, AMD's and Intel's (NOTES.md).
+# How many sums at once keep all threads busy on each vendor's GPUs (NOTES.md).
 SUMS = {"gpu": 12 << 10, "rocm": 24 << 10, "oneapi": 24 << 10}
 # Of fewer rows than this a first sum does not pay.
 _ROWS = 16
@@ -28,7 +28,7 @@ _SMALL = 1 << 16
 
 
 def total(x: Array, dims: tuple[int, ...], sums: int) -> Array:
-  """Sums over some axes, which stay with size 1, by at least so many sums at first."""
+  """Sums over some axes, which stay with size 1, `sums` or more at first."""
   first, last = (dims[0], dims[-1] + 1) if dims else (0, 0)
   lead, rows, columns = (
     math.prod(shape) for shape in (x.shape[:first], x.shape[first:last], x.shape[last:])
