@@ -16,11 +16,11 @@ from optax_clip._functions.per_example import per_example_global_norm_clip
 from optax_clip._functions.per_example import per_example_layer_norm_clip
 from optax_clip._functions.qk_clip import qk_clip
 from optax_clip._guards.guard import guarded_step
-from optax_clip._guards.judge import SkipReason
 from optax_clip._guards.loss_scale import dynamic_loss_scale
+from optax_clip._guards.nonfinite import skip_nonfinite
 from optax_clip._guards.observe import observe
-from optax_clip._guards.skip import skip_nonfinite
-from optax_clip._guards.skip import skip_spikes
+from optax_clip._guards.spikes import skip_spikes
+from optax_clip._guards.verdict import SkipReason
 from optax_clip._methods.adagc import adagc
 from optax_clip._methods.agc import adaptive_grad_clip
 from optax_clip._methods.agc import unitwise_clip
@@ -48,7 +48,7 @@ from optax_clip._report.history import norm_history
 from optax_clip._report.layer_report import layer_metrics
 from optax_clip._report.metrics import loss_scale
 from optax_clip._report.metrics import metrics
-from optax_clip._report.suggest import replay_limits
+from optax_clip._report.replay import replay_limits
 from optax_clip._report.suggest import suggest_max_norm
 from optax_clip._trees.labels import muon_labels
 from optax_clip._trees.paths import labels_by_path

@@ -11,7 +11,7 @@ from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Threshold
 from optax_clip._guards.guard import Guard
-from optax_clip._guards.skip import skip_nonfinite
+from optax_clip._guards.nonfinite import skip_nonfinite
 from optax_clip._methods.fixed import clip_by_global_norm
 from optax_clip._thresholds.geometric import geometric
 from optax_clip._types import ScalarOrSchedule

@@ -5,13 +5,13 @@ Transformations keep states, and functions return results. `metrics`,
 """
 
 from optax_clip._algebra.clip_with import ClipState
-from optax_clip._algebra.record import LayerRecord
+from optax_clip._algebra.layers import LayerRecord
 from optax_clip._algebra.record import Record
-from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards.guard import GuardState
 from optax_clip._guards.judge import LossScale
 from optax_clip._guards.observe import NormHistory
 from optax_clip._guards.observe import ObserveState
+from optax_clip._guards.record import SkipRecord
 from optax_clip._report.layer_report import LayerMetrics
 from optax_clip._report.layer_report import LayerReport
 from optax_clip._report.suggest import Suggestion

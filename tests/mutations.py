@@ -333,8 +333,8 @@ FAULTS = (
   Fault(
     "a healthy guard's state holds NaN",
     "_guards/record.py",
-    "kept=jnp.zeros(4, jnp.float32)",
-    "kept=jnp.full(4, jnp.nan, jnp.float32)",
+    "_SLOTS.blank(limit=jnp.inf)",
+    "_SLOTS.blank(limit=jnp.inf, skip_rate=jnp.nan)",
     "guard_records",
   ),
   Fault(

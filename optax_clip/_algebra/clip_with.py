@@ -160,7 +160,7 @@ def clip_with(
     entries: dict[str, Any] = {name: _record.blank()} if record else {}
     if by_layer:
       stacks = of_layers(measure, params).stacks()
-      entries[name + _record.LAYERS] = _layers.blank(stacks)
+      entries[name + _layers.LAYERS] = _layers.blank(stacks)
     return ClipState(memory, entries)
 
   def update(

@@ -1,16 +1,61 @@
 """What the state records about each layer, for `layer_metrics`."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_clip._algebra.record import LayerRecord
 from optax_clip._algebra.record import counted
 from optax_clip._algebra.record import single
 
 Array = jax.Array
+# Follows a record's name in the key of its record of layers.
+LAYERS = "/layers"
+
+
+class LayerRecord(NamedTuple):
+  """Records what clipping did to each layer; `layer_metrics` names them.
+
+  A layer is a leaf, or one layer of a stacked leaf; layers stand in the order of the
+  leaves. Fields are vectors, since a state of thousands of scalars is slow to pass
+  around.
+
+  Attributes:
+    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is no stack. Where a
+      leaf stacks them along several axes, i32[leaves, axes], filled up with 0. [-1] if
+      there are no leaves, and one layer stands for none. Constant.
+    norm: f32[layers], in the last step, before clipping; with several norms (units),
+      the largest.
+    limit: f32[layers], what the last step allowed the layer, or its group.
+    coefficient: f32[layers], the smallest factor that the last step applied to it.
+    size: f32[layers], the norm for one element, which compares layers.
+    steps: i32[], how many updates came in.
+    steps_clipped: i32[layers], how many steps clipped it.
+    nonfinite_layer: i32[], the first layer that was not finite in the last such step;
+      -1 before.
+    nonfinite_step: i32[], which step that was, counted from 1; 0 before.
+    usual: f32[layers], the norms in the last step that was finite and taken.
+    spike_layer: i32[], the layer that grew most, compared with `usual`, in the last
+      step that a guard skipped as a spike; -1 before.
+    spike_step: i32[], which step that was; 0 before.
+    spike_growth: f32[], by what factor that layer grew.
+  """
+
+  stacks: Array
+  norm: Array
+  limit: Array
+  coefficient: Array
+  size: Array
+  steps: Array
+  steps_clipped: Array
+  nonfinite_layer: Array
+  nonfinite_step: Array
+  usual: Array
+  spike_layer: Array
+  spike_step: Array
+  spike_growth: Array
 
 
 def blank(stacks: list[tuple[int, ...]]) -> LayerRecord:

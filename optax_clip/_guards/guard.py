@@ -35,15 +35,15 @@ import optax
 from optax_clip import _validate
 from optax_clip._algebra import handed as _handed
 from optax_clip._algebra import layers as _layers
-from optax_clip._algebra import record as _record
 from optax_clip._algebra.handed import Known
-from optax_clip._algebra.record import SkipRecord
 from optax_clip._guards import inside as _inside
 from optax_clip._guards import loss as _loss
 from optax_clip._guards import skipped_step as _skipped_step
 from optax_clip._guards.judge import Judge
+from optax_clip._guards.record import SkipRecord
 from optax_clip._guards.record import blank
 from optax_clip._guards.record import noted
+from optax_clip._guards.record import of_last_step
 from optax_clip._norms import power_sums as _power_sums
 from optax_clip._norms.extended import Extended
 from optax_clip._repr import short
@@ -97,7 +97,7 @@ class Guard:
       record: dict[str, Any] = {judge.name: blank()}
       if judge.stacks is not None:
         layers = _layers.blank(judge.stacks(params))
-        record[judge.name + _record.LAYERS] = layers
+        record[judge.name + _layers.LAYERS] = layers
       state = GuardState(state, judge.init(params), record)
     return state
 
@@ -290,9 +290,7 @@ def _unless_refused(before: Array, new: PyTree, old: PyTree) -> Any:
   leaves, treedef = jax.tree.flatten(new)
   chosen = [
     x if shown else jnp.where(before, x, y)
-    for shown, x, y in zip(
-      _record.of_last_step(new), leaves, jax.tree.leaves(old), strict=True
-    )
+    for shown, x, y in zip(of_last_step(new), leaves, jax.tree.leaves(old), strict=True)
   ]
   return jax.tree.unflatten(treedef, chosen)
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _validate
-from optax_clip._algebra.record import SkipRecord
 from optax_clip._algebra.types import Measure
 from optax_clip._guards.guard import divided
 from optax_clip._guards.guard import guarded
 from optax_clip._guards.judge import Judge
 from optax_clip._guards.judge import LossScale
-from optax_clip._guards.judge import SkipReason
-from optax_clip._guards.judge import Verdict
 from optax_clip._guards.measuring import Measuring
+from optax_clip._guards.record import SkipRecord
+from optax_clip._guards.verdict import SkipReason
+from optax_clip._guards.verdict import Verdict
 from optax_clip._repr import named
 from optax_clip._types import GuardRecording
 from optax_clip._types import Params

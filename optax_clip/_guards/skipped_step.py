@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from optax_clip import _backend
 from optax_clip import _jaxprs
-from optax_clip._algebra import record as _record
+from optax_clip._guards import record as _record
 from optax_clip._trees import leaf as _leaf
 from optax_clip._types import OptState
 from optax_clip._types import PyTree

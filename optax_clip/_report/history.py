@@ -1,6 +1,9 @@
-"""Reads the norms that `observe` kept."""
+"""Reads the norms that `observe` kept, and checks those that come back."""
+
+from collections.abc import Sequence
 
 import jax
+from jax.typing import ArrayLike
 import numpy as np
 
 from optax_clip._guards.observe import NormHistory
@@ -66,3 +69,35 @@ def _in_order(ring: np.ndarray, steps: np.ndarray) -> np.ndarray:
   if count < window:
     return ring.take(range(count), axis=axis)
   return np.roll(ring, -(count % window), axis=axis)
+
+
+def checked(norms: ArrayLike | Sequence[float]) -> np.ndarray:
+  """Checks norms, and returns them in float64."""
+  if isinstance(norms, jax.core.Tracer):
+    raise TypeError("norms are traced: call this outside of jax.jit, on their values.")
+  try:
+    history = np.asarray(norms)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"norms must be real numbers, got a {type(norms).__name__}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
+    ) from error
+  # bfloat16 has the NumPy kind "V".
+  if history.dtype.kind not in "iufV":
+    raise TypeError(
+      f"norms must be real numbers, got {norms!r} of dtype {history.dtype}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
+    )
+  history = history.astype(np.float64)
+  if history.ndim != 1:
+    raise ValueError(
+      f"norms must have one dimension, the steps, got shape {list(history.shape)}."
+      " For norms by layer pass one column, as norms[:, 0]."
+    )
+  if np.any(history < 0):
+    worst = int(np.argmin(np.where(history < 0, history, 0)))
+    raise ValueError(
+      f"norms must not be negative, got norms[{worst}] = {history[worst]:g}. Pass what"
+      " optax_clip.norm_history(opt_state) returns."
+    )
+  return history

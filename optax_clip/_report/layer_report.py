@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from optax_clip import _validate
-from optax_clip._algebra import record as _record
-from optax_clip._algebra.record import SkipRecord
+from optax_clip._algebra.layers import LAYERS
+from optax_clip._algebra.layers import LayerRecord
+from optax_clip._algebra.slots import reported
+from optax_clip._guards.record import SkipRecord
 from optax_clip._report import metrics as _metrics
 from optax_clip._trees import leaves as _leaves
 from optax_clip._trees import paths as _paths
@@ -181,13 +183,13 @@ def layer_metrics(
   _validate.above(1, factor=factor)
   found, record = _metrics.the_entry(
     opt_state,
-    _record.LayerRecord,
+    LayerRecord,
     name,
     words=("record of layers", "records of layers"),
     ask='Ask for one, as in optax_clip.clip_by_global_norm(1.0, record="layers")',
-    suffix=_record.LAYERS,
+    suffix=LAYERS,
   )
-  values: Any = _record.LayerRecord._make(map(_host, record))
+  values: Any = LayerRecord._make(map(_host, record))
   params = _leaves.floats_only(params)
   paths, empty = _named(params, values)
   rows = zip(
@@ -218,7 +220,7 @@ def layer_metrics(
     spike=paths[spike] if spike >= 0 else None,
     spike_step=int(values.spike_step),
     spike_growth=float(values.spike_growth),
-    skips={k: v.item() for x in skips for k, v in _record.reported(x).items()},
+    skips={k: v.item() for x in skips for k, v in reported(x).items()},
     exploding=exploding,
     # Before the first step all are 0, and leaves without elements always.
     vanishing=[path for path in vanishing if values.steps and path not in empty],

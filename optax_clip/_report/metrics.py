@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import Record
-from optax_clip._algebra.record import SkipRecord
+from optax_clip._algebra.slots import reported
 from optax_clip._guards.judge import LossScale
+from optax_clip._guards.record import SkipRecord
 from optax_clip._report import stuck as _stuck
 from optax_clip._types import OptState
 
@@ -106,7 +106,7 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
 def _values(entry: Any) -> dict[str, Array]:
   # Flax NNX wraps each leaf of the state.
   entry = type(entry)._make(map(array, entry))
-  return entry._asdict() if isinstance(entry, LossScale) else _record.reported(entry)
+  return entry._asdict() if isinstance(entry, LossScale) else reported(entry)
 
 
 def loss_scale(opt_state: OptState) -> Array:

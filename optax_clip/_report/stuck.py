@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_clip._algebra import record as _record
-from optax_clip._algebra.record import SkipRecord
-from optax_clip._guards.judge import SkipReason
+from optax_clip._guards.record import SkipRecord
+from optax_clip._guards.verdict import SkipReason
 from optax_clip._types import OptState
 from optax_clip._types import PyTree
 
@@ -43,7 +42,7 @@ def _stuck(record: SkipRecord) -> int:
   counts = counts.get_value() if hasattr(counts, "get_value") else counts
   if isinstance(counts, jax.core.Tracer):
     return 0
-  entries = _record.entries(record._replace(counts=jnp.asarray(counts)))
+  entries = record._replace(counts=jnp.asarray(counts)).entries()
   steps = int(np.max(entries["consecutive"]))
   is_norm = np.any(np.asarray(entries["reason"]) == SkipReason.NONFINITE_NORM)
   return steps if steps > 1 and is_norm else 0
