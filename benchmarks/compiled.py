@@ -94,23 +94,7 @@ class Method(NamedTuple):
 _GLOBAL = "optax.clip_by_global_norm"
 _LAYER = "optax.clip_by_block_rms"
 _UNIT = "optax.adaptive_grad_clip"
-_ELEMENT = "optax.clip"
 _GUARD = "update, optax.apply_if_finite"
-
-# The peer of each in optax; that of all others is the clip by the global norm.
-_PEERS = {
-  "clip_by_layer_norm": _LAYER,
-  "clip_by_block_rms": _LAYER,
-  "clip_by_layer_percentile": _LAYER,
-  "adagc": _LAYER,
-  "adaclip": _LAYER,
-  "adagn": _LAYER,
-  "stable_spam": _LAYER,
-  "adaptive_grad_clip": _UNIT,
-  "clip": _ELEMENT,
-  "clippy": _ELEMENT,
-  "clip_element_spikes": _ELEMENT,
-}
 
 # Compiled in every dtype, and with every optimizer.
 _FEW = ("none", _GLOBAL, "clip_by_global_norm")
@@ -138,37 +122,15 @@ _SHARDED = (
 @functools.cache
 def methods() -> dict[str, Method]:
   """Returns all methods by name, each peer in optax before its methods."""
-  import jax
   import optax
 
-  from benchmarks import overhead
+  from benchmarks import _clips
   from benchmarks import skip
   import optax_clip
 
-  def labels(tree: Any) -> Any:
-    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", tree)
-
-  clips: dict[str, Callable[[], Any]] = overhead.METHODS | {
-    "clip_by_global_norm, record=False": lambda: optax_clip.clip_by_global_norm(
-      1.0, record=False
-    ),
-    "clip_by_group_norm": lambda: optax_clip.clip_by_group_norm(
-      labels, {"matrix": 1.0, "vector": 0.1}
-    ),
-    "adagn": optax_clip.adagn,
-    "clippy": optax_clip.clippy,
-    "spectral_clip": lambda: optax_clip.spectral_clip(1.0),
-    "clip_by_spectral_norm": lambda: optax_clip.clip_by_spectral_norm(1.0),
-    "clip_element_spikes": optax_clip.clip_element_spikes,
-  }
   found = {
-    name: Method(
-      lambda tx, make=make: optax.chain(make(), tx),
-      None
-      if name == "none" or name.startswith("optax.")
-      else _PEERS.get(name, _GLOBAL),
-    )
-    for name, make in clips.items()
+    name: Method(lambda tx, clip=clip: optax.chain(clip.make(), tx), clip.peer)
+    for name, clip in _clips.CLIPS.items()
   }
   found["observe"] = Method(optax_clip.observe, _GLOBAL)
   clip = optax_clip.clip_by_global_norm(1.0)

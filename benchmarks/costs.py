@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks import _clips
 from benchmarks import _marked
 from benchmarks import _targets
 from benchmarks import compiled
@@ -12,30 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
-# The rows of the tables: their names there, and their methods.
-ROWS = {
-  "`optax.clip_by_global_norm`": ("optax.clip_by_global_norm",),
-  "`clip_by_global_norm`": ("clip_by_global_norm",),
-  '... with `nonfinite="zero"`, `strict=True`': (
-    "clip_by_global_norm, nonfinite=zero",
-    "clip_by_global_norm, strict",
-  ),
-  '... with `record="layers"`': ("clip_by_global_norm, record=layers",),
-  "`clip_by_layer_norm`": ("clip_by_layer_norm",),
-  "`optax.clip_by_block_rms`": ("optax.clip_by_block_rms",),
-  "`clip_by_block_rms`": ("clip_by_block_rms",),
-  "`autoclip`, `zclip`, `clip_by_history`": ("autoclip", "zclip", "clip_by_history"),
-  "`adagc`, `clip_by_layer_percentile`, `adaclip`": (
-    "adagc",
-    "clip_by_layer_percentile",
-    "adaclip",
-  ),
-  "`optax.adaptive_grad_clip`": ("optax.adaptive_grad_clip",),
-  "`adaptive_grad_clip`": ("adaptive_grad_clip",),
-  "`stable_spam`": ("stable_spam",),
-}
-
-
+# The rows of the first table: their names there, and their methods.
+ROWS = _clips.lines()
 # The rows of the second table.
 COMPILED = {
   "none": ("none",),

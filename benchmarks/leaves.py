@@ -6,26 +6,14 @@ import statistics
 import jax.numpy as jnp
 import optax
 
+from benchmarks import _clips
 from benchmarks import _steps
 from benchmarks import _suite
 from benchmarks import _timing
-import optax_clip
 
-METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-  "none": optax.identity,
-  "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
-  "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
-}
-
-# Clips with a norm for each leaf, tried up to the leaves that the largest models have,
-# scanned ones aside.
-LAYERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-  "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
-  "adagc": optax_clip.adagc,
-  "clip_by_layer_percentile": optax_clip.clip_by_layer_percentile,
-  "adaclip": optax_clip.adaclip,
-  "stable_spam": optax_clip.stable_spam,
-}
+FEW = ("none", _clips.GLOBAL, "clip_by_global_norm")
+# The most leaves with which clips with a norm for each leaf are tried, about what the
+# largest models have, scanned ones aside.
 MOST_LAYERS = 300
 
 
@@ -47,10 +35,12 @@ def measured(
     grads = _steps.random_tree([(total // count,)] * count, jnp.float32)
     trainer = _steps.Trainer(optax.sgd(1e-3), grads)
     steps = {}
-    methods = METHODS | LAYERS if count <= MOST_LAYERS else METHODS
-    for method, make in methods.items():
+    methods = FEW if count > MOST_LAYERS else (*FEW, *_clips.of_layers())
+    for method in methods:
       note(f"{count} leaves: {method}")
-      steps[method] = trainer.compiled(optax.chain(make(), trainer.optimizer))
+      steps[method] = trainer.compiled(
+        optax.chain(_clips.CLIPS[method].make(), trainer.optimizer)
+      )
     times = _timing.interleaved(
       {method: step.run for method, step in steps.items()}, repeats
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from benchmarks import _clips
 from benchmarks import _steps
 from benchmarks import _suite
 from benchmarks import _timing
@@ -28,36 +29,6 @@ FEW = ("none", "optax.clip_by_global_norm", "clip_by_global_norm", "adagc")
 # How often a method has to read arrays of the gradients' size: AGC reads the parameters
 # too.
 READS = {"adaptive_grad_clip": 2, "optax.adaptive_grad_clip": 2}
-
-# All limits clip: gradients are normal, weights are 0.01.
-METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-  "none": optax.identity,
-  "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
-  "clip_by_global_norm": lambda: optax_clip.clip_by_global_norm(1.0),
-  "clip_by_global_norm, nonfinite=zero": lambda: optax_clip.clip_by_global_norm(
-    1.0, nonfinite="zero"
-  ),
-  "clip_by_global_norm, strict": lambda: optax_clip.clip_by_global_norm(
-    1.0, strict=True
-  ),
-  "clip_by_global_norm, record=layers": lambda: optax_clip.clip_by_global_norm(
-    1.0, record="layers"
-  ),
-  "clip_by_layer_norm": lambda: optax_clip.clip_by_layer_norm(1.0),
-  "optax.clip_by_block_rms": lambda: optax.clip_by_block_rms(0.1),
-  "clip_by_block_rms": lambda: optax_clip.clip_by_block_rms(0.1),
-  "optax.adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.01),
-  "adaptive_grad_clip": lambda: optax_clip.adaptive_grad_clip(0.01),
-  "optax.clip": lambda: optax.clip(0.1),
-  "clip": lambda: optax_clip.clip(0.1),
-  "autoclip": optax_clip.autoclip,
-  "zclip": optax_clip.zclip,
-  "clip_by_history": optax_clip.clip_by_history,
-  "clip_by_layer_percentile": optax_clip.clip_by_layer_percentile,
-  "adagc": optax_clip.adagc,
-  "adaclip": optax_clip.adaclip,
-  "stable_spam": optax_clip.stable_spam,
-}
 
 
 def run(options: _suite.Options) -> _suite.Rows:
@@ -105,13 +76,13 @@ def measured(
   norm = jax.jit(optax_clip.global_norm)
   rows = []
   for optimizer in optimizers:
-    methods = tuple(METHODS) if optimizer == "adamw" else FEW
+    methods = tuple(_clips.timed()) if optimizer == "adamw" else FEW
     trainer = _steps.Trainer(OPTIMIZERS[optimizer](1e-3), grads)
     steps = {}
     for method in methods:
       note(f"{optimizer}: {method}")
       steps[method] = trainer.compiled(
-        optax.chain(METHODS[method](), trainer.optimizer)
+        optax.chain(_clips.CLIPS[method].make(), trainer.optimizer)
       )
     runs = {method: step.run for method, step in steps.items()}
     runs["norm"] = lambda: norm(grads).block_until_ready()

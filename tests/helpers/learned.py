@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helpers import registry
 import optax_clip
 from optax_clip import thresholds
 
@@ -15,29 +16,14 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 # Every transformation with a memory of norms: name, factory, keyword arguments
 # that make its warm-up short, and the steps after which it limits.
 METHODS = {
-  "autoclip": (optax_clip.autoclip, {"window": 50}, 1),
-  "zclip": (optax_clip.zclip, {"warmup": 10, "max_norm": None}, 1),
-  "zclip_mean": (
+  row.name: (row.factory, row.short, row.waits) for row in registry.LEARNED
+} | {
+  f"zclip_{mode}": (
     optax_clip.zclip,
-    {"warmup": 10, "max_norm": None, "mode": "mean"},
+    {"warmup": 10, "max_norm": None, "mode": mode},
     1,
-  ),
-  "zclip_percentile": (
-    optax_clip.zclip,
-    {"warmup": 10, "max_norm": None, "mode": "percentile"},
-    1,
-  ),
-  "adagc": (optax_clip.adagc, {"warmup": 10}, 1),
-  "clip_by_history": (optax_clip.clip_by_history, {"window": 32}, 1),
-  "clip_by_layer_percentile": (optax_clip.clip_by_layer_percentile, {"window": 50}, 1),
-  "adaclip": (optax_clip.adaclip, {}, 1),
-  "adagn": (optax_clip.adagn, {}, 0),
-  "stable_spam": (optax_clip.stable_spam, {}, 1),
-  "clip_element_spikes": (
-    optax_clip.clip_element_spikes,
-    {"theta": 25.0, "decay": 0.9},
-    1,
-  ),
+  )
+  for mode in ("mean", "percentile")
 }
 
 # Every threshold that learns or is made of others, by its name, with a short memory.

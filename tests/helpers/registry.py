@@ -5,8 +5,10 @@ what it allows, in float64 NumPy, independent of the package's code.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import inspect
 import math
+import types
 from typing import Any
 from typing import NamedTuple
 
@@ -40,6 +42,9 @@ class Row(NamedTuple):
     extremes: thresholds at the ends of what is allowed.
     scheduled: whether the threshold may be a schedule.
     copies: whether measuring needs temporary copies of the updates.
+    layers: whether each leaf has a limit of its own.
+    short: keyword arguments that make its warm-up, or its memory, short.
+    waits: for how many steps a threshold that learns has no limit.
     parts: a transformation that is a chain records one entry for each part, whose
       names are its own and these endings.
   """
@@ -54,6 +59,9 @@ class Row(NamedTuple):
   stateful: bool = False
   extremes: tuple[float, ...] = (0.0, 1.0, math.inf)
   scheduled: bool = True
+  layers: bool = False
+  short: Mapping[str, Any] = types.MappingProxyType({})
+  waits: int = 1
   parts: tuple[str, ...] = ("",)
   copies: bool = False
 
@@ -65,6 +73,10 @@ class Row(NamedTuple):
   def takes(self, keyword):
     """Whether the public function has this keyword."""
     return keyword in inspect.signature(self.factory).parameters
+
+  def first(self):
+    """The name of the public function's first argument."""
+    return next(iter(inspect.signature(self.factory).parameters))
 
   def recorded(self, name=None):
     """The prefixes of the metrics' keys, in the order of the chain."""
@@ -180,6 +192,7 @@ ROWS = (
     0.7,
     "rescaling",
     _layers,
+    layers=True,
   ),
   Row(
     "clip_by_group_norm",
@@ -199,6 +212,7 @@ ROWS = (
     0.4,
     "rescaling",
     _rms,
+    layers=True,
   ),
   Row(
     "adaptive_grad_clip",
@@ -248,6 +262,7 @@ ROWS = (
     stateful=True,
     extremes=(0.0, 100.0),
     scheduled=False,
+    short={"window": 50},
   ),
   Row(
     "clip_by_layer_percentile",
@@ -258,6 +273,8 @@ ROWS = (
     stateful=True,
     extremes=(0.0, 100.0),
     scheduled=False,
+    layers=True,
+    short={"window": 50},
   ),
   Row(
     "clip_by_history",
@@ -268,6 +285,7 @@ ROWS = (
     stateful=True,
     extremes=(0.0, 3.0),
     scheduled=False,
+    short={"window": 32},
   ),
   Row(
     "zclip",
@@ -276,6 +294,7 @@ ROWS = (
     1.0,
     "rescaling",
     stateful=True,
+    short={"warmup": 10, "max_norm": None},
   ),
   Row(
     "adagc",
@@ -286,6 +305,8 @@ ROWS = (
     stateful=True,
     extremes=(1e-30, 1.0, 1e30),
     scheduled=False,
+    layers=True,
+    short={"warmup": 10},
   ),
   Row(
     "adaclip",
@@ -296,6 +317,7 @@ ROWS = (
     stateful=True,
     extremes=(0.0, 0.999),
     scheduled=False,
+    layers=True,
   ),
   Row(
     "adagn",
@@ -306,6 +328,8 @@ ROWS = (
     stateful=True,
     extremes=(0.0, 0.999),
     scheduled=False,
+    layers=True,
+    waits=0,
   ),
   Row(
     "clip_element_spikes",
@@ -316,6 +340,7 @@ ROWS = (
     stateful=True,
     extremes=(1e-30, 1e30),
     scheduled=False,
+    short={"theta": 25.0, "decay": 0.9},
   ),
   Row(
     "stable_spam",
@@ -327,6 +352,7 @@ ROWS = (
     extremes=(0.0, 0.999),
     scheduled=False,
     parts=("_adaclip", "_adagn"),
+    layers=True,
   ),
 )
 
@@ -348,6 +374,9 @@ FIXED = tuple(row for row in ROWS if row.bounds is not None)
 RESCALING = tuple(row for row in FIXED if row.kind == "rescaling")
 # Rows that measure norms of any order.
 ORDERED = tuple(row for row in FIXED if row.takes("ord"))
+# Rows that learn, and those of them that learn a limit for each leaf.
+LEARNED = tuple(row for row in ROWS if row.stateful)
+LAYERWISE = tuple(row for row in LEARNED if row.layers)
 # Rows whose norms can be collected over mesh axes, whatever the specs: not of units.
 COLLECTED = tuple(
   row for row in FIXED if row.takes("axis_name") and not row.takes("axis")

@@ -241,10 +241,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_metrics_show_norm_and_limit": (*LEARNED[:2], "adagc", "stable_spam"),
   },
   "thresholds/test_learned_traces.py": {
-    "test_a_huge_finite_norm_leaves_a_useful_memory": (
-      "zclip",
-      "clip_by_layer_percentile",
-    ),
+    "test_a_huge_finite_norm_leaves_a_useful_memory": LEARNED[1:],
     "test_percentile": ("100",),
   },
   "thresholds/test_learned_vectors.py": {

@@ -1,5 +1,6 @@
 """Errors about what users mix up name the argument, what it was, and what to do."""
 
+from helpers import registry
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,16 +60,9 @@ TAKERS = {
   "dynamic_loss_scale": scaling,
   "observe": lambda: optax_clip.observe(optax.sgd(1.0)),
   "a schedule": scheduled,
-  "autoclip": optax_clip.autoclip,
-  "clip_by_history": optax_clip.clip_by_history,
-  "clip_by_layer_percentile": optax_clip.clip_by_layer_percentile,
-  "zclip": optax_clip.zclip,
-  "zclip with a cap": lambda: optax_clip.zclip(max_norm=1.0),
-  "adagc": optax_clip.adagc,
-  "adaclip": optax_clip.adaclip,
-  "adagn": optax_clip.adagn,
-  "stable_spam": optax_clip.stable_spam,
-  "clip_element_spikes": optax_clip.clip_element_spikes,
+  **{row.name: row.make for row in registry.LEARNED},
+  # Whatever the default is.
+  "zclip without a cap": lambda: optax_clip.zclip(max_norm=None),
 }
 GUARDS = ("skip_nonfinite", "skip_spikes", "dynamic_loss_scale")
 
@@ -120,8 +114,8 @@ RELATED = [
   ("autoclip", "adagc"),
   ("autoclip", "a schedule"),
   ("adagc", "autoclip"),
-  ("zclip", "zclip with a cap"),
-  ("zclip with a cap", "zclip"),
+  ("zclip", "zclip without a cap"),
+  ("zclip without a cap", "zclip"),
   ("adaclip", "autoclip"),
   ("a schedule", "autoclip"),
   ("stable_spam", "zclip"),
@@ -134,8 +128,6 @@ def test_a_state_of_another_transformation_of_the_package(name, other):
   makers = {
     **TAKERS,
     "skip_spikes by an average": lambda: spikes(thresholds.average()),
-    # Whatever the default is.
-    "zclip": lambda: optax_clip.zclip(max_norm=None),
   }
   state = makers[other]().init(G)
   message = complaint(lambda: stepped(makers[name](), state=state))
@@ -223,7 +215,7 @@ def test_limits_of_groups_that_are_no_mapping(limits):
 
 @pytest.mark.parametrize("percentile", [101, -1, float("nan")])
 @pytest.mark.parametrize(
-  "make", [optax_clip.autoclip, optax_clip.clip_by_layer_percentile]
+  "make", [row.factory for row in registry.ROWS if row.first() == "percentile"]
 )
 def test_a_percentile_out_of_range(make, percentile):
   message = complaint(lambda: make(percentile))
@@ -238,19 +230,14 @@ SCHEDULE = optax.constant_schedule(1.0)
 
 # Arguments that are numbers only.
 NUMBERS = {
-  "autoclip": (lambda x: optax_clip.autoclip(x), "percentile"),
-  "clip_by_layer_percentile": (optax_clip.clip_by_layer_percentile, "percentile"),
-  "clip_by_history": (optax_clip.clip_by_history, "sigmas"),
-  "zclip": (optax_clip.zclip, "z_threshold"),
+  **{
+    row.name: (row.factory, row.first())
+    for row in registry.ROWS
+    if not row.scheduled or row.name == "zclip"
+  },
   "zclip, decay": (lambda x: optax_clip.zclip(decay=x), "decay"),
   "zclip, eps": (lambda x: optax_clip.zclip(eps=x), "eps"),
-  "adagc": (optax_clip.adagc, "ratio"),
   "adagc, warmup": (lambda x: optax_clip.adagc(warmup=x), "warmup"),
-  "adaclip": (optax_clip.adaclip, "decay"),
-  "adagn": (optax_clip.adagn, "decay_mean"),
-  "stable_spam": (optax_clip.stable_spam, "decay_max"),
-  "clip_element_spikes": (optax_clip.clip_element_spikes, "theta"),
-  "clippy": (optax_clip.clippy, "relative"),
   "adaptive_grad_clip, eps": (lambda x: optax_clip.adaptive_grad_clip(1.0, x), "eps"),
   "clip_by_global_norm, eps": (
     lambda x: optax_clip.clip_by_global_norm(1.0, eps=x),

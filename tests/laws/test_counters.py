@@ -15,11 +15,13 @@ from optax_clip import thresholds
 LAST = np.iinfo(np.int32).max
 
 EVERY = {
-  **{row.name: functools.partial(row.make, record=True) for row in registry.ROWS},
   # With short memories, which are full long before.
-  "autoclip": lambda: optax_clip.autoclip(50, window=4),
-  "clip_by_history": lambda: optax_clip.clip_by_history(window=4),
-  "clip_by_layer_percentile": lambda: optax_clip.clip_by_layer_percentile(50, window=4),
+  **{
+    row.name: functools.partial(
+      row.make, record=True, **({"window": 4} if row.takes("window") else {})
+    )
+    for row in registry.ROWS
+  },
   "a schedule": lambda: optax_clip.clip_by_global_norm(optax.constant_schedule(1.0)),
   "a warm-up": lambda: optax_clip.clip_with(
     optax_clip.measures.global_norm(),

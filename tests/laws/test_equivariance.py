@@ -1,6 +1,6 @@
 """Units are the user's: gradients times a power of two are clipped alike."""
 
-from helpers import registry
+from helpers import learned
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,26 +12,6 @@ from optax_clip import thresholds
 
 POWERS = np.arange(-100, 101)
 STEPS = 60
-
-# Those that learn, with short memories, so that all of them come to limit something.
-METHODS = {
-  "autoclip": lambda: optax_clip.autoclip(50.0, window=16),
-  "clip_by_layer_percentile": lambda: optax_clip.clip_by_layer_percentile(window=16),
-  "clip_by_history": lambda: optax_clip.clip_by_history(window=16),
-  "zclip": lambda: optax_clip.zclip(warmup=10),
-  "zclip, percentile": lambda: optax_clip.zclip(warmup=10, mode="percentile"),
-  "adagc": lambda: optax_clip.adagc(warmup=10),
-  "adaclip": lambda: optax_clip.adaclip(0.9),
-  "clip_element_spikes": lambda: optax_clip.clip_element_spikes(25.0, 0.9),
-  "adagn": optax_clip.adagn,
-  "stable_spam": optax_clip.stable_spam,
-}
-
-
-def test_all_that_learn_are_here():
-  names = {name.split(",")[0] for name in METHODS}
-  assert names == {row.name for row in registry.ROWS if row.stateful}
-
 
 # What comes out of these has no units, nor have their limits.
 NORMALIZING = ("adagn", "stable_spam")
@@ -56,9 +36,9 @@ def at_all_powers(run):
   return jax.jit(lambda u: jax.lax.map(run, u))(units), np.ldexp(1.0, POWERS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", learned.METHODS)
 def test_limits_and_updates_have_the_units_of_gradients(name):
-  tx = METHODS[name]()
+  tx = learned.make(name)
   gradients = trace()
 
   def run(unit):

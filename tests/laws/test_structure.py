@@ -13,6 +13,7 @@ from helpers.programs import reductions_by_size
 from helpers.programs import size
 from helpers.programs import temporary
 from helpers.registry import FIXED
+from helpers.registry import ROWS
 from helpers.registry import names
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ import optax_clip
 pytestmark = pytest.mark.optimized
 
 WIDTH, LAYERS = 512, 2
+OF_LAYERS = [row for row in ROWS if row.layers]
 
 
 @pytest.fixture(scope="module")
@@ -150,20 +152,9 @@ class TestTracing:
 
 
 class TestCompilation:
-  @pytest.mark.parametrize(
-    "name",
-    [
-      "clip_by_layer_norm",
-      "adagc",
-      "clip_by_layer_percentile",
-      "adaclip",
-      "adagn",
-      "stable_spam",
-    ],
-  )
-  def test_leaves_of_one_shape_share_their_kernels(self, name):
-    keywords = {"max_norm": 1.0} if name == "clip_by_layer_norm" else {}
-    tx = getattr(optax_clip, name)(**keywords)
+  @pytest.mark.parametrize("row", OF_LAYERS, ids=names(OF_LAYERS))
+  def test_leaves_of_one_shape_share_their_kernels(self, row):
+    tx = row.make()
 
     def number(count):
       leaves = [

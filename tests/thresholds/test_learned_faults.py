@@ -8,6 +8,7 @@ are in Adam, whose second moment it keeps.
 import itertools
 
 from helpers import learned
+from helpers import registry
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,10 +127,7 @@ def test_a_leaf_of_zeros_never_freezes(name):
   assert np.min(a[60:]) > 0.05
 
 
-PER_LAYER = ("adagc", "clip_by_layer_percentile", "adaclip", "adagn", "stable_spam")
-
-
-@pytest.mark.parametrize("name", PER_LAYER)
+@pytest.mark.parametrize("name", registry.names(registry.LAYERWISE))
 def test_other_layers_learn_while_one_is_zero(name):
   g = healthy(0, 40)
   _, both = learned.play(name, (g, True))

@@ -3,6 +3,7 @@
 import functools
 
 from helpers import learned
+from helpers import registry
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ def test_multi_steps_learns_once_per_step(name):
     np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
-STATIC = {"autoclip", "clip_by_history", "clip_by_layer_percentile"}
+STATIC = {row.name for row in registry.LEARNED if row.takes("window")}
 
 
 @methods
@@ -156,14 +157,7 @@ def test_a_restored_checkpoint_continues_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize(
   "name",
-  [
-    "adagc",
-    "clip_by_layer_percentile",
-    "adaclip",
-    "adagn",
-    "stable_spam",
-    "clip_element_spikes",
-  ],
+  [*registry.names(registry.LAYERWISE), "clip_element_spikes"],
 )
 def test_another_number_of_layers_is_a_clear_error(name):
   tx = learned.make(name)
