@@ -28,7 +28,7 @@ def forced() -> str | None:
 
 
 def forms() -> tuple[str | None, bool]:
-  """Returns what decides about forms beside the backend: a key of compiled programs."""
+  """Returns the settings that choose forms beside the backend: keys of programs."""
   return forced(), has_fast_float64()
 
 

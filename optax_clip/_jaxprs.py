@@ -19,7 +19,7 @@ def run(program: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]
 
 
 def run_only(program: Any, used: list[bool], inputs: Sequence[Any]) -> list[Any]:
-  """Computes some results of a program, without what they do not need.
+  """Computes some results of a program, and nothing else.
 
   Args:
     program: of `jax.make_jaxpr`.

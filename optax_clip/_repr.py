@@ -15,7 +15,7 @@ from optax_clip._types import PyTree
 
 _P = ParamSpec("_P")
 
-# Arrays of so many elements, as the vectors of records, print their values.
+# The largest arrays that print their values, as the vectors of records do.
 _SHORT = 7
 
 

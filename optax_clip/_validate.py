@@ -67,7 +67,7 @@ def bound(**values: object) -> None:
 
 
 def _callers() -> int:
-  """The `stacklevel` by which a function that calls this warns whoever called us."""
+  """Returns the `stacklevel` by which a warning of ours points at the user's call."""
   frame, level = inspect.currentframe(), 0
   while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
     frame, level = frame.f_back, level + 1
@@ -162,11 +162,21 @@ def fraction(**values: object) -> None:
 def state(kind: type, given: object, owner: str) -> None:
   """Raises unless a state is of the type that `init` of its owner returned."""
   if not isinstance(given, kind):
-    raise TypeError(
-      f"The state of {owner} must be the {kind.__name__} that its init returned, got a"
-      f" {type(given).__name__}. Pass tx.init(params) of this same tx; of a checkpoint"
-      " of another chain, optax_clip.convert_state(tx, params, old_state) makes one."
-    )
+    _refuse(kind.__name__, given, owner)
+
+
+def pair(given: object, owner: str) -> None:
+  """Raises unless a state is a pair, as of a chain of two."""
+  if not isinstance(given, tuple) or len(given) != 2:
+    _refuse("pair", given, owner)
+
+
+def _refuse(kind: str, given: object, owner: str) -> None:
+  raise TypeError(
+    f"The state of {owner} must be the {kind} that its init returned, got a"
+    f" {type(given).__name__}. Pass tx.init(params) of this same tx; of a checkpoint"
+    " of another chain, optax_clip.convert_state(tx, params, old_state) makes one."
+  )
 
 
 class Kind:

@@ -125,7 +125,7 @@ def clip_with(
   Returns:
     An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`, or
     `optax.EmptyState` if it records and remembers nothing. Its ``init`` leaves
-    out what is no float: integers get no updates, and `None` or JAX's float0 may stand
+    out all but floats: integers get no updates, and `None` or JAX's float0 may stand
     there. ``update`` refuses integers.
 
   Raises:
@@ -204,8 +204,8 @@ class _Weights(NamedTuple):
   Attributes:
     norms: the norms that were weighed.
     limits: for each block its limits, which broadcast to it.
-    coefficients: for each block what the leaves are multiplied with.
-    effects: for each block what the record shows of it; empty if there is none.
+    coefficients: for each block the factors of its leaves.
+    effects: for each block its part of the record; empty without a record.
     settled: leaves that the action has made already, by their index.
   """
 
@@ -221,10 +221,10 @@ class _Weights(NamedTuple):
 
 
 def _memory(threshold: Threshold, norms: Norms, state: Any, name: str) -> Any:
-  """Returns what the threshold remembers.
+  """Returns the memory of the threshold.
 
   Raises:
-    TypeError: if there should be a memory and is none.
+    TypeError: if a memory is missing.
   """
   if isinstance(state, ClipState):
     return state.threshold

@@ -41,7 +41,7 @@ class Known(NamedTuple):
   Attributes:
     updates: the tree that was measured.
     params: the parameters beside it.
-    norms: pairs of what measured and what it found.
+    norms: pairs of a measuring function and the norms that it found.
   """
 
   updates: Updates = None
@@ -51,7 +51,7 @@ class Known(NamedTuple):
   def find(
     self, measuring: Measuring, updates: Updates, params: Params
   ) -> Norms | None:
-    """Returns what was measured by this function of these very arrays, if it was."""
+    """Returns the norms that this function found of these very arrays, if it did."""
     for known, norms in self.norms:
       is_same = known is measuring or (
         type(known) is type(measuring) and bool(known == measuring)
@@ -80,7 +80,7 @@ class Scope(Generic[Value]):
   """Holds a value for all that is called within; an inner scope shadows the outer."""
 
   def __init__(self, default: Value) -> None:
-    """Sets what is found outside of all scopes."""
+    """Sets the value outside of all scopes."""
     self._held = contextvars.ContextVar("optax_clip", default=default)
 
   @contextlib.contextmanager
@@ -93,7 +93,7 @@ class Scope(Generic[Value]):
       self._held.reset(token)
 
   def get(self) -> Value:
-    """Returns what the innermost scope holds."""
+    """Returns the value of the innermost scope."""
     return self._held.get()
 
 

@@ -23,12 +23,12 @@ class LayerRecord(NamedTuple):
   around.
 
   Attributes:
-    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is no stack. Where a
+    stacks: i32[leaves], how many layers a leaf stacks; 0 if it is not a stack. Where a
       leaf stacks them along several axes, i32[leaves, axes], filled up with 0. [-1] if
       there are no leaves, and one layer stands for none. Constant.
     norm: f32[layers], in the last step, before clipping; with several norms (units),
       the largest.
-    limit: f32[layers], what the last step allowed the layer, or its group.
+    limit: f32[layers], the limit of the layer, or of its group, in the last step.
     coefficient: f32[layers], the smallest factor that the last step applied to it.
     size: f32[layers], the norm for one element, which compares layers.
     steps: i32[], how many updates came in.

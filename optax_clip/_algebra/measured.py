@@ -37,23 +37,21 @@ def measured(
   Measures only what was not handed on.
   """
   at_hand, parts = _handed.scope.get(), measure.parts
+  asked = updates, params, extra_args
 
   def known(measure: Measure) -> Norms | None:
     return at_hand.find(measure.measure, updates, params)
 
-  def by(measure: Measure) -> Norms:
-    found = known(measure)
-    return measured_by(measure, updates, params, extra_args) if found is None else found
-
   if parts is None or not (by_layer or known(parts.measure) is not None):
-    norms = by(measure)
+    norms = measured_by(measure, *asked)
     return norms, norms if by_layer else None
-  layers, whole = by(parts.measure), known(measure)
+  layers, whole = measured_by(parts.measure, *asked), known(measure)
   if whole is None and parts.combine is not None:
     found = parts.combine(layers, updates)
     is_laid = isinstance(found, Norms)
     whole = found if is_laid else as_norms(found, measure.layout(updates))
-  return by(measure) if whole is None else whole, layers if by_layer else None
+  whole = measured_by(measure, *asked) if whole is None else whole
+  return whole, layers if by_layer else None
 
 
 def measured_by(
@@ -63,7 +61,10 @@ def measured_by(
   extra_args: ExtraArgs,
   layout: Layout | None = None,
 ) -> Norms:
-  """Measures; makes the layout unless it is given."""
+  """Measures, unless it is known; makes the layout unless it is given."""
+  known = _handed.scope.get().find(measure.measure, updates, params)
+  if known is not None:
+    return known
   layout = measure.layout(updates) if layout is None else layout
   if isinstance(measure.measure, ByLayout):
     return measure.measure.by(layout, updates, params, extra_args)
@@ -109,7 +110,7 @@ def of_layers(measure: Measure, tree: Updates) -> Layout:
 
 
 def as_norms(found: Found, layout: Layout) -> Norms:
-  """Splits what a measure returned: an `Extended` for each block.
+  """Splits the result of a measure: an `Extended` for each block.
 
   Raises:
     ValueError: if the shapes do not fit.
@@ -153,7 +154,7 @@ class LayerNorms(NamedTuple):
 
 
 def layer_norms(measure: Measure, layers: Norms) -> LayerNorms:
-  """Makes what a record keeps for each layer from the layers' norms."""
+  """Makes the entries of a record of layers from the layers' norms."""
   norm = layers.by_layer(largest, layers.values)
   ord = measure.parts.measure.ord if measure.parts else measure.ord
   if ord is None:

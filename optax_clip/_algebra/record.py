@@ -20,9 +20,9 @@ Array = jax.Array
 class Record(NamedTuple):
   """Records what clipping did; with several norms, the worst of them.
 
-  It has vectors, and no scalar for each entry: a TPU has a kernel for each operation on
-  a scalar, and every leaf of a state costs time at each call of a step. `metrics` takes
-  them apart.
+  It has vectors in place of a scalar for each entry: a TPU has a kernel for each
+  operation on a scalar, and every leaf of a state costs time at each call of a step.
+  `metrics` takes them apart.
 
   Attributes:
     shown: f32[5], of the last step: the largest ``norm`` before clipping; the smallest
@@ -65,7 +65,7 @@ def blank() -> Record:
 
 
 class Effect(NamedTuple):
-  """Holds what the norms of a block were multiplied with, and the norms after that.
+  """Holds the factors of a block's norms, and the norms after clipping.
 
   Attributes:
     both: two arrays; for a scalar norm one array of both: on a TPU every operation on a
@@ -75,7 +75,7 @@ class Effect(NamedTuple):
   both: Array | tuple[Array, Array]
 
   def factor(self) -> Array:
-    """Returns what the norms were multiplied with."""
+    """Returns the factor of each norm."""
     return self.both[0]
 
   def zeroed(self, finite: Array) -> "Effect":
@@ -88,7 +88,7 @@ class Effect(NamedTuple):
 
 
 def effect(norm: Extended, coefficient: Extended) -> Effect:
-  """Says what a coefficient does to the norms of a block."""
+  """Multiplies the norms of a block by their coefficients."""
   if norm.value.ndim:
     factor = coefficient.value * coefficient.unit
     return Effect((factor, _product(norm, coefficient)))

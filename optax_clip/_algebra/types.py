@@ -82,7 +82,7 @@ class Threshold(NamedTuple):
   Attributes:
     init: ``init(norms)``: returns the state, or `optax.EmptyState` without one.
       `norms` are zeros: one array, of shape ``[]`` or ``[norms]``, with one
-      norm at least: where there are no leaves, it is 0 in every step.
+      norm at least: without leaves it is 0 in every step.
     update: ``update(norms, state, **extra_args)``: returns limits that broadcast to
       `norms`, of their dtype, and the new state.
   """

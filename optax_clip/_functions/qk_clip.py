@@ -151,7 +151,7 @@ def _factors(
 
   Args:
     most: the largest logits, ``[..., heads]``.
-    tau: what is allowed.
+    tau: the limit.
     alpha: the share of the query.
     key_heads: how many there are.
   """
@@ -166,7 +166,7 @@ def _factors(
   worst = jnp.max(grouped, axis=-1)
   touched = worst > 0
   # The powers of both stay in the range of floats, their quotient may not. However
-  # inexact they are: queries get what is left of gamma.
+  # inexact they are: queries get the rest of gamma.
   share = 1 - jnp.asarray(alpha, most.dtype)
   allowed = jnp.max(jnp.where(exceeds, limit, 0).reshape(grouped.shape), axis=-1)
   above = jnp.where(touched, allowed, 1) ** share
@@ -178,7 +178,7 @@ def _factors(
 
 
 def _repeated(x: Array, count: int) -> Array:
-  """Each entry of the last axis so many times; with any sharding."""
+  """Repeats each entry of the last axis, with any sharding."""
   repeated = jnp.broadcast_to(x[..., None], (*x.shape, count))
   return repeated.reshape(*x.shape[:-1], x.shape[-1] * count)
 

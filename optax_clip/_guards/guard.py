@@ -62,7 +62,7 @@ class GuardState(NamedTuple):
   Attributes:
     inner: the state of the transformation inside. Only steps taken change it, but for
       the norms, limits and coefficients in its records, which show the last step.
-    memory: what the judge remembers.
+    memory: the judge's memory.
     record: ``{name: SkipRecord}``; with ``record="layers"`` also
       ``{name/layers: LayerRecord}``, which covers all steps.
   """
@@ -82,7 +82,7 @@ class Guard:
   Attributes:
     inner: the transformation that all judges stand around.
     judges: the outermost first.
-    kinds: what their memories are, for errors.
+    kinds: checks of their memories.
   """
 
   inner: optax.GradientTransformation
@@ -171,7 +171,7 @@ class Guard:
     return result, later
 
   def scales(self, state: GuardState) -> list[Array]:
-    """Returns by what the updates are divided before they reach `inner`."""
+    """Returns the scales by which updates are divided before they reach `inner`."""
     found = []
     for judge in self.judges:
       if judge.scales:
@@ -311,7 +311,7 @@ def divided(updates: Updates, scale: Array | None) -> Any:
 def _unscaled(
   known: Known, updates: Updates, params: Params, scale: Array | None
 ) -> tuple[Known, Any]:
-  """Divides updates by a scale; returns them with what is known of them then."""
+  """Divides updates by a scale; returns the norms that stay known, and them."""
   if scale is None:
     return known, updates
   new = divided(updates, scale)

@@ -23,7 +23,7 @@ from optax_clip._types import Scalar
 from optax_clip._types import Updates
 
 Array = jax.Array
-# Beyond this, a scale's inverse is no normal float, and unscaled updates are 0.
+# Beyond this, a scale's inverse is not a normal float, and unscaled updates are 0.
 _LARGEST = 2.0**126
 
 
@@ -73,7 +73,7 @@ def dynamic_loss_scale(
     inner: as in `skip_nonfinite`.
     init_scale: the first scale, from 2^-126 to 2^126. Powers of two, here and below,
       are exact.
-    growth_interval: after so many finite steps in a row the scale grows.
+    growth_interval: number of finite steps in a row after which the scale grows.
     growth_factor: how many times it grows, at least 1.
     backoff_factor: multiplies the scale on a step that is not finite; in (0, 1].
     min_scale: the scale never falls below this, or 2^-126 if that is more. Persistent
@@ -130,7 +130,7 @@ def dynamic_loss_scale(
   _validate.positive(backoff_factor=backoff_factor)
   _validate.within(0, 1, backoff_factor=backoff_factor)
   measuring = Measuring.of(measure, record)
-  # Divided by less than 1, what was finite may not be: see `judge`.
+  # A division by less than 1 may make a finite number infinite: see `judge`.
   lowest = (init_scale, min_scale)
   enlarges = not all(isinstance(x, (int, float)) and x >= 1 for x in lowest)
 

@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 class Seen(NamedTuple):
-  """Holds what a guard measured.
+  """Holds the measurements of a guard.
 
   Attributes:
     sizes: f[norms], all norms by its measure.
@@ -36,7 +36,7 @@ class Measuring(NamedTuple):
   """Measures for a guard, which always keeps a record.
 
   Attributes:
-    measure: measures what the judge sees.
+    measure: measures for the judge.
     by_layer: whether to record layers.
   """
 

@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 class SkipRecord(NamedTuple):
-  """Records what a guard did; an inner guard counts the steps that the outer let by.
+  """Records what a guard did; an inner one counts steps that the outer let through.
 
   It has vectors, as `Record`.
 

@@ -66,7 +66,7 @@ class LossMemory(NamedTuple):
 
 # The loss's level is its mean over about the last 100 steps taken.
 _LEVEL_DECAY = 0.99
-# So many times the usual norm is a spike where the default judge has not learned yet.
+# Until the default judge has learned, a norm this many times the usual one is a spike.
 _EARLY_FACTOR = 5.0
 # The smallest normal float32.
 _LEAST_DISTANCE = 2.0**-126
@@ -115,11 +115,11 @@ def skip_spikes(
       sign: the threshold learns and judges its distance from the mean loss over about
       the last 100 steps taken, and a loss below that mean is never a spike.
     factor: f > 0, how many times its limit a signal may be.
-    warmup: so many steps at first, and after each fresh start, are no spikes (but the
-      threshold learns from them). Thresholds that need values to begin with have no
-      limit before they have them, whatever this is.
-    cooldown: so many steps after a spike are no spikes: at most every
-      ``cooldown + 1``-th step is skipped.
+    warmup: number of steps, at the start and after each fresh start, in which nothing
+      counts as a spike (but the threshold learns from them). Thresholds that need
+      values to begin with have no limit before they have them, whatever this is.
+    cooldown: number of steps after a spike in which nothing counts as a spike: at most
+      every ``cooldown + 1``-th step is skipped.
     max_consecutive: how many spikes are skipped at most without a step taken: the next
       one is then taken, and the threshold starts afresh from it (schedules in it, which
       learn nothing, go on). Steps that are not

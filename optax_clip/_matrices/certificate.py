@@ -35,7 +35,7 @@ _CLEAR = 1e6
 
 
 class Look(NamedTuple):
-  """Holds what one look at a matrix found.
+  """Holds the results of one look at a matrix.
 
   Attributes:
     bound: f32[] or f64[], a proven upper bound of its largest singular value over the
@@ -64,7 +64,7 @@ def frobenius(x: Array) -> Array:
 
 
 def gap(rows: int, doublings: int) -> float:
-  """By how much, relative to the limit, what passes may exceed it: exact arithmetic."""
+  """Returns the largest share, exactly, by which a matrix that passes is too large."""
   edge = math.acosh(math.sqrt(max(rows, 1))) / 2**doublings
   return math.sqrt((1 + math.cosh(edge)) / 2) - 1
 
@@ -90,7 +90,7 @@ def look(matrix: Array, limit: Array, tolerance: float, *, fixed: bool = False) 
   Args:
     matrix: f32 or f64 ``[m, n]``, m <= n, finite, of a 2-norm near 1.
     limit: f[], from 2^-22 up.
-    tolerance: how far above the limit what passes may be.
+    tolerance: how far above the limit a matrix that passes may be.
     fixed: whether to double as often whatever the matrix, without a conditional.
   """
   return look_at(dot(matrix, matrix.T), limit, tolerance, fixed=fixed)

@@ -27,7 +27,7 @@ _NORM_EPSILONS = 16
 
 
 class _Static(NamedTuple):
-  """Holds what decides the program of one leaf beside its inputs; hashable."""
+  """Holds the settings that decide the program of one leaf; hashable."""
 
   view: _view.View
   soft: bool
@@ -154,7 +154,7 @@ def _worked(
   if not static.soft:
     passes = _hard.within(bound, aim) & (limit > 0) & (raised == 0)
     new = jnp.where(passes, matrix, new)
-    # What passes is no larger than its limit, but for the tolerance of the proof.
+    # A matrix that passes exceeds its limit by the tolerance of the proof at most.
     largest = jnp.where(passes, jnp.minimum(largest, limit / unit), largest)
   # The norm is a bound, too; NaN comes of no finite matrix.
   largest = jnp.where(largest < value, largest, value)

@@ -44,7 +44,7 @@ _ZONE = 1e-2
 
 
 class Aim(NamedTuple):
-  """Says what is promised for a leaf's dtype; hashable.
+  """Holds the precision that is promised for a leaf's dtype; hashable.
 
   Attributes:
     tolerance: by how much, relative to the limit, the result may exceed it.
@@ -96,8 +96,8 @@ def clipped(
   Args:
     matrix: f32 or f64 ``[m, n]``, m <= n, of a 2-norm near 1; finite.
     limit: f[], from 2^-22 up.
-    aim: what is promised.
-    rounded: what the leaf's dtype makes of a matrix.
+    aim: the promised precision.
+    rounded: rounds a matrix to the leaf's dtype.
     least: `Aim.least`, in units of the matrix.
 
   Returns:
@@ -131,7 +131,7 @@ def clipped(
 
 
 def within(bound: Array, aim: Aim) -> Array:
-  """Whether a bound over the limit proves what is promised; false for NaN."""
+  """Returns whether a bound over the limit proves the promise; false for NaN."""
   return bound <= 1 + aim.tolerance
 
 
@@ -265,8 +265,8 @@ def shortened(
   Args:
     old: the matrix as it was.
     limit: f[].
-    aim: what is promised.
-    rounded: what the leaf's dtype makes of a matrix.
+    aim: the promised precision.
+    rounded: rounds a matrix to the leaf's dtype.
     least: `Aim.least`, in units of the matrix.
     new: the matrix as it is.
     top: a bound of its largest singular value, when rounded.

@@ -223,7 +223,7 @@ def _turned(
 def _estimate(square: Array) -> Array:
   """Estimates the largest singular value from ``W Wᵀ``: from below, to about 1e-4.
 
-  A few random columns pass the Chebyshev filter of what a shorter look finds.
+  A few random columns pass the Chebyshev filter that a shorter look has found.
   """
   dtype = square.dtype
   zero = jnp.zeros((), jnp.int32)
@@ -232,7 +232,7 @@ def _estimate(square: Array) -> Array:
   def largest(columns: Array) -> tuple[Array, Array]:
     columns = columns / jnp.maximum(_sizes(columns), jnp.finfo(dtype).tiny)
     new = dot(square, columns)
-    # Of the Rayleigh quotients, as the norm of a step is no smaller.
+    # The largest of the Rayleigh quotients: the norm of a step is at least as large.
     return jnp.max(jnp.sum(columns * new, axis=0)), new
 
   for _ in range(3):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-# The least that is ever brought to 1: what float32 resolves, with room.
+# The least value that is ever brought to 1: float32 resolves it, with room.
 _LEAST = 2.0**-26
 # Divided by its largest value alone, a quintic has a slope of 13 at its fixed point 1:
 # rounding errors there would grow thirteenfold in every step.

@@ -17,7 +17,7 @@ from optax_clip._matrices.hard import Aim
 from optax_clip._matrices.hard import Rounded
 
 Array = jax.Array
-# What is above so many limits is clipped hard first.
+# Singular values above this many limits are clipped hard first.
 _FAR = 100.0
 
 

@@ -12,6 +12,7 @@ from optax_clip import actions
 from optax_clip import measures
 from optax_clip._algebra.clip_with import clip_with
 from optax_clip._algebra.types import Threshold
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._repr import named
 from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import memory as _memory
@@ -110,9 +111,8 @@ def _total(norms: Array, ord: float) -> Array:
     return jnp.zeros((), norms.dtype)
   if ord == math.inf:
     return jnp.max(norms)
-  # The unit cancels, so that its derivative is left out.
-  largest = jax.lax.stop_gradient(jnp.max(norms))
-  unit = jnp.where(largest > 0, largest, 1)
+  largest = jnp.max(norms)
+  unit = _power_sums.as_unit(largest)
   share = norms / unit
   # The largest share is 1: the root has a finite derivative.
   present = share > 0

@@ -41,7 +41,7 @@ class Place(NamedTuple):
     cut: how a mesh divides the leaf's norms.
     elements: how many elements one norm measures, on all devices.
     stack: how many layers the leaf stacks along each dimension of `layers`, on all
-      devices; empty if it is no stack.
+      devices; empty if it is not a stack.
     layers: the dimensions that count the layers.
     scaled: whether the clip scales the leaf by its norms, or only counts it in them.
     shape: the shape of the leaf, on all devices; `None` if nobody asked.
@@ -86,7 +86,7 @@ class Layout(NamedTuple):
     return [(p.block, p.entry) for p in self.places]
 
   def stacks(self) -> list[tuple[int, ...]]:
-    """Returns how many layers each leaf stacks, by axis; empty if it is no stack."""
+    """Returns how many layers each leaf stacks, by axis; empty if it is not a stack."""
     return [p.stack for p in self.places]
 
   def scaled_layers(self) -> list[bool]:
@@ -185,7 +185,7 @@ def of_leaves(
     whole_shape = _mesh.whole_shape(x.shape, cut)
     stack = tuple(whole_shape[i] for i in layer or ())
     if 0 in stack:
-      # A stack of no layers is one layer without elements.
+      # A stack without layers is one layer without elements.
       stack, layer = (), ()
     about: dict[str, Any] = {"shape": shape, "rows": own_rows, "pieces": piece}
     if over is None or (layer is None and len(over) == len(x.shape)):

@@ -149,7 +149,7 @@ def _leaf_specs(tree: Any, specs: Specs) -> list[Any]:
     )
   if not jax.tree.leaves(tree):
     return []  # optax.tree_map_params initialises with a stand-in for all parameters.
-  # Broadcasts indices, as `None` is no leaf and a spec may be a tuple.
+  # Broadcasts indices, as `None` is not a leaf and a spec may be a tuple.
   numbers = jax.tree.unflatten(treedef, range(len(given)))
   try:
     found = jax.tree.leaves(jax.tree.broadcast(numbers, tree))
@@ -198,7 +198,7 @@ def placed(x: Array, cut: Cut) -> Array:
   """Puts this device's norms in their place among all, with 0 for the others.
 
   One collective then both completes each norm and joins all of them. After it every
-  device knows all norms, so that thresholds and records are what they are on one.
+  device knows all norms, so that thresholds and records are those of one device.
   """
   for dim, names in cut.between:
     shape = list(x.shape)

@@ -91,6 +91,12 @@ def root(moment: Array, ord: float) -> Array:
   return jnp.sqrt(moment) if ord == 2 else moment ** (1 / ord)
 
 
+def as_unit(largest: Array) -> Array:
+  """Makes a unit of the largest value; 1 of 0. It cancels: its derivative is 0."""
+  largest = lax.stop_gradient(largest)
+  return jnp.where(largest > 0, largest, 1)
+
+
 def root_and_unit(moment: Array, unit: Array, ord: float) -> tuple[Array, Array]:
   """Turns a moment in units into a norm, as value and unit."""
   if ord >= 1:

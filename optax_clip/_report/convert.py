@@ -1,7 +1,7 @@
-"""The state of one optimizer from that of another: what a checkpoint holds is kept.
+"""Builds one optimizer's state from another's, and keeps all that a checkpoint holds.
 
 Parts of the two states that hold values of the same names belong together, in their
-order: wherever they stand, and whatever is around them. `parts` says what a part is.
+order: wherever they stand, and whatever is around them. `parts` defines a part.
 """
 
 from collections.abc import Callable
@@ -138,7 +138,7 @@ def convert_state(
 
 
 def _dropped(old: State, drop: Sequence[str]) -> tuple[frozenset[int], bool]:
-  """The leaves that `drop` names; and whether all that fits nowhere may be lost."""
+  """Finds the leaves that `drop` names, and whether all that fits nowhere may go."""
   paths = (drop,) if isinstance(drop, str) else tuple(drop)
   dropped: frozenset[int] = frozenset()
   for path in filter(None, paths):
@@ -156,7 +156,7 @@ def _dropped(old: State, drop: Sequence[str]) -> tuple[frozenset[int], bool]:
 def _pairs(
   old: State, new: State, dropped: frozenset[int]
 ) -> tuple[list[tuple[Part, Part]], dict[str, str]]:
-  """Parts that belong together; of the others by path, why they fit nowhere."""
+  """Pairs parts that belong together; says by path why the others fit nowhere."""
   there = _by_key([part for part in old.parts if part.split(dropped)[0].values])
   here = _by_key(new.parts)
   pairs, problems = [], {}
@@ -189,7 +189,7 @@ def _by_key(parts: list[Part]) -> dict[Any, list[Part]]:
 
 
 def _misfit(old: State, new: State, before: Part, after: Part) -> str | None:
-  """The first value of another shape or dtype, in words."""
+  """Names the first value of another shape or dtype."""
   theirs = after.named()
   for names, i in before.named().items():
     j = theirs[names]
@@ -199,7 +199,7 @@ def _misfit(old: State, new: State, before: Part, after: Part) -> str | None:
 
 
 def _nearest(part: Part, free: list[Part]) -> str:
-  """Why a part fits nowhere: what the part that resembles it has, and has not."""
+  """Says why a part fits nowhere, compared with the part that resembles it."""
   for other in free:
     alike = (other.kind, other.name, other.fields())
     if alike == (part.kind, part.name, part.fields()):
@@ -253,7 +253,7 @@ def _refuse_loss(
 
 
 def _named(old: State, lost: list[Part]) -> tuple[str, ...]:
-  """The paths of parts; of all hyperparameters of a wrapper, the one above them."""
+  """Names parts by their paths; all hyperparameters of a wrapper by the one above."""
   named: list[str] = []
   for part in lost[:_LISTED]:
     beside = [x for x in old.parts if x.where[:-1] == part.where[:-1]]
@@ -266,7 +266,7 @@ def _named(old: State, lost: list[Part]) -> tuple[str, ...]:
 
 
 def _left(state: State, placed: list[Part]) -> Iterator[Part]:
-  """The parts that are not among those that were placed."""
+  """Yields the parts that were not placed."""
   taken = {part.where for part in placed}
   return (part for part in state.parts if part.where not in taken)
 
@@ -294,7 +294,7 @@ def _report(
 def _fresh(
   tx: optax.GradientTransformation, params: Params, wanted: list[bool]
 ) -> list[Any]:
-  """The leaves of ``tx.init(params)`` that are wanted; the others are not made."""
+  """Makes the leaves of ``tx.init(params)`` that are wanted, and no others."""
   if not any(wanted):
     return [None] * len(wanted)
   if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
@@ -339,7 +339,7 @@ def _placer(params: Params) -> Callable[[Names, Any], Any]:
 
 
 def _is_spread(x: object) -> bool:
-  """Whether a value is an array on several devices."""
+  """Returns whether a value is an array on several devices."""
   if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
     return False
   return len(x.sharding.device_set) > 1

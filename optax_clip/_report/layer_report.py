@@ -25,7 +25,7 @@ class LayerMetrics(NamedTuple):
 
   Attributes:
     norm: its norm in the last step, before clipping; with units, the largest.
-    limit: what the last step allowed the layer, or the group that it is clipped with.
+    limit: the limit of the layer, or of its group, in the last step.
     coefficient: its factor in the last step; with units, the smallest.
     size: the norm for one element, which compares layers: the root mean square for
       norms of order 2. Ratios and RMS stay as they are.
@@ -140,7 +140,7 @@ def layer_metrics(
       s_l > F \cdot \text{median}_k(s_k), \quad s_l < \text{median}_k(s_k) / F
 
   Clipping needed these norms anyway, or took them in the same read: no gradient is
-  read twice. Call this outside `jax.jit`, as names are no arrays; it fetches a few
+  read twice. Call this outside `jax.jit`, as names are not arrays; it fetches a few
   vectors from the device.
 
   Args:
@@ -253,7 +253,7 @@ def _named(params: Params, record: Any) -> tuple[list[str], set[str]]:
       " optax.masked or optax.multi_transform the part that the transformation sees,"
       " with optax.MaskedNode() for the rest."
     )
-  # Of each leaf the sizes of its axes of layers; none if it is no stack.
+  # Of each leaf the sizes of its axes of layers; none if it is not a stack.
   counts = [row[row > 0] for row in np.atleast_2d(stacks.T).T]
 
   def layers(path: str, sizes: np.ndarray) -> list[str]:

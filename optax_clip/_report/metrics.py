@@ -146,10 +146,10 @@ def entries(opt_state: OptState, kinds: tuple[type, ...]) -> list[tuple[str, Any
 
 
 def _unwrapped(opt_state: OptState) -> OptState:
-  """Returns what a framework's optimizer has as its state.
+  """Returns the state that a framework's optimizer holds.
 
-  A state of optax may have a field ``opt_state`` beside others, so that only what is no
-  tree itself, as an `Optimizer` of some Flax NNX, is asked for what it has as that.
+  A state of optax may have a field ``opt_state`` beside others, so that only an
+  object that is not a tree itself, as an `Optimizer` of some Flax NNX, is asked for it.
   """
   if jax.tree_util.all_leaves([opt_state]):
     return getattr(opt_state, "opt_state", opt_state)

@@ -1,4 +1,4 @@
-"""A state of an optimizer, read by the paths of its leaves.
+"""Reads a state of an optimizer by the paths of its leaves.
 
 A checkpoint that was restored without a target has no types: its NamedTuples are
 dictionaries, its tuples lists, or dictionaries of digits. A path in any of them, such
@@ -24,7 +24,7 @@ from optax_clip._types import PyTree
 
 Names = tuple[str, ...]
 
-# Fields that hold the state of what a transformation stands around.
+# Fields that hold the state of an inner transformation.
 _AROUND = frozenset(
   {
     *("inner", "inner_state", "inner_opt_state", "opt_state", "seen", "clip"),
@@ -46,7 +46,7 @@ _VALUES = ("value", "raw_value")
 
 @dataclasses.dataclass
 class Part:
-  """What one transformation keeps in one place.
+  """Holds the values that one transformation keeps in one place.
 
   Attributes:
     where: the names on the path to it.
@@ -66,7 +66,7 @@ class Part:
   values: dict[Names, int]
 
   def named(self) -> dict[Names, int]:
-    """The values, without a name that a user may have changed."""
+    """Returns the values, without a name that a user may have changed."""
     # Some memories stand under the name of their transformation.
     is_named = self.kind in _MEMORIES and all(len(x) > 1 for x in self.values)
     if is_named and len({x[0] for x in self.values}) == 1:
@@ -74,15 +74,15 @@ class Part:
     return self.values
 
   def key(self) -> Any:
-    """The key by which parts of two states are matched."""
+    """Returns the key by which parts of two states are matched."""
     return self.scope, self.kind, self.name, tuple(sorted(self.named()))
 
   def fields(self) -> list[str]:
-    """The first of the names."""
+    """Returns the first of the names."""
     return list(dict.fromkeys(names[0] if names else "" for names in self.values))
 
   def split(self, leaves: frozenset[int]) -> tuple["Part", "Part"]:
-    """The part without some leaves, and what it has of these."""
+    """Splits the part: without some leaves, and with these alone."""
     without = {names: i for names, i in self.values.items() if i not in leaves}
     of_these = {names: i for names, i in self.values.items() if i in leaves}
     replaced = dataclasses.replace
@@ -90,7 +90,7 @@ class Part:
 
 
 class State:
-  """The leaves of a state, and its parts in their order."""
+  """Holds the leaves of a state, and its parts in their order."""
 
   def __init__(self, state: OptState, chained: frozenset[str]) -> None:
     """Cuts each path, see the module's docstring; `chained`: see `chained_names`."""
@@ -119,7 +119,7 @@ class State:
     }
 
   def only_counts(self, part: Part) -> bool:
-    """Whether a part is but the counters of a wrapper."""
+    """Returns whether a part holds only the counters of a wrapper."""
     where = part.where[:-1] if part.kind == "memory" else part.where
     leaves = [self.leaves[i] for i in part.values.values()]
     return where in self.wrappers and all(
@@ -128,7 +128,7 @@ class State:
     )
 
   def places(self, part: Part) -> list[str]:
-    """The paths that stand for a part, and for nothing else, as they are printed."""
+    """Returns the paths that stand for a part alone, as they are printed."""
     if not any(
       part.where == other.where[: len(part.where)]
       for other in self.parts
@@ -140,12 +140,12 @@ class State:
     return list(dict.fromkeys(map(jax.tree_util.keystr, paths)))
 
   def above(self, part: Part) -> str:
-    """The path that a part shares with those beside it, as it is printed."""
+    """Returns the path that a part shares with those beside it, as it is printed."""
     first = next(iter(part.values.values()))
     return jax.tree_util.keystr(self.paths[first][: len(part.where) - 1])
 
   def below(self, path: str) -> frozenset[int]:
-    """The leaves that a path stands for, as it is printed."""
+    """Returns the leaves that a printed path stands for."""
     paths = map(jax.tree_util.keystr, self.paths)
     return frozenset(
       i
@@ -154,11 +154,11 @@ class State:
     )
 
   def text(self, i: int) -> str:
-    """A leaf by its path and type."""
+    """Writes a leaf by its path and type."""
     return f"{jax.tree_util.keystr(self.paths[i])} is {type_of(self.leaves[i])}"
 
   def content(self, part: Part) -> str:
-    """The first of a part's names; of one array its value, or else its type."""
+    """Writes the first of a part's names; of one array its value, or else its type."""
     names = ", ".join(filter(None, part.fields()))
     if names or len(part.values) != 1:
       return names
@@ -167,7 +167,7 @@ class State:
 
 
 def _cut(names: Names, chained: frozenset[str]) -> tuple[int, Names, str, str]:
-  """How many names lead to a part; its scope, kind, and name if it is a record."""
+  """Counts the names that lead to a part; also finds its scope, kind and name."""
   i, last = 0, len(names) - 1
   scope: list[str] = []
   if not names:
@@ -198,7 +198,7 @@ def _cut(names: Names, chained: frozenset[str]) -> tuple[int, Names, str, str]:
 
 
 def chained_names(shapes: PyTree) -> frozenset[str]:
-  """The names in states of `optax.named_chain`: keys above all fields of states."""
+  """Finds the names in states of `optax.named_chain`, above all fields of states."""
   found = set()
   for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
     above = iter(path[:-1])
@@ -223,7 +223,7 @@ def _name(key: Any) -> str:
 
 
 def names_of(path: Any) -> Names:
-  """The keys of a path as text, whatever containers they are of."""
+  """Returns the keys of a path as text, in whatever container they stand."""
   names = tuple(map(_name, path))
   return names[:-1] if names and names[-1] in _VALUES else names
 
@@ -238,12 +238,12 @@ def _dtype(x: ArrayLike) -> Any:
 
 
 def _is_known(x: ArrayLike) -> bool:
-  """Whether it is a number whose value can be read here."""
+  """Returns whether it is a number whose value can be read here."""
   if isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) or jnp.shape(x):
     return False
   return not isinstance(x, jax.Array) or x.is_fully_replicated
 
 
 def type_of(x: ArrayLike) -> str:
-  """As ``float32[3]``."""
+  """Writes a dtype and a shape, as ``float32[3]``."""
   return f"{_dtype(x)}{list(jnp.shape(x))}"

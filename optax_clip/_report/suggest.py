@@ -18,8 +18,8 @@ Array = jax.Array
 _FEWEST = 100
 # Tukey's fence for what is "far out", in interquartile ranges.
 _FENCE = 3.0
-# The start is over once the median of so many norms is near the later level: a
-# spike of up to half as many steps does not move it.
+# The number of norms whose median decides whether the start is over: a spike of up
+# to half as many steps does not move it.
 _RUN = 11
 # Levels that differ by less than this factor are one level.
 _NEAR = 1.1
@@ -123,7 +123,7 @@ def suggest_max_norm(
     that is so at once, and never beyond the half.
 
   No constant fits, and `max_norm` is NaN, if the start is more than a third of the
-  run; if c would have clipped more than s + 15% of the norms that are no spikes, those
+  run; if c would have clipped more than s + 15% of the norms that are not spikes, those
   of the start included; or if the level after the start moves by more than a factor of
   4. Then a threshold that follows fits, as `clip_by_history`.
 

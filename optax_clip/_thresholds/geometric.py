@@ -90,7 +90,7 @@ def geometric(
 
 
 def early(threshold: Threshold, factor: Scalar | None) -> Threshold:
-  """Bounds what has not learned yet by what the first norms say, unless `None`."""
+  """Bounds limits by the first norms until a threshold has learned, unless `None`."""
   if factor is None:
     return threshold
   _validate.positive(early_factor=factor)

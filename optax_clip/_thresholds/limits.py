@@ -135,7 +135,7 @@ def per_group(limits: Sequence[Any]) -> Threshold:
 
 
 def by_shape(limit: Limit) -> Threshold:
-  r"""Multiplies a limit by what the shape of each matrix says.
+  r"""Multiplies a limit by a function of each matrix's shape.
 
   .. math::
       L_l = c \, \sqrt{\max(1, \text{fan}_\text{out} / \text{fan}_\text{in})}
@@ -229,7 +229,7 @@ def restarted(threshold: Threshold, norms: Array, old: OptState) -> Any:
 
   Args:
     threshold: any threshold.
-    norms: what its `init` takes.
+    norms: as its `init` takes them.
     old: its state.
   """
   return jax.tree.map(

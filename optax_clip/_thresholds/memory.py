@@ -1,4 +1,4 @@
-"""How a threshold learns: what it remembers, forgets and ignores.
+"""How a threshold learns, remembers, forgets and ignores.
 
 A method that learns is an equation, plus housekeeping that all such methods share.
 The equation is a *rule*, alone in a function in the paper's symbols::
@@ -33,12 +33,12 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 from optax_clip import _validate
 from optax_clip._algebra.types import Threshold
+from optax_clip._norms import power_sums as _power_sums
 from optax_clip._types import Scalar
 
 Array = jax.Array
@@ -163,9 +163,7 @@ def root_mean(weight: Scalar, old: Array, new: Array) -> Array:
 
   The squares of both may be out of range.
   """
-  # The unit cancels, so that its derivative, a quotient by a square, is left out.
-  largest = lax.stop_gradient(jnp.maximum(old, new))
-  unit = jnp.where(largest > 0, largest, 1)
+  unit = _power_sums.as_unit(jnp.maximum(old, new))
   mean = (1 - weight) * (old / unit) ** 2 + weight * (new / unit) ** 2
   # A square root with a finite derivative at 0.
   positive = mean > 0

@@ -96,7 +96,7 @@ def muon_labels(weight_dimension_numbers: PyTree = None) -> Callable[[Any], Any]
 
 
 def _is_for_muon(node: object) -> bool:
-  """Whether a node is what Muon is told of a leaf: dimensions, or `None`."""
+  """Returns whether a node tells Muon about a leaf: dimensions, or `None`."""
   return node is None or hasattr(node, "reduction_axis")
 
 
@@ -110,7 +110,7 @@ def label_ids(labels: Labels, names: Sequence[Hashable], tree: PyTree) -> list[i
 
 
 def flags(tree: PyTree, **values: PyTree) -> list[bool]:
-  """Returns for each leaf what the one named value says; True if that is `None`."""
+  """Returns for each leaf the flag of the one named value; True if that is `None`."""
   ((what, given),) = values.items()
   if given is None:
     return [True] * len(jax.tree.leaves(tree))
@@ -122,7 +122,7 @@ def flags(tree: PyTree, **values: PyTree) -> list[bool]:
 
 
 def each_leaf(given: PyTree, tree: PyTree, what: str) -> list[Any]:
-  """Broadcasts a tree, a prefix of one, or what a function returns, to the leaves."""
+  """Broadcasts a tree, a prefix of one, or the result of a function, to the leaves."""
   if not jax.tree.leaves(tree):
     return []  # optax.tree_map_params initialises with a stand-in for all parameters.
   return broadcast(given(tree) if _functions.is_function(given) else given, tree, what)

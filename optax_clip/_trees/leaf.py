@@ -17,7 +17,7 @@ def keep_weak_type(old: Array, new: Array) -> Array:
 def gate(x: Any, take: Array) -> Any:
   """Returns `x`, but lets derivatives through only if the condition holds.
 
-  A selection alone multiplies derivatives of what it drops by 0, which keeps NaN.
+  A selection alone multiplies the derivatives of dropped values by 0, which keeps NaN.
   """
   if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
     return x
