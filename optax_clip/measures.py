@@ -118,9 +118,8 @@ def layer_norm(
 
   Args:
     ord: the order of the norm, 2 by default.
-    axis_name: see the module's docstring.
-    specs: see there.
-    stacked: which leaves hold many layers, and along which axis; see there.
+    axis_name, specs: as in the module's docstring.
+    stacked: which leaves hold many layers, and along which axis; as there.
 
   The norms have the shape ``[layers]``.
   """
@@ -169,8 +168,7 @@ def group_norm(
       all do if `None`.
     scaled: for each leaf whether the action applies to it, given like `labels`; to all
       if `None`. A leaf that is not scaled passes bit for bit.
-    axis_name: see the module's docstring.
-    specs: see there.
+    axis_name, specs: as in the module's docstring.
   """
   p = _validate.order(ord)
   _labels.checked_labels(labels, names)
@@ -230,9 +228,8 @@ def unit_norm(
       more than ranks do, a mapping from regular expressions of paths, or a function
       from path and leaf, to axes or `None`, as for ``stacked``.
     ord: the order of the norm, 2 by default.
-    axis_name: see the module's docstring.
-    specs: see there.
-    stacked: which leaves hold many layers, see there.
+    axis_name, specs: as in the module's docstring.
+    stacked: which leaves hold many layers; as there.
   """
   p = _validate.order(ord)
   _axes.checked_stacked(stacked)

@@ -97,7 +97,7 @@ def effect(norm: Extended, coefficient: Extended) -> Effect:
 
 
 def _product(norm: Extended, coefficient: Extended) -> Array:
-  """Multiplies two numbers; in this order nothing leaves the range on the way."""
+  """Multiplies two numbers, in an order in which no product leaves the range."""
   value, unit = norm.value * coefficient.unit, coefficient.value * norm.unit
   return _extended.as_float(Extended(value, unit))
 

@@ -49,8 +49,8 @@ def clip_tree(
     tree: any tree of floating or complex arrays.
     max_norm: c, a non-negative float or a traced scalar; `None` is off. Or a tree
       prefix of these: each subtree is then clipped by its own norm.
-    norm: the norm, if it is known: that of a whole model, say, which this tree is one
-      pipeline stage of. With several limits, a tree like theirs. `None` measures it.
+    norm: the norm, if it is known: of a whole model, for example, where this tree is
+      one pipeline stage. With several limits, a tree like theirs. `None` measures it.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite: as in `clip_with`, if the norm, or one of several, is not finite.
     rescale_to_unit_norm: whether to divide the clipped tree by c, so that its norm is
@@ -129,7 +129,7 @@ def clip_tree(
 
 
 def _checked_limits(max_norm: PyTree, divides: bool) -> tuple[list[Any], Any]:
-  """The limits of a tree of them, each a number or `None`, and its structure."""
+  """Checks a tree of limits, numbers or `None`; returns them and its structure."""
   rows, prefix = jax.tree_util.tree_flatten_with_path(max_norm, is_leaf=_is_none)
   for path, limit in rows:
     name = f"max_norm{jax.tree_util.keystr(path)}"
@@ -144,7 +144,7 @@ def _checked_limits(max_norm: PyTree, divides: bool) -> tuple[list[Any], Any]:
 
 
 def _checked_norms(norm: PyTree, prefix: PyTree) -> list[Any]:
-  """The norms of a tree of them, of the structure that the limits have."""
+  """Checks a tree of norms against the structure of the limits; returns them."""
   norms, structure = jax.tree.flatten(norm, is_leaf=_is_none)
   if structure != prefix:
     raise ValueError(

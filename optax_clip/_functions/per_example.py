@@ -150,13 +150,13 @@ def _batched_leaves(grads: Updates) -> list[Array]:
 def _clipped_sum(
   leaves: list[Array], norm: Extended, limit: Scalar, take: Array | None
 ) -> tuple[list[Array], Array]:
-  """The sums of the leaves and how many examples were clipped.
+  """Sums the leaves over examples; counts the examples that were clipped.
 
   Args:
     leaves: with the batch as axis 0.
-    norm: of each example over these leaves.
+    norm: the norm of each example over these leaves.
     limit: C.
-    take: which examples are summed; all if `None`.
+    take: bool[batch], which examples to sum; `None`: all.
   """
   if take is not None:
     # What is left out depends on nothing.
@@ -186,7 +186,7 @@ def _clipped_sum(
 
 
 def _all_finite(norms: list[Extended]) -> Array:
-  """For each example whether all its norms are finite."""
+  """Returns for each example whether all its norms are finite."""
   return jnp.all(jnp.stack([jnp.isfinite(norm.value) for norm in norms]), axis=0)
 
 

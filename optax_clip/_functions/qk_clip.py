@@ -147,13 +147,13 @@ def qk_clip(
 def _factors(
   most: Array, tau: Scalar, alpha: Scalar, key_heads: int
 ) -> tuple[Extended, Extended]:
-  """What each query head is scaled by, and each key head.
+  """Returns the factor of each query head, and of each key head.
 
   Args:
     most: the largest logits, ``[..., heads]``.
     tau: the limit.
     alpha: the share of the query.
-    key_heads: how many there are.
+    key_heads: the number of key heads.
   """
   limit = jnp.asarray(tau, most.dtype)
   limit = jnp.broadcast_to(limit, most.shape)
@@ -188,7 +188,7 @@ def _at_most_one(x: Extended) -> Extended:
 
 
 def _scaled(leaf: Array, factor: Extended, axes: tuple[int, ...], width: int) -> Array:
-  """A leaf, each head by its factor; those of factor 1 bit for bit."""
+  """Scales each head of a leaf by its factor; those of factor 1 stay, bit for bit."""
   along = Extended(*(_along(x, axes, width, leaf.ndim) for x in factor))
   new = actions.rescale(strict=True).apply(leaf, along, along.value)
   # Strictness drops subnormals and the sign of zero.
@@ -203,7 +203,7 @@ def _along(x: Array, axes: tuple[int, ...], width: int, rank: int) -> Array:
 
 
 class _Place(NamedTuple):
-  """Where heads lie in a leaf.
+  """Says where heads lie in a leaf.
 
   Attributes:
     path: of the leaf.
@@ -219,7 +219,7 @@ class _Place(NamedTuple):
 
 
 def _places(tree: PyTree, count: int, head_axis: HeadAxis) -> list[_Place]:
-  """Where heads lie in each leaf; `count` is the rank of `max_logits`."""
+  """Finds where heads lie in each leaf; `count` is the rank of `max_logits`."""
   paths = _paths.every_name(tree)
   leaves = jax.tree.leaves(tree)
   if _paths.is_by_path(head_axis):
@@ -235,7 +235,7 @@ def _places(tree: PyTree, count: int, head_axis: HeadAxis) -> list[_Place]:
 
 
 def _head_axes(path: str, leaf: ArrayLike, axis: Any, count: int) -> tuple[int, ...]:
-  """The axes of one leaf, checked."""
+  """Checks and returns the axes of one leaf."""
   if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
     raise TypeError(
       f"{path} has dtype {jnp.result_type(leaf)}, which cannot be scaled. Pass the"
@@ -254,7 +254,7 @@ def _head_axes(path: str, leaf: ArrayLike, axis: Any, count: int) -> tuple[int, 
 def _widths(
   places: list[_Place], shape: tuple[int, ...], fused: bool
 ) -> tuple[list[int], int]:
-  """How long a head is along its axis, for each leaf; how many key heads there are."""
+  """Returns each leaf's length of a head, and the number of key heads."""
   heads = shape[-1]
   ours = {p.sizes[-1] // heads for p in places if not p.is_key} if fused else {1}
   width = max(ours, default=1)

@@ -175,7 +175,7 @@ def observe(
 
 
 def _ring(window: int, name: str) -> Threshold:
-  """Remembers norms as they are, and allows all."""
+  """Makes a threshold that remembers all norms, and limits none."""
 
   def init(norms: Array) -> dict[str, NormHistory]:
     # The name is a key, as in the record: `ClipState` says why.

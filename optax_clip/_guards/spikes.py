@@ -35,7 +35,7 @@ Array = jax.Array
 
 
 class SpikeMemory(NamedTuple):
-  """Holds what `skip_spikes` remembers.
+  """Holds the memory of `skip_spikes`.
 
   Attributes:
     threshold: the memory of the threshold, or a `LossMemory` if the loss is a signal;
@@ -52,7 +52,7 @@ class SpikeMemory(NamedTuple):
 
 
 class LossMemory(NamedTuple):
-  """Holds what `skip_spikes` remembers if the loss is a signal.
+  """Holds the memory of `skip_spikes` if the loss is a signal.
 
   Attributes:
     threshold: the memory of the threshold; for the loss it learns distances from the

@@ -1,4 +1,4 @@
-"""What a judge says about a step."""
+"""How a judge says whether a step is taken, and why not."""
 
 import enum
 from typing import Any
@@ -30,7 +30,7 @@ class SkipReason(enum.IntEnum):
 
 
 class Verdict(NamedTuple):
-  """Says what a judge decided, and what it measured.
+  """Holds the decision of a judge, and its measurements.
 
   Attributes:
     take: bool[], whether to take the step.

@@ -44,7 +44,7 @@ _Rows: TypeAlias = Sequence[dict[str, Any]]
 
 
 def choose(kind: str, rows: _Rows, wanted: str | None) -> tuple[str, list[str]]:
-  """The column that is wanted, by a part of its name, or is of gradients; and why."""
+  """Chooses the column with a wanted name, or one of gradients; says why."""
   keys = list(dict.fromkeys(key for row in rows for key in row))
   if wanted is not None:
     norms = (
@@ -89,7 +89,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _rank(name: str) -> tuple[bool, ...] | None:
-  """A rank for the name of a norm, the lowest for the best; None for another name."""
+  """Ranks the name of a norm, the best lowest; returns None for another name."""
   text = name.lower()
   last = re.split(r"[/.:]| - ", text)[-1]
   of_gradients = _GRADIENT.search(text)
@@ -102,7 +102,7 @@ def _rank(name: str) -> tuple[bool, ...] | None:
 
 
 def _varies(rows: _Rows, name: str) -> bool:
-  """Whether a column has several finite numbers, or one row with one."""
+  """Returns whether a column has several finite numbers, or one row with one."""
   cells = [row[name] for row in rows if _text.is_number(row.get(name))]
   finite = [x for cell in cells if math.isfinite(x := _text.number(cell) or 0.0)]
   return len(set(finite)) > 1 or len(finite) == 1

@@ -31,7 +31,7 @@ _BELOW, _ABOVE = 1e-3, 1e4
 
 
 def answer(asked: argparse.Namespace) -> str:
-  """What was read, what is to be known about it, and what was asked for."""
+  """Writes what was read, notes about it, and the answer to what was asked."""
   share, clip, methods = asked.clipped_share, asked.from_clip, asked.methods
   if asked.command == "suggest" and methods:
     raise LogError(f"suggest takes no method: {', '.join(methods)}")
@@ -84,7 +84,7 @@ def _plot(log: _log.Log, limit: float) -> str:
 def _after_clip(
   norms: np.ndarray, clip: float | None = None, share: float = 1.0
 ) -> str:
-  """What norms that were logged after a clip say, if they were; or a `LogError`."""
+  """Says what norms tell that were logged after a clip; may raise a `LogError`."""
   finite = norms[np.isfinite(norms)]
   top = float(finite.max(initial=0.0)) if clip is None else clip
   cut = float(np.mean(finite >= top * (1 - _SAME))) if finite.size else 0.0
@@ -107,7 +107,7 @@ def _after_clip(
 
 
 def method(text: str) -> optax.GradientTransformation:
-  """The transformation that a text names, as "autoclip:percentile=50,window=200"."""
+  """Makes the transformation of a text, as "autoclip:percentile=50,window=200"."""
   name, _, rest = text.partition(":")
   if name not in METHODS:
     raise LogError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
@@ -121,7 +121,7 @@ def method(text: str) -> optax.GradientTransformation:
 
 
 def _value(text: str) -> Any:
-  """A number, True, False or None if the text says one, else the text."""
+  """Reads a number, True, False or None from a text; returns any other text."""
   try:
     return ast.literal_eval(text.strip().capitalize())
   except (SyntaxError, ValueError):
@@ -129,7 +129,7 @@ def _value(text: str) -> Any:
 
 
 def replay(log: _log.Log, methods: list[str]) -> str:
-  """A table of what methods would have allowed, and what is to be known about it."""
+  """Writes a table of what methods would have allowed, with notes."""
   from tabulate import tabulate
 
   made = {text: method(text) for text in methods}  # All errors before all work.

@@ -27,7 +27,7 @@ _Noted: TypeAlias = tuple[np.ndarray, np.ndarray, list[str]]
 
 
 class Log(NamedTuple):
-  """One column of a log, and what was left out, chosen, or cannot be seen in it."""
+  """Holds one column of a log, and notes on what was left out or chosen."""
 
   column: str
   norms: np.ndarray  # In the order of their steps, or of the rows.
@@ -72,7 +72,7 @@ def _norm(row: dict[str, Any], column: str, number: int) -> float | None:
 
 
 def _units(column: str, rows: _Rows) -> list[str]:
-  """What makes norms another thing than those of one step."""
+  """Notes what makes norms another thing than those of one step."""
   notes = []
   first = {key.lower().replace(" ", "_"): key for key in rows[0][0]}
   # fairseq logs means over its interval.
@@ -88,7 +88,7 @@ def _units(column: str, rows: _Rows) -> list[str]:
 
 
 def _one_run(rows: _Rows, wanted: str | None) -> _Rows:
-  """The rows of one run: of the only one, or of the one that is wanted."""
+  """Returns the rows of one run: of the only one, or of the one that is wanted."""
   keys = [key for key in rows[0][0] if _RUNS.search(key.lower())]
   named = ([str(row.get(key)) for row, _ in rows] for key in keys)
   names = next((x for x in named if len(set(x)) > 1), None)
@@ -129,7 +129,7 @@ def _refuse_parts(rows: _Rows) -> None:
 
 
 def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:
-  """The steps of the rows, or their numbers; and whether they are steps, not epochs."""
+  """Returns the rows' steps, or else their numbers, and whether they are steps."""
   found = []
   for name in rows[len(rows) // 2][0]:
     cells = [row.get(name) for row, _ in rows]
@@ -150,7 +150,7 @@ def _steps(rows: _Rows) -> tuple[np.ndarray, bool]:
 
 
 def _once(steps: np.ndarray, norms: np.ndarray) -> _Noted:
-  """Each step once, in order: of a resumed run what comes later in the file counts."""
+  """Keeps each step once, in order: in a resumed run the later row counts."""
   if len(np.unique(steps)) == len(steps):
     order = np.argsort(steps)
     return steps[order], norms[order], []

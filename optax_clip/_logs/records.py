@@ -33,11 +33,11 @@ _is_plain = re.compile(
 
 
 class LogError(ValueError):
-  """What is wrong with a log, in one line."""
+  """Says in one line what is wrong with a log."""
 
 
 class Rows(NamedTuple):
-  """What a file seems to be, its rows as they are, and what was left out."""
+  """Holds a file's rows as they are, its kind, and notes on what was left out."""
 
   kind: str
   records: list[dict[str, Any]]  # Keys of nested ones are joined by "/".
@@ -71,7 +71,7 @@ def read(path: pathlib.Path) -> Rows:
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """The same without dictionaries in it; a name and its value are one entry."""
+  """Flattens dictionaries in a row; a name and its value are one entry."""
   flat: dict[str, Any] = {}
   for key, value in record.items():
     if isinstance(value, str) and "norm" in value and any(x in value for x in ":="):
@@ -87,7 +87,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _json(text: str) -> Rows | None:
-  """One document, or one object a line."""
+  """Reads one document, or one object a line."""
   with contextlib.suppress(json.JSONDecodeError):
     return _document(json.loads(text))
   lines, rows = [line for line in text.splitlines() if line.strip()], []
@@ -100,7 +100,7 @@ def _json(text: str) -> Rows | None:
 
 
 def _document(document: Any) -> Rows:
-  """The longest list of objects; or TensorBoard's triples; or columns."""
+  """Finds the longest list of objects, TensorBoard's triples, or columns."""
   if isinstance(document, dict) and isinstance(document.get("cells"), list):
     outputs = [x for cell in document["cells"] for x in cell.get("outputs", ())]
     said = [x.get("text") or x.get("data", {}).get("text/plain", "") for x in outputs]
@@ -122,7 +122,7 @@ def _document(document: Any) -> Rows:
 
 
 def _lists(value: Any) -> Iterator[list[Any]]:
-  """The lists in a document that hold something."""
+  """Finds the lists in a document that are not empty."""
   if isinstance(value, list) and value:
     yield value
   for inner in value.values() if isinstance(value, dict) else ():
@@ -155,7 +155,7 @@ def _table(text: str) -> Rows | None:
 
 
 def _rows(rows: list[list[str]], kind: str) -> Rows | None:
-  """A comment, names and rows as a table, if most are of one length, with a number."""
+  """Reads names and rows as a table, if most have one length and a number."""
   header, body = [name.strip() for name in rows[1]], rows[2:]
   width = len(header)
   if all(map(_is_plain, header)):  # The names are in the comment, or nowhere.

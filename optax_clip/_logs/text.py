@@ -33,7 +33,7 @@ _HEADING = re.compile(r"\s*([\w./\[\]-]+):\s*")
 
 
 def number(value: Any) -> float | None:
-  """The number that a cell holds, None if none; a `ValueError` if something else."""
+  """Reads the number in a cell; None if it is empty, else a `ValueError`."""
   text = str(value).strip()
   try:
     return float(text)
@@ -46,7 +46,7 @@ def number(value: Any) -> float | None:
 
 
 def is_number(value: Any) -> bool:
-  """Whether a cell holds a number, and not nothing."""
+  """Returns whether a cell holds a number."""
   try:
     return number(value) is not None
   except ValueError:
@@ -54,13 +54,13 @@ def is_number(value: Any) -> bool:
 
 
 def pairs(line: str) -> Iterator[tuple[str, float]]:
-  """The names in a line that are followed by a number, as in `grad norm: 1.2 |`."""
+  """Finds names in a line before a number, as in `grad norm: 1.2 |`."""
   for found in _PAIR.finditer(line):
     yield found["name"], _float(found["number"] or found["bare"])
 
 
 def records(text: str) -> Iterator[dict[str, Any]]:
-  """Its records, each up to a name that comes again, a blank or dashes, a heading."""
+  """Splits records at a name that comes again, a blank or dashes, or a heading."""
   record: dict[str, Any] = {}
   for line in text.splitlines():
     heading = _HEADING.fullmatch(line)

@@ -78,7 +78,7 @@ def doublings(rows: int, tolerance: float) -> int:
 
 
 def rounding(dtype: Any) -> float:
-  """The share of a bound that stands for the rounding errors on the way to it."""
+  """Returns the share of a bound that stands for its rounding errors."""
   return float(_ROUNDING * jnp.finfo(dtype).eps)
 
 

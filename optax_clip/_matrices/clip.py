@@ -100,7 +100,7 @@ def _of_one(
 
 
 def _is_decided(static: _Static, norm: Extended, limit: Array, dtype: Any) -> Array:
-  """Whether the norm says enough: all is within the limit, or nothing is finite."""
+  """Returns whether the norm says enough: all is within the limit, or not finite."""
   eps = float(jnp.finfo(_power_sums.accumulator(dtype)).eps)
   if static.strict:
     limit = limit * (1 - _NORM_EPSILONS * eps)

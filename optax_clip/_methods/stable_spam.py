@@ -58,8 +58,8 @@ def mean_over_rms(
   .. math::
       L = \hat a / (\sqrt{\hat b} + \epsilon)
 
-  with a and b as in `optax_clip.adagn`. This is around 1 whatever the units of the
-  norms: a limit for `optax_clip.actions.normalize`, after which updates have no units.
+  with a and b as in `optax_clip.adagn`. The ratio is around 1 in whatever units norms
+  are: a limit for `optax_clip.actions.normalize`, after which updates have no units.
   All numbers may be traced.
 
   Args:
@@ -267,16 +267,10 @@ def stable_spam(
     2025, arXiv:2502.17055.
   """
   _validate.fraction(decay_max=decay_max)
-  common: dict[str, Any] = {
-    "nonfinite": nonfinite,
-    "axis_name": axis_name,
-    "specs": specs,
-    "stacked": stacked,
-    "record": record,
-  }
+  where: dict[str, Any] = {"axis_name": axis_name, "specs": specs, "stacked": stacked}
+  common: dict[str, Any] = {**where, "nonfinite": nonfinite, "record": record}
   first = adaclip(decay_max, name=f"{name}_adaclip", **common)
   second = adagn(decay_mean, decay_square, eps, name=f"{name}_adagn", **common)
-  where: dict[str, Any] = {"axis_name": axis_name, "specs": specs, "stacked": stacked}
   peak = measures.layer_norm(ord=math.inf, **where)
   norm = measures.layer_norm(**where)
   largest = average(decay_max)

@@ -90,7 +90,7 @@ class Layout(NamedTuple):
     return [p.stack for p in self.places]
 
   def scaled_layers(self) -> list[bool]:
-    """For each layer whether it is clipped by its norms."""
+    """Returns for each layer whether it is clipped by its norms."""
     return [p.scaled for p in self.places for _ in range(math.prod(p.stack))]
 
   def elements(self) -> list[Any]:

@@ -301,7 +301,7 @@ def _stacked(limits: Sequence[Any]) -> Any:
 
 
 def _filled(norms: Array, limit: ScalarOrSchedule) -> Array:
-  """Casts a limit to the dtype of the norms, never below 0. A scalar stays one."""
+  """Casts a limit to the dtype of the norms, at least 0. A scalar stays a scalar."""
   # Cast late: a Python float keeps its precision for float64 norms.
   exact = jnp.maximum(jnp.asarray(limit, norms.dtype), 0)
   return jnp.broadcast_to(exact, norms.shape) if exact.ndim else exact
