@@ -29,6 +29,7 @@ class Counting:
       self.reads += 1
       return norm.measure(updates, params, **extra_args)
 
+    measured.uses_params = False
     self.measure = norm._replace(measure=measured, parts=None)
 
   def clip(self):
@@ -106,6 +107,16 @@ CASES = {
     lambda m, c: spikes(optax.chain(closed(), skip(c, measure=m)), measure=m),
     1,
   ),
+  # The inner measure sees the updates, which are known, and the parameters.
+  "a clip by a ratio": (
+    lambda m, c: skip(
+      optax_clip.clip_with(
+        measures.relative(m), thresholds.constant(1.0), actions.rescale()
+      ),
+      measure=m,
+    ),
+    2,
+  ),
   "a guard by another measure shadows": (
     lambda m, c: skip(optax.chain(spikes(c)), measure=m),
     2,
@@ -145,11 +156,13 @@ def test_updates_are_read_once(name, compiled):
   def update(grads):
     return tx.update(grads, state, PARAMS, loss=jnp.float32(1.0))
 
+  # Not the very arrays of the parameters, which would be known as well.
+  grads = jax.tree.map(jnp.array, PARAMS)
   counting.reads = 0
   if compiled:
-    jax.eval_shape(update, PARAMS)
+    jax.eval_shape(update, grads)
   else:
-    update(PARAMS)
+    update(grads)
   # Eagerly, MultiSteps traces no branch that it does not take; so it reads less.
   assert counting.reads == reads or (name == "accumulation" and counting.reads < reads)
 
