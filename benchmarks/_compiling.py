@@ -76,22 +76,41 @@ def digest(traced: jax.stages.Traced, platform: str) -> str:
   """Hashes the operations of a step on a platform: lowered for it, not compiled.
 
   Names, comments and modules do not change it, nor does the order of operations, nor
-  the forms of other backends. Versions of JAX and optax do, and the number of devices
-  that JAX has.
+  the forms of other backends, nor how often a form is chosen. Versions of JAX and optax
+  do, and the number of devices that JAX has.
   """
   text = traced.lower(lowering_platforms=(platform,)).as_text()
-  # The choice of the platform is in it, with an index that is known, and so are
-  # constants of forms that are not chosen.
+  # Constants of forms that are not chosen are in it.
   choice = re.compile(
     r"\}, \{|stablehlo\.return .*|.*constant dense<\d+> : tensor<i32>"
   )
   lines = [
-    re.sub(r"[@%][\w.#:]+", "", line)
+    re.sub(r"[@%][\w.#:]+", "", line).replace("func.call", "call")
     for function in text.split("func.func")
-    for line in _used(function.splitlines())
+    for line in _unconditional(_used(function.splitlines()))
   ]
   text = "\n".join(sorted(x for x in map(str.strip, lines) if not choice.fullmatch(x)))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _unconditional(lines: list[str]) -> list[str]:
+  """Leaves out where a function chooses by a constant, as it does by the platform."""
+  known: set[str] = set()
+  kept, opened = [], []
+  for line in lines:
+    name, _, operation = line.strip().partition(" = ")
+    is_choice = False
+    if line.endswith("({"):
+      choice = re.match(r'"stablehlo\.case"\((%\w+)\)', operation)
+      is_choice = choice is not None and choice[1] in known
+      opened.append(is_choice)
+    elif line.lstrip().startswith("})"):
+      is_choice = opened.pop()
+    if is_choice or operation.startswith("stablehlo.constant"):
+      known.add(name)
+    if not is_choice:
+      kept.append(line)
+  return kept
 
 
 def _used(lines: list[str]) -> list[str]:

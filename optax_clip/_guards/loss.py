@@ -1,6 +1,7 @@
-"""Where a guard finds the loss of a step, and what it keeps of it."""
+"""Where a guard finds the loss of a step, what it compares it with, and keeps of it."""
 
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,13 @@ import jax.numpy as jnp
 from optax_clip._algebra import record as _record
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
+from optax_clip._thresholds import memory as _memory
 
 Array = jax.Array
+# The loss's level is its mean over about the last 100 steps taken.
+_LEVEL_DECAY = 0.99
+# The smallest normal float32.
+_LEAST_DISTANCE = 2.0**-126
 
 
 def passed(extra_args: dict[str, Any]) -> Any:
@@ -37,6 +43,41 @@ def judged(extra_args: dict[str, Any], norms: Array) -> Array:
   if not jnp.issubdtype(loss.dtype, jnp.floating):
     loss = loss.astype(jnp.float32)
   return _agreed(loss, norms)
+
+
+class Compared(NamedTuple):
+  """Holds a loss beside its level, the bias-corrected running mean of earlier ones.
+
+  Attributes:
+    loss: f32[], the loss.
+    bounded: f32[], the loss, within half the range of float32.
+    size: f32[], its distance from the level; 0 for the first.
+    sign: f32[], of this distance.
+    level: f32[], the level with this loss.
+  """
+
+  loss: Array
+  bounded: Array
+  size: Array
+  sign: Array
+  level: Array
+
+
+def compared(loss: Array, level: Array, learned: Array) -> Compared:
+  """Compares a loss with its level, which has learned from so many losses.
+
+  The loss may have any sign and offset: its distance from the level is to be judged.
+  """
+  loss = _record.single(loss)
+  # Half the range, so that a difference between two is a float.
+  bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
+  far = jnp.where(learned > 0, bounded - level, 0)
+  # At least the rounding error: the threshold would not learn a distance of 0.
+  least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
+  size = jnp.maximum(jnp.abs(far), jnp.where(learned > 0, least, 0))
+  weight = _memory.debiasing(_LEVEL_DECAY, learned)
+  later = level + weight * (bounded - level)
+  return Compared(loss, bounded, size, jnp.sign(far), later)
 
 
 def recorded(extra_args: dict[str, Any], norms: Array) -> Array:

@@ -13,6 +13,7 @@ from optax_clip._algebra.record import counted
 from optax_clip._algebra.slots import Slots
 from optax_clip._guards.verdict import SkipReason
 from optax_clip._guards.verdict import Verdict
+from optax_clip._norms import scalars as _scalars
 
 Array = jax.Array
 
@@ -65,7 +66,10 @@ def blank() -> SkipRecord:
 def noted(last: Any, verdict: Verdict, loss: Array) -> Any:
   """Notes one more step in one of the records."""
   if isinstance(last, SkipRecord):
-    return _skip_noted(last, verdict, loss)
+    take, reason, norm, limit, is_nan, *_ = verdict
+    seen = {"norm": norm, "limit": limit, "loss": loss, "is_nan": is_nan}
+    entries = _scalars.paired(_entries)(last.entries(), take, reason, seen)
+    return SkipRecord(**_SLOTS.joined(entries))
   if verdict.layers is None:
     return last  # From a guard with record="layers", which this one is not.
   norm, size = verdict.layers
@@ -80,16 +84,18 @@ def noted(last: Any, verdict: Verdict, loss: Array) -> Any:
   )
 
 
-def _skip_noted(last: SkipRecord, verdict: Verdict, loss: Array) -> SkipRecord:
-  norm, skipped = _record.single(verdict.norm), ~verdict.take
-  old = last.entries()
+def _entries(
+  old: dict[str, Array], take: Array, reason: Array, seen: dict[str, Array]
+) -> dict[str, Array]:
+  """Returns the entries of the record after one more step."""
+  norm, loss, skipped = _record.single(seen["norm"]), seen["loss"], ~take
   steps = optax.safe_increment(old["steps"])
-  is_spike = verdict.reason >= SkipReason.NORM_SPIKE
+  is_spike = reason >= SkipReason.NORM_SPIKE
   spike, nonfinite = skipped & is_spike, skipped & ~is_spike
-  nan, inf = nonfinite & verdict.is_nan, nonfinite & ~verdict.is_nan
-  entries = {
+  nan, inf = nonfinite & seen["is_nan"], nonfinite & ~seen["is_nan"]
+  return {
     "skipped": skipped.astype(jnp.int32),
-    "reason": jnp.where(skipped, verdict.reason, old["reason"]),
+    "reason": jnp.where(skipped, reason, old["reason"]),
     "consecutive": jnp.where(skipped, optax.safe_increment(old["consecutive"]), 0),
     "steps": steps,
     "steps_skipped": counted(skipped, old["steps_skipped"]),
@@ -103,9 +109,8 @@ def _skip_noted(last: SkipRecord, verdict: Verdict, loss: Array) -> SkipRecord:
     "spike_norm": jnp.where(spike, norm, old["spike_norm"]),
     "spike_loss": jnp.where(spike, loss, old["spike_loss"]),
     "norm": norm,
-    "limit": _record.single(verdict.limit),
+    "limit": _record.single(seen["limit"]),
   }
-  return SkipRecord(**_SLOTS.joined(entries))
 
 
 def of_last_step(state: Any) -> list[bool]:

@@ -9,7 +9,6 @@ import optax
 
 from optax_clip import _backend
 from optax_clip import _validate
-from optax_clip._algebra import record as _record
 from optax_clip._algebra.record import counted
 from optax_clip._algebra.types import Measure
 from optax_clip._algebra.types import Threshold
@@ -21,6 +20,7 @@ from optax_clip._guards.record import SkipRecord
 from optax_clip._guards.verdict import SkipReason
 from optax_clip._guards.verdict import Verdict
 from optax_clip._norms import blocks as _blocks
+from optax_clip._norms import scalars as _scalars
 from optax_clip._repr import named
 from optax_clip._thresholds import geometric as _geometric
 from optax_clip._thresholds import limits as _limits
@@ -64,12 +64,8 @@ class LossMemory(NamedTuple):
   level: Array
 
 
-# The loss's level is its mean over about the last 100 steps taken.
-_LEVEL_DECAY = 0.99
 # Until the default judge has learned, a norm this many times the usual one is a spike.
 _EARLY_FACTOR = 5.0
-# The smallest normal float32.
-_LEAST_DISTANCE = 2.0**-126
 
 
 @named
@@ -171,6 +167,8 @@ def skip_spikes(
   _validate.instance(Threshold, "optax_clip.thresholds", threshold=threshold)
   measuring = Measuring.of(measure, record)
   by_norm, by_loss = "norm" in signals, "loss" in signals
+  is_arithmetic = _memory.is_arithmetic(threshold)
+  update = _memory.plain(threshold)
 
   def init(params: Params) -> SpikeMemory:
     values = _blocks.blank(measuring.measure.layout(params)).ravel()
@@ -183,41 +181,22 @@ def skip_spikes(
       start = LossMemory(start, jnp.zeros((), jnp.float32))
     return SpikeMemory(start, *counts)
 
-  def judge(
-    updates: Updates,
-    params: Params,
-    memory: SpikeMemory,
-    record: SkipRecord,
-    extra_args: dict[str, Any],
-  ) -> Verdict:
-    del record
-    seen = measuring.measured(updates, params, extra_args)
-    finite_norm = jnp.all(jnp.isfinite(seen.sizes))
-    finite, values = finite_norm, seen.sizes if by_norm else seen.sizes[:0]
-    is_nan = jnp.any(jnp.isnan(seen.sizes))
+  def decided(sizes: Array, memory: SpikeMemory, loss: Array | None) -> dict[str, Any]:
+    finite_norm = jnp.all(jnp.isfinite(sizes))
+    finite, values = finite_norm, sizes if by_norm else sizes[:0]
+    is_nan = jnp.any(jnp.isnan(sizes))
     count = values.size
-    old, level, new_level = memory.threshold, jnp.zeros(()), jnp.zeros(())
-    signs = jnp.ones_like(values)
-    if by_loss:
+    old, signs, seen = memory.threshold, jnp.ones_like(values), None
+    if loss is not None:
       old, level = memory.threshold
-      loss = _loss.judged(extra_args, seen.sizes)
       finite &= jnp.isfinite(loss)
       is_nan |= jnp.isnan(loss)
-      loss = _record.single(loss)
-      # Half the range, so that a difference between two is a float.
-      bounded = jnp.clip(loss, -_memory.LARGEST / 2, _memory.LARGEST / 2)
-      # The loss may have any sign and offset: judge its distance from the level.
-      distance = jnp.where(memory.learned > 0, bounded - level, 0)
-      # At least the rounding error: the threshold would not learn a distance of 0.
-      least = jnp.maximum(_memory.NOISE * jnp.abs(level), _LEAST_DISTANCE)
-      size = jnp.maximum(jnp.abs(distance), jnp.where(memory.learned > 0, least, 0))
-      weight = _memory.debiasing(_LEVEL_DECAY, memory.learned)
-      new_level = level + weight * (bounded - level)
-      values = jnp.concatenate([values, size[None].astype(values.dtype)])
-      signs = jnp.concatenate([signs, jnp.sign(distance)[None].astype(values.dtype)])
+      seen = _loss.compared(loss, level, memory.learned)
+      values = jnp.concatenate([values, seen.size[None].astype(values.dtype)])
+      signs = jnp.concatenate([signs, seen.sign[None].astype(values.dtype)])
 
     # The limits from before this step: a 0 teaches nothing, so memory alone answers.
-    limits, _ = threshold.update(jnp.zeros_like(values), old)
+    limits, _ = update(jnp.zeros_like(values), old)
     limits = jnp.broadcast_to(limits, values.shape)
     limits = limits * jnp.asarray(factor, limits.dtype)
     above = (values > limits * (1 + _memory.NOISE)) & (signs > 0)
@@ -231,20 +210,20 @@ def skip_spikes(
     skipped = spike & ~shift
     take = finite & ~skipped
 
-    _, later = threshold.update(values, old)
+    _, later = update(values, old)
     afresh = later
     # After a lasting shift the memory holds this step alone. An eager step knows of it.
     if _backend.is_traced(shift) or shift:
       blank = _limits.restarted(threshold, jnp.zeros_like(values), old)
-      _, afresh = threshold.update(values, blank)
+      _, afresh = update(values, blank)
     learned = jax.tree.map(
       lambda new, now, old: jnp.where(shift, new, jnp.where(take, now, old)),
       afresh,
       later,
       old,
     )
-    if by_loss:
-      now = jnp.where(shift, bounded, jnp.where(take, new_level, level))
+    if seen is not None:
+      now = jnp.where(shift, seen.bounded, jnp.where(take, seen.level, level))
       learned = LossMemory(learned, now)
     reasons = (
       (~finite_norm, SkipReason.NONFINITE_NORM),
@@ -252,21 +231,21 @@ def skip_spikes(
       (norm_spike, SkipReason.NORM_SPIKE),
       (loss_spike, SkipReason.LOSS_SPIKE),
     )
-    if count:
-      norm, limit = jnp.max(values[:count]), jnp.min(limits[:count])
+    if seen is not None and not count:
+      norm, limit = seen.loss, level + limits[0]
     else:
-      norm, limit = loss, level + limits[0]
-    return Verdict(
-      take=take,
-      reason=jnp.select(
+      norm, limit = jnp.max(values[:count]), jnp.min(limits[:count])
+    return {
+      "take": take,
+      "reason": jnp.select(
         [condition for condition, _ in reasons],
         [jnp.asarray(reason, jnp.int32) for _, reason in reasons],
         jnp.asarray(SkipReason.NONE, jnp.int32),
       ),
-      norm=norm,
-      limit=limit,
-      is_nan=is_nan,
-      memory=SpikeMemory(
+      "norm": norm,
+      "limit": limit,
+      "is_nan": is_nan,
+      "memory": SpikeMemory(
         threshold=learned,
         learned=jnp.where(shift, 1, counted(take, memory.learned)),
         spikes=jnp.where(take, 0, counted(skipped, memory.spikes)),
@@ -276,8 +255,21 @@ def skip_spikes(
           jnp.maximum(memory.calm - finite.astype(jnp.int32), 0),
         ),
       ),
-      known=seen.known,
-      layers=seen.layers,
-    )
+    }
+
+  def judge(
+    updates: Updates,
+    params: Params,
+    memory: SpikeMemory,
+    record: SkipRecord,
+    extra_args: dict[str, Any],
+  ) -> Verdict:
+    del record
+    seen = measuring.measured(updates, params, extra_args)
+    loss = _loss.judged(extra_args, seen.sizes) if by_loss else None
+    is_single = is_arithmetic and seen.sizes.size == 1
+    decide = _scalars.paired(decided) if is_single else decided
+    said = decide(seen.sizes, memory, loss)
+    return Verdict(**said, known=seen.known, layers=seen.layers)
 
   return guarded(inner, Judge(name, init, judge, measuring.stacks))

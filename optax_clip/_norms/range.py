@@ -57,11 +57,13 @@ class _How(NamedTuple):
     products: whether small arrays are summed by a dot product.
     is_single: whether float64 is missing, or no wider than the norms.
     sums: how many sums along an axis at once are enough, for `rows`; 0: any number.
+    pairs: whether arithmetic on single numbers is done `_scalars.in_pairs`.
   """
 
   products: bool
   is_single: bool
   sums: int
+  pairs: bool
 
 
 def norms(reduction: Reduction, ord: float) -> list[Extended]:
@@ -100,7 +102,7 @@ def _how(backend: str, reduction: Reduction) -> _How:
   if backend == "gpu" and _backend.has_fast_float64():
     # In float32 XLA squares and adds in one kernel there.
     sums *= any(dtype.itemsize == 2 for dtype in reduction.dtypes)
-  return _How(products, is_single, sums)
+  return _How(products, is_single, sums, backend == "tpu")
 
 
 def _peaks(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
@@ -189,14 +191,19 @@ def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
     # Without the barrier XLA adds scalar to scalar, each in a kernel on a TPU.
     return _sum(lax.optimization_barrier(sums))
 
-  columns = reduction.run(local, lax.psum, merge, None)
-  found = []
-  for x, small, large, count in zip(*columns, reduction.elements, strict=True):
+  def chosen(least: Array, x: Array, small: Array, large: Array) -> Extended:
     too_large = ~(x <= float(info.max) / 2)
-    too_small = x < _least(dtype, count)
+    too_small = x < least
     moment = jnp.where(too_large, small, jnp.where(too_small, large, x))
     unit = jnp.where(too_large, 1 / down, jnp.where(too_small, 1 / up, 1))
-    found.append(_root(moment, unit.astype(dtype), 2))
+    return _root(moment, unit.astype(dtype), 2)
+
+  columns = reduction.run(local, lax.psum, merge, None)
+  found = []
+  for count, *sums in zip(reduction.elements, *columns, strict=True):
+    of_sums = functools.partial(chosen, _least(dtype, count))
+    is_single = how.pairs and sums[0].size == 1
+    found.append((_scalars.in_pairs(of_sums) if is_single else of_sums)(*sums))
   return found
 
 

@@ -1,6 +1,6 @@
 """How arithmetic on the few numbers of each leaf compiles to few kernels.
 
-Nothing here changes a number. It changes the kernels that XLA makes of three things,
+Nothing here changes a number. It changes the kernels that XLA makes of four things,
 in a program; outside of one, each operation has a kernel of its own anyway:
 
 * *Coefficients of whole leaves*, `columns`. XLA compiles one kernel for all leaves of
@@ -9,6 +9,8 @@ in a program; outside of one, each operation has a kernel of its own anyway:
   With 300 leaves that is the difference of 0.1 to 3 seconds.
 * *Arithmetic on the norms of units*, `each`. Leaf by leaf, XLA:GPU spends most of a
   step's compilation on it.
+* *Arithmetic on single numbers*, `paired` and `each`: on a TPU every operation on one
+  number is a kernel. What learns a limit from one norm has a hundred.
 * *Coefficients of units*, `each` again. XLA:CPU repeats all that follows their last
   division for each element of the leaf.
 
@@ -104,7 +106,50 @@ def each(
   alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
   cpu = written if (last or write) and any(x.ndim > 1 for x in arrays) else one_by_one
   gpu = together if alike else one_by_one
-  return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=one_by_one)
+  tpu = in_pairs(one_by_one) if all(x.size == 1 for x in arrays) else one_by_one
+  return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=tpu)
+
+
+def paired(f: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a function of single numbers one of few kernels on a TPU.
+
+  Args:
+    f: a function from trees of arrays to such a tree, which `jax.vmap` accepts.
+
+  Returns:
+    A function with the results of `f`, on every backend.
+  """
+
+  def found(*trees: Any) -> Any:
+    if not _backend.is_traced(trees):
+      return f(*trees)
+    return _backend.by_backend(*trees, cpu=f, gpu=f, tpu=in_pairs(f))
+
+  return found
+
+
+def in_pairs(f: Callable[..., Any]) -> Callable[..., Any]:
+  """Computes a function with an idle entry beside each number, as a TPU needs it.
+
+  A TPU has a kernel for each operation on an array of one element, and one for a whole
+  chain of operations on an array of two.
+  """
+
+  def beside(x: Any) -> Array:
+    x = jnp.asarray(x)
+    # Of ones no arithmetic here makes NaN. Of the number itself, twice, XLA would make
+    # one number again.
+    idle = jnp.ones((), x.dtype)
+    return lax.pad(x[None], idle, [(0, 1, 0), *[(0, 0, 0)] * x.ndim])
+
+  def found(*trees: Any) -> Any:
+    if any(map(_mesh.varying_axes, jax.tree.leaves(trees))):
+      # The idle entry would not vary.
+      return f(*trees)
+    results = jax.vmap(f)(*jax.tree.map(beside, trees))
+    return jax.tree.map(lambda x: lax.index_in_dim(x, 0, keepdims=False), results)
+
+  return found
 
 
 def by_shape(arguments: Sequence[Any]) -> list[list[int]]:

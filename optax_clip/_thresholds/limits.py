@@ -273,10 +273,14 @@ def _beside(
   def update(norms: Array, states: OptState, **extra_args: object) -> tuple[Array, Any]:
     kind.check(states, lambda: init(norms))
     mine, theirs = states
-    limits, mine = threshold.update(norms, mine, **extra_args)
-    others, theirs = other.update(norms, theirs, **extra_args)
+    limits, mine = first(norms, mine, **extra_args)
+    others, theirs = second(norms, theirs, **extra_args)
     return joined(limits, others), state(mine, theirs)
 
+  if _memory.is_arithmetic(threshold, other):
+    first, second = map(_memory.plain, (threshold, other))
+    return Threshold(init, _memory.Arithmetic(update))
+  first, second = threshold.update, other.update
   return Threshold(init, update)
 
 

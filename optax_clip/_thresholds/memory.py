@@ -39,6 +39,7 @@ import optax
 from optax_clip import _validate
 from optax_clip._algebra.types import Threshold
 from optax_clip._norms import power_sums as _power_sums
+from optax_clip._norms import scalars as _scalars
 from optax_clip._types import Scalar
 
 Array = jax.Array
@@ -108,7 +109,37 @@ def remembering(
       jax.tree.map(kept, memory, state.memory),
     )
 
-  return Threshold(init, update)
+  return Threshold(init, Arithmetic(update))
+
+
+class Arithmetic:
+  """Serves as the `update` of a threshold that is arithmetic on its norms alone.
+
+  Attributes:
+    plain: the same function, for a caller that is such arithmetic itself.
+  """
+
+  def __init__(self, plain: Callable[..., tuple[Array, Any]]):
+    self.plain = plain
+
+  def __call__(
+    self, norms: Array, state: Any, **extra_args: object
+  ) -> tuple[Array, Any]:
+    del extra_args
+    update = _scalars.paired(self.plain) if norms.size == 1 else self.plain
+    limits, state = update(norms, state)
+    return limits, state
+
+
+def is_arithmetic(*thresholds: Threshold) -> bool:
+  """Returns whether the `update` of each is `Arithmetic`."""
+  return all(isinstance(x.update, Arithmetic) for x in thresholds)
+
+
+def plain(threshold: Threshold) -> Callable[..., tuple[Array, Any]]:
+  """Returns the `update` of a threshold for a caller that is `Arithmetic` itself."""
+  update = threshold.update
+  return update.plain if isinstance(update, Arithmetic) else update
 
 
 def learned(exact: Array) -> Array:

@@ -394,6 +394,20 @@ class TestDigests:
     )
     assert len({*map(self.digest, programs)}) == len(programs)
 
+  def test_how_often_a_form_is_chosen_does_not_count(self):
+    def double(x):
+      return x * 2.0
+
+    def chosen(x):
+      return jax.lax.platform_dependent(x, default=double, tpu=lambda x: x * 3.0)
+
+    def decided(x):
+      return jax.lax.cond(x[0] > 0, double, lambda x: x * 2.0 + 1.0, x)
+
+    assert self.digest(chosen) == self.digest(double) != self.digest(decided)
+    found = [self.digest(lambda x, n=n: decided(x) * n) for n in (1.0, 2.0)]
+    assert found[0] != found[1]
+
   @pytest.mark.programs
   @pytest.mark.parametrize("target", COUNTED)
   def test_committed_figures_are_of_these_programs(self, target, programs):

@@ -1,4 +1,4 @@
-"""Arithmetic on a few numbers of each leaf, laid out for the compiler of a GPU."""
+"""Arithmetic on a few numbers of each leaf, laid out for compilers of GPUs and TPUs."""
 
 import functools
 
@@ -99,3 +99,61 @@ def test_on_a_gpu_arithmetic_is_done_once_for_each_shape(monkeypatch):
   assert operations(2) == operations(8) > 0
   monkeypatch.setenv("OPTAX_CLIP_FORMS", "cpu")
   assert operations(2) < operations(8)
+
+
+class TestPairs:
+  """Single numbers beside an idle entry, as a TPU computes them."""
+
+  def pieces(self, x, tree):
+    """Results of several shapes and dtypes, from numbers of several."""
+    count, (window, flag) = tree
+    mean = jnp.mean(window) + x
+    return {"more": count + 1, "flag": ~flag & (x > 0)}, (mean, window * x)
+
+  def arguments(self, x):
+    return jnp.float32(x), (jnp.int32(2), (jnp.arange(3.0)[None], jnp.asarray(True)))
+
+  @pytest.mark.parametrize("x", [-2.5, 0.0, np.nan, np.inf])
+  def test_results_are_those_of_the_function(self, monkeypatch, x):
+    arguments = self.arguments(x)
+    wanted = self.pieces(*arguments)
+    monkeypatch.setenv("OPTAX_CLIP_FORMS", "tpu")
+    found = jax.jit(_scalars.paired(self.pieces))(*arguments)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+      assert (new.shape, new.dtype) == (old.shape, old.dtype)
+      np.testing.assert_array_equal(new, old)
+
+  def test_each_number_has_an_entry_beside_it(self, monkeypatch):
+    monkeypatch.setenv("OPTAX_CLIP_FORMS", "tpu")
+    jaxpr = jax.make_jaxpr(_scalars.paired(lambda x: jnp.sqrt(x) + 1))(1.0)
+    (root,) = (x for x in equations(jaxpr.jaxpr) if x.primitive.name == "sqrt")
+    assert root.invars[0].aval.shape == (2,)
+
+  def test_derivatives_are_those_of_the_function(self, monkeypatch):
+    def loss(x, factor):
+      return _scalars.paired(lambda n: factor * jnp.sqrt(n))(x)
+
+    monkeypatch.setenv("OPTAX_CLIP_FORMS", "tpu")
+    # The idle entry adds nothing to the derivative of what both entries read.
+    found = jax.grad(jax.jit(loss), (0, 1))(jnp.float32(4.0), jnp.float32(3.0))
+    np.testing.assert_allclose(found, [0.75, 2.0])
+
+  def test_thresholds_learn_the_same(self, monkeypatch):
+    history = optax_clip.thresholds.history(6.0, 4)
+    tx = optax_clip.skip_spikes(optax_clip.zclip(warmup=2), history)
+    updates = [jnp.ones(3), jnp.ones((2, 2))]
+
+    def steps(scales):
+      def step(state, scale):
+        new, state = tx.update([scale * u for u in updates], state)
+        return state, new
+
+      return jax.lax.scan(step, tx.init(updates), scales)
+
+    scales = jnp.asarray([1.0, 2.0, 0.5, 0.0, jnp.nan, 3.0, 1e4, 1.5])
+    wanted = jax.jit(steps)(scales)
+    monkeypatch.setenv("OPTAX_CLIP_FORMS", "tpu")
+    found = jax.jit(lambda x: steps(x))(scales)
+    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+      np.testing.assert_allclose(new, old, rtol=2e-6)
