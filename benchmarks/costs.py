@@ -12,6 +12,8 @@ from benchmarks import compiled
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "costs.md"
 RESULTS = ROOT / "benchmarks" / "results"
+# Those of an earlier version of JAX.
+OLD = RESULTS / "jax-0.10.2"
 
 # The rows of the first table: their names there, and their methods.
 ROWS = _clips.lines()
@@ -33,6 +35,8 @@ COMPILED = {
 }
 # The targets of the second table, one for each compiler.
 ACCELERATORS = ("h100", "tpu-v5e")
+# The targets of the fourth table, which were counted with both versions.
+TWICE = (*ACCELERATORS, "tpu-v6e")
 # The targets of the third table, and its methods with their peers in optax.
 GPUS = ("h100", "b200", "rtx4090", "rtx5090", "mi300x", "intel-max")
 OF_GPUS = {
@@ -134,22 +138,29 @@ def gpus(results: dict[str, dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-  """Writes the fourth table: what another version of JAX makes of the same steps."""
+def changes(results: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
+  """Writes the fourth table: what another version of JAX makes of the same steps.
+
+  Args:
+    results: for each target those of both versions.
+  """
+  old, new = next(iter(results.values()))
   versions = [result["about"]["jax"] for result in (old, new)]
-  before, after = (
-    {(row["method"], row["dtype"]): row for row in result["rows"] if _is_of(row)}
-    for result in (old, new)
-  )
   lines = [
-    f"| H100: kernels, bytes | JAX {versions[0]} | JAX {versions[1]} |",
+    f"| kernels, bytes | JAX {versions[0]} | JAX {versions[1]} |",
     "|---|---|---|",
   ]
-  for key in before:
-    if key in after:
-      texts = [f"{x['kernels']}, {x['bytes']:.2f}" for x in (before[key], after[key])]
-      if texts[0] != texts[1]:
-        lines.append(f"| `{key[0]}`, {key[1]} | {texts[0]} | {texts[1]} |")
+  for target, both in results.items():
+    title = _targets.TARGETS[target].title
+    before, after = (
+      {(row["method"], row["dtype"]): row for row in result["rows"] if _is_of(row)}
+      for result in both
+    )
+    for key in before:
+      if key in after:
+        texts = [f"{x['kernels']}, {x['bytes']:.2f}" for x in (before[key], after[key])]
+        if texts[0] != texts[1]:
+          lines.append(f"| {title}: `{key[0]}`, {key[1]} | {texts[0]} | {texts[1]} |")
   return "\n".join(lines)
 
 
@@ -182,13 +193,13 @@ def updated(text: str) -> str:
   text = _marked.replaced(text, "costs on accelerators", accelerators(some))
   some = {name: found[name] for name in GPUS if found[name]}
   text = _marked.replaced(text, "costs on each GPU", gpus(some))
-  old = json.loads((RESULTS / "jax-0.10.2" / "compiled-h100.json").read_text())
-  return _marked.replaced(text, "costs by version", changes(old, found["h100"]))
+  both = {name: (counted(name, OLD), counted(name)) for name in TWICE}
+  return _marked.replaced(text, "costs by version", changes(both))
 
 
-def counted(target: str) -> dict[str, Any]:
+def counted(target: str, folder: pathlib.Path = RESULTS) -> dict[str, Any]:
   """Reads the results of a target; empty if it was not counted."""
-  path = RESULTS / f"compiled-{target}.json"
+  path = folder / f"compiled-{target}.json"
   return dict(json.loads(path.read_text())) if path.exists() else {}
 
 

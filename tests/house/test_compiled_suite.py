@@ -221,12 +221,10 @@ class TestSuite:
   def test_the_table_of_versions_has_what_changed(self):
     old, new = self.rows(), self.rows()
     new[1] |= {"kernels": 9}
-    table = costs.changes(
-      {"rows": old, "about": _ABOUT}, {"rows": new, "about": {"jax": "0.12.0.1"}}
-    )
-    assert table.splitlines()[2:] == [
-      f"| `{old[1]['method']}`, float32 | 3, 8.00 | 9, 8.00 |"
-    ]
+    both = {"rows": old, "about": _ABOUT}, {"rows": new, "about": {"jax": "0.12.0.1"}}
+    table = costs.changes({"h100": both, "tpu-v6e": both})
+    row = f"`{old[1]['method']}`, float32 | 3, 8.00 | 9, 8.00 |"
+    assert table.splitlines()[2:] == [f"| NVIDIA H100: {row}", f"| TPU v6e: {row}"]
 
   @pytest.mark.parametrize("target", _targets.TARGETS)
   def test_every_target_is_described(self, target):

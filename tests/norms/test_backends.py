@@ -129,3 +129,23 @@ def test_columns_are_those_of_float64(monkeypatch, forms, speed, dtype, shape, s
   np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=rounding + 1e-6)
   found = optax_clip.metrics(state)["adaptive_grad_clip/norm"]
   np.testing.assert_allclose(found, norms.max() / rows, rtol=1e-6)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("forms", ["gpu", "rocm", "oneapi"])
+def test_rows_that_are_sharded_are_not_gathered(monkeypatch, forms):
+  """First sums of some rows would gather them."""
+  monkeypatch.setenv("OPTAX_CLIP_FORMS", forms)
+  mesh = jax.make_mesh((8,), ("data",))
+  tx = optax_clip.adaptive_grad_clip(0.01)
+
+  def placed(spec):
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  leaves = [jnp.zeros((4096, 32)), jnp.zeros((2048, 256))]
+  tree = list(map(placed(P("data", None)), leaves))
+  state = jax.tree.map(placed(P()), jax.eval_shape(tx.init, leaves))
+  program = jax.jit(tx.update).lower(tree, state, tree).compile().as_text()
+  assert program.count(" all-reduce(") == 1
+  assert not [x for x in ("all-gather", "all-to-all", "permute") if f"{x}(" in program]
