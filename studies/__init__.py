@@ -21,6 +21,7 @@ STUDIES = (
   "low_precision",
   "qk_clip",
   "update_clipping",
+  "spectral",
   "untuned",
   "horizon",
 )

@@ -65,9 +65,8 @@ def train(
     task's own: ``finite``, whether all parameters are; ``clipped`` and ``idle``, the
     steps so far that were clipped, and that changed nothing.
   """
-  run = jax.jit(_portion(task, make, every))
-  starts = {seed: task.init(seed) for seed in sorted(set(who["seed"].tolist()))}
-  params = _stack([starts[seed] for seed in who["seed"].tolist()])
+  run = jax.jit(jax.vmap(_portion(task, make, every), in_axes=(0, 0, None)))
+  params = _starts(task, who)
   state = jax.jit(jax.vmap(lambda member, p: make(member).init(p)))(
     jax.tree.map(jnp.asarray, who), params
   )
@@ -93,6 +92,57 @@ def train(
         alive &= ~settled(now)
     checks.append(now)
   return {name: np.stack([c[name] for c in checks], 1) for name in checks[0]}
+
+
+class Program:
+  """Trains members one after the other, any number of them in one compiled program.
+
+  As `train`, whose members run side by side: there a condition becomes a selection,
+  and each member pays for what another one needs.
+  """
+
+  def __init__(
+    self,
+    task: Task,
+    make: Callable[[dict[str, Array]], optax.GradientTransformation],
+    steps: int,
+    most: int,
+  ):
+    """Prepares it for up to `most` members at once; `steps` as in `train`."""
+    self.task, self.steps, self.most = task, steps, most
+    one = _portion(task, make, steps)
+
+    def alone(member: dict[str, Array], params: Any) -> dict[str, Array]:
+      start = params, make(member).init(params), jnp.int32(0)
+      return one(member, start, jnp.int32(0))[1]
+
+    def run(count: Array, who: dict[str, Array], params: Any) -> dict[str, Array]:
+      shapes = jax.eval_shape(
+        lambda x: alone(*jax.tree.map(lambda y: y[0], x)), (who, params)
+      )
+      empty = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
+
+      def member(i: Array, found: dict[str, Array]) -> dict[str, Array]:
+        scores = alone(*jax.tree.map(lambda x: x[i], (who, params)))
+        return jax.tree.map(lambda x, y: x.at[i].set(y), found, scores)
+
+      return jax.lax.fori_loop(0, count, member, empty)
+
+    self._run = jax.jit(run)
+
+  def train(self, who: Members) -> dict[str, np.ndarray]:
+    """Trains the members; returns their scores ``[members]`` at the end."""
+    count = len(who["seed"])
+    parts = []
+    for first in range(0, count, self.most):
+      part = {k: v[first : first + self.most] for k, v in who.items()}
+      here = len(part["seed"])
+      filled = {k: np.resize(v, self.most) for k, v in part.items()}
+      found = self._run(
+        here, jax.tree.map(jnp.asarray, filled), _starts(self.task, filled)
+      )
+      parts.append({k: np.asarray(v)[:here] for k, v in found.items()})
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
 def _portion(task: Task, make: Any, every: int) -> Any:
@@ -125,7 +175,13 @@ def _portion(task: Task, make: Any, every: int) -> Any:
       "idle": idle,
     }
 
-  return jax.vmap(one, in_axes=(0, 0, None))
+  return one
+
+
+def _starts(task: Task, who: Members) -> Any:
+  seeds = who["seed"].tolist()
+  starts = {seed: task.init(seed) for seed in sorted(set(seeds))}
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[starts[s] for s in seeds])
 
 
 def _fewer(places: np.ndarray, carry: Any, alive: np.ndarray) -> Any:
@@ -143,7 +199,3 @@ def _fewer(places: np.ndarray, carry: Any, alive: np.ndarray) -> Any:
   others = np.setdiff1d(np.arange(len(places)), keep)
   rows_kept = np.concatenate([keep, others])[:rows]
   return places[rows_kept], jax.tree.map(lambda x: x[rows_kept], carry)
-
-
-def _stack(trees: list[Any]) -> Any:
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
