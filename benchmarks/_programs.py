@@ -57,6 +57,7 @@ _FREE = {
 _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "Sharding", "SPMDFullToShardShape")
 # Copies that the hardware runs beside kernels.
 _TRANSFERS = {"copy-start", "slice-start", "dynamic-slice-start"}
+_KNOWN_TRIPS = re.compile(r'known_trip_count"?:\{"n":"?(\d+)')
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 _SHAPE = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](\{[^}]*\})?")
@@ -133,6 +134,25 @@ class Program:
       x.opcode in names for body in self.computations.values() for x in body.values()
     )
 
+  def waits(self) -> int:
+    """Counts where a GPU's host waits for a condition, if no such loop takes a turn.
+
+    XLA's runtime copies the condition of a branch to the host, and that of a loop whose
+    number of turns the compiler does not know: after each turn, and once more.
+    """
+    return self._waits(self.entry)
+
+  def _waits(self, name: str) -> int:
+    total = 0
+    for x in self.computations[name].values():
+      if x.opcode == "conditional":
+        total += 1 + max(map(self._waits, _called(x)))
+      elif x.opcode == "while" and not _KNOWN_TRIPS.search(x.attributes):
+        total += 1
+      elif x.opcode in ("call", "while", "async-start"):
+        total += _trips(x) * sum(map(self._waits, _called(x)))
+    return total
+
   def row(self) -> dict[str, Any]:
     """Returns the figures of this program, as results have them."""
     found = self.ordinary
@@ -141,6 +161,7 @@ class Program:
       "tiny": found.tiny,
       "bytes": found.bytes / self._gradient_bytes,
       "conditionals": self.count("conditional"),
+      "waits": self.waits(),
       "collectives": {
         kind: number for kind in COLLECTIVES if (number := self.count(kind))
       },
@@ -258,7 +279,7 @@ def _called(x: Instruction) -> list[str]:
 
 
 def _trips(x: Instruction) -> int:
-  found = re.search(r'known_trip_count"?:\{"n":"?(\d+)', x.attributes)
+  found = _KNOWN_TRIPS.search(x.attributes)
   return int(found[1]) if found else 1
 
 

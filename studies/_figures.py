@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks._charts import STYLE
 from studies import _regret
+from studies import _spectral_results
 from studies import _summary
 from studies import untuned
 from studies import update_clipping
@@ -294,6 +295,11 @@ def _update_clipping(rows: list[Row]) -> Any:
   axes[-1].set_ylabel("squared error of rare tokens")
   figure.legend(loc="outside lower center", ncols=4, frameon=False)
   return figure
+
+
+def _spectral(rows: list[Row]) -> Any:
+  """Shows scores of all cells by task, optimizer and kind of batches."""
+  return _spectral_results.figure(rows)
 
 
 def _untuned(rows: list[Row]) -> Any:

@@ -1,6 +1,7 @@
 """Makes the tables in docs/evidence.md, each from its study's rows."""
 
 from studies import _regret
+from studies import _spectral_results
 from studies import _summary
 from studies._summary import Row
 from studies._summary import select
@@ -191,6 +192,11 @@ def update_clipping(rows: list[Row]) -> str:
       ),
     ]
   )
+
+
+def spectral(rows: list[Row]) -> str:
+  """Lists scores for each task and optimizer, then what was to be compared."""
+  return "\n\n".join(markdown(*table) for table in _spectral_results.tables(rows))
 
 
 def untuned(rows: list[Row]) -> str:

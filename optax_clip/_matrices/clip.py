@@ -12,6 +12,7 @@ from optax_clip import _backend
 from optax_clip._matrices import hard as _hard
 from optax_clip._matrices import slope as _slope
 from optax_clip._matrices import soft as _soft
+from optax_clip._matrices import units as _units
 from optax_clip._matrices import view as _view
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import power_sums as _power_sums
@@ -19,11 +20,6 @@ from optax_clip._norms.extended import Extended
 from optax_clip._norms.layout import Place
 
 Array = jax.Array
-# The largest ratio of norm and limit that float32 resolves: below, limits are raised
-# and the result is lowered.
-_DEPTH = 22
-# What `strict` allows for the errors of a norm and of a limit, in epsilons.
-_NORM_EPSILONS = 16
 
 
 class _Static(NamedTuple):
@@ -86,79 +82,103 @@ def _compiled(
 def _of_one(
   static: _Static, matrix: Array, value: Array, unit: Array, limit: Array
 ) -> tuple[Array, Array, Array]:
+  flat = functools.partial(_flat, static)
+  new, size = _backend.by_backend(
+    *(matrix, value, unit, limit),
+    cpu=functools.partial(_nested, static),
+    gpu=flat,
+    tpu=flat,
+  )
+  return new, size, unit
+
+
+def _nested(
+  static: _Static, matrix: Array, value: Array, unit: Array, limit: Array
+) -> tuple[Array, Array]:
+  """Clips a matrix, by branches within branches: each takes the shortest way."""
+  norm = Extended(value, unit)
+
+  def keep(matrix: Array) -> tuple[Array, Array]:
+    return matrix, value
+
+  def work(matrix: Array) -> tuple[Array, Array]:
+    units = _units.of(static.view, matrix.dtype, norm, limit, strict=static.strict)
+    whole = units.inside(matrix)
+    clipped = _soft.clipped if static.soft else _hard.clipped
+    new, bound = clipped(whole, units.goal, units.aim, units.rounded, units.least)
+    new = units.outside(jnp.where(limit > 0, new, 0), matrix)
+    if not static.soft:
+      new = jnp.where(_passes(units, bound, limit), matrix, new)
+    return new, _largest(static, units, norm, limit, bound)
+
+  return lax.cond(_is_decided(static, norm, limit, matrix.dtype), keep, work, matrix)
+
+
+def _flat(
+  static: _Static, matrix: Array, value: Array, unit: Array, limit: Array
+) -> tuple[Array, Array]:
+  """Clips a matrix by one choice and one loop, of at most one turn.
+
+  A GPU's host waits wherever a condition decides what runs next: at a branch once, at a
+  loop once for each turn and once more. Here it waits twice for what is not clipped.
+  The choice makes a number, and a loop leaves its array in place: no way writes, or
+  holds, a copy of what passes. Without a condition each matrix would take the longest
+  way in each step, some fifty matmuls.
+  """
   norm = Extended(value, unit)
   decided = _is_decided(static, norm, limit, matrix.dtype)
+  units = _units.of(static.view, matrix.dtype, norm, limit, strict=static.strict)
+  actions = _soft if static.soft else _hard
 
-  def keep(matrix: Array) -> tuple[Array, Array, Array]:
-    return matrix, value, unit
+  def look(matrix: Array) -> Array:
+    bound = actions.first(units.inside(matrix), units.goal, units.aim, units.rounded)
+    return jnp.where(value >= 0, bound, bound)  # Varies over a mesh as the norm does.
 
-  def work(matrix: Array) -> tuple[Array, Array, Array]:
-    new, size = _worked(static, matrix, norm, limit)
-    return new, size, unit
+  def act(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    matrix, bound, goes_on = state
+    whole = units.inside(matrix)
+    new = actions.once(whole, bound, units.goal, units.aim, units.rounded, units.least)
+    new = units.outside(jnp.where(limit > 0, new, 0), matrix)
+    return new, bound, goes_on & ~goes_on
 
-  return lax.cond(decided, keep, work, matrix)
+  bound = lax.cond(decided, lambda _: jnp.zeros_like(units.goal), look, matrix)
+  passes = decided
+  if not static.soft:
+    passes = decided | _passes(units, bound, limit)
+  new, _, _ = lax.while_loop(lambda x: x[2], act, (matrix, bound, ~passes))
+  largest = _largest(static, units, norm, limit, bound)
+  return new, jnp.where(decided, value, largest)
+
+
+def _passes(units: _units.Units, bound: Array, limit: Array) -> Array:
+  """Returns whether a matrix is proven to be within its limit, in float32's range."""
+  return _hard.within(bound, units.aim) & (limit > 0) & (units.raised == 0)
+
+
+def _largest(
+  static: _Static, units: _units.Units, norm: Extended, limit: Array, bound: Array
+) -> Array:
+  """Returns a bound of the largest singular value in the norm's unit, and dtype."""
+  value, unit = (x.astype(bound.dtype) for x in norm)
+  largest = bound * units.goal / units.size * value
+  if not static.soft:
+    # A matrix that passes exceeds its limit by the tolerance of the proof at most.
+    most = jnp.minimum(largest, limit.astype(bound.dtype) / unit)
+    largest = jnp.where(_passes(units, bound, limit), most, largest)
+  # The norm is a bound, too; NaN comes of no finite matrix.
+  largest = jnp.where(largest < value, largest, value)
+  return largest.astype(norm.value.dtype)
 
 
 def _is_decided(static: _Static, norm: Extended, limit: Array, dtype: Any) -> Array:
   """Returns whether the norm says enough: all is within the limit, or not finite."""
   eps = float(jnp.finfo(_power_sums.accumulator(dtype)).eps)
   if static.strict:
-    limit = limit * (1 - _NORM_EPSILONS * eps)
+    limit = limit * (1 - _units.NORM_EPSILONS * eps)
   if static.soft:
     # Far below the limit the change is below half an epsilon.
     limit = limit * eps**0.5
   return ~_extended.exceeds(norm, limit) | ~jnp.isfinite(norm.value)
-
-
-def _worked(
-  static: _Static, matrix: Array, norm: Extended, limit: Array
-) -> tuple[Array, Array]:
-  """Clips a matrix that its norm does not decide; returns the bound in its unit."""
-  wide = _power_sums.accumulator(matrix.dtype)
-  aim = _hard.aim_for(matrix.dtype)
-  value, unit, limit = (x.astype(wide) for x in (*norm, limit))
-  # In units of powers of two: the matrix near 1, and limits from 2^-22 up.
-  size, exponent = jnp.frexp(value)
-  exponent = exponent + _exponent(unit)
-  ratio = _extended.quotient(jnp.where(limit > 0, limit, 1), Extended(value, unit))
-  share, depth = jnp.frexp(ratio.value)
-  depth = depth + _exponent(ratio.unit)
-  raised = jnp.maximum(-_DEPTH - depth, 0)
-  goal = size * share * _power(jnp.minimum(depth + raised, 60), wide)
-  if static.strict:
-    goal = (
-      goal / (1 + aim.tolerance) * (1 - _NORM_EPSILONS * float(jnp.finfo(wide).eps))
-    )
-
-  def inside(x: Array) -> Array:
-    return _scaled(real(x).astype(wide), -exponent)
-
-  def outside(x: Array) -> Array:
-    return _scaled(x, exponent - raised)
-
-  def rounded(x: Array) -> Array:
-    # As the leaf will hold it; but in the leaf's own dtype there is nothing to round.
-    there = outside(x).astype(jnp.finfo(matrix.dtype).dtype)
-    return _scaled(there.astype(wide), raised - exponent)
-
-  whole = inside(_view.gathered(matrix, static.view))
-  turned = whole if whole.shape[0] <= whole.shape[1] else whole.T
-  least = _scaled(jnp.asarray(aim.least, wide), raised - exponent)
-  clipped = _soft.clipped if static.soft else _hard.clipped
-  new, bound = clipped(turned, goal, aim, rounded, least)
-  new = outside(new if turned is whole else new.T)
-  new = jnp.where(limit > 0, new, 0)
-  new = _like(new, static.view.shape, matrix.dtype)
-  new = _view.scattered(new, matrix, static.view)
-  largest = bound * goal / size * value
-  if not static.soft:
-    passes = _hard.within(bound, aim) & (limit > 0) & (raised == 0)
-    new = jnp.where(passes, matrix, new)
-    # A matrix that passes exceeds its limit by the tolerance of the proof at most.
-    largest = jnp.where(passes, jnp.minimum(largest, limit / unit), largest)
-  # The norm is a bound, too; NaN comes of no finite matrix.
-  largest = jnp.where(largest < value, largest, value)
-  return new, largest.astype(norm.value.dtype)
 
 
 @_of_one.defjvp
@@ -173,7 +193,8 @@ def _of_one_jvp(
   usable = jnp.isfinite(value)
   decided = _is_decided(static, norm, limit, matrix.dtype)
   whole, change = (
-    real(_view.gathered(x, static.view)).astype(wide) for x in (matrix, dot_matrix)
+    _units.real(_view.gathered(x, static.view)).astype(wide)
+    for x in (matrix, dot_matrix)
   )
   # Units in which no square leaves the range; any will do for the derivative.
   unit_of = _extended.power_of_two(jnp.where(usable & (value > 0), value, 1))
@@ -184,45 +205,7 @@ def _of_one_jvp(
   turned = [x.T if turns else x for x in (safe, change)]
   shape = _slope.soft if static.soft else _slope.hard
   dot = _slope.along(shape, turned[0], near, turned[1], dot_limit.astype(wide))
-  dot = _like(dot.T if turns else dot, static.view.shape, matrix.dtype)
+  dot = _units.complex_like(dot.T if turns else dot, static.view.shape, matrix.dtype)
   dot = _view.scattered(dot, matrix, static.view)
   dot = jnp.where(decided, dot_matrix, dot)
   return found, (dot, jnp.zeros_like(value), jnp.zeros_like(unit))
-
-
-def real(x: Array) -> Array:
-  """Writes a complex matrix as a real one of twice the rows and columns.
-
-  Its singular values are the same, each twice.
-  """
-  if not jnp.iscomplexobj(x):
-    return x
-  re, im = x.real, x.imag
-  return jnp.block([[re, -im], [im, re]])
-
-
-def _like(x: Array, shape: tuple[int, int], dtype: Any) -> Array:
-  """Inverts `_real`, and casts to the leaf's dtype."""
-  if not jnp.issubdtype(dtype, jnp.complexfloating):
-    return x.astype(dtype)
-  rows, columns = shape
-  part = jnp.finfo(dtype).dtype
-  return lax.complex(x[:rows, :columns].astype(part), x[rows:, :columns].astype(part))
-
-
-def _exponent(power: Array) -> Array:
-  """Returns n of ``2 ** n``."""
-  return jnp.frexp(power)[1] - 1
-
-
-def _power(exponent: Array, dtype: Any) -> Array:
-  """Returns ``2 ** exponent``, within the normal floats."""
-  info = jnp.finfo(dtype)
-  bounded = jnp.clip(exponent, int(info.minexp), int(info.maxexp) - 1)
-  return jnp.ldexp(jnp.ones((), dtype), bounded)
-
-
-def _scaled(x: Array, exponent: Array) -> Array:
-  """Multiplies by ``2 ** exponent``, in two steps, as one may leave the range."""
-  half = exponent // 2
-  return x * _power(half, x.dtype) * _power(exponent - half, x.dtype)

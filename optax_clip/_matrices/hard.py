@@ -23,7 +23,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optax_clip import _backend
 from optax_clip._matrices import certificate as _certificate
 from optax_clip._matrices import quintics as _quintics
 from optax_clip._matrices.certificate import dot
@@ -109,7 +108,7 @@ def clipped(
   def act(state: _State, look: _certificate.Look) -> _State:
     top = look.bound * limit
     operands = (state.matrix, look.filter, goal, top, state.turn)
-    new, turn = _backend.by_backend(*operands, cpu=_few, gpu=_many, tpu=_many)
+    new, turn = _few(*operands)
     # Not even that was enough: less of it is.
     last = state.turn > _PASSES
     less = functools.partial(shortened, matrix, limit, aim, rounded, least)
@@ -128,6 +127,39 @@ def clipped(
   start = _State(matrix, zero.astype(jnp.int32), zero, zero != 0)
   end = lax.while_loop(lambda state: ~state.done, step, start)
   return end.matrix, end.first
+
+
+def first(matrix: Array, limit: Array, aim: Aim, rounded: Rounded) -> Array:
+  """Returns the proven bound of the largest singular value over the limit."""
+  return _certificate.look(rounded(matrix), limit, aim.tolerance, fixed=True).bound
+
+
+def once(
+  matrix: Array,
+  bound: Array,
+  limit: Array,
+  aim: Aim,
+  rounded: Rounded,
+  least: Array,
+) -> Array:
+  """Clips the singular values of a matrix at a limit, without a branch.
+
+  All at once, as small QRs are slow on GPUs and TPUs. One more look decides by how much
+  the result is shortened, if at all.
+
+  Args:
+    matrix: as in `clipped`.
+    bound: what `first` found.
+    limit: as in `clipped`.
+    aim: as there.
+    rounded: as there.
+    least: as there.
+  """
+  new = all_at_once(matrix, limit * (1 - aim.below), bound * limit)
+  new = jnp.where(within(bound, aim), matrix, new)
+  top = first(new, limit, aim, rounded)
+  less = shortened(matrix, limit, aim, rounded, least, new, top * limit)
+  return jnp.where(within(top, aim), new, less)
 
 
 def within(bound: Array, aim: Aim) -> Array:
@@ -154,22 +186,8 @@ def _few(
   turn = jnp.where(is_full, _PASSES, turn)
   if matrix.shape[0] <= _COLUMNS:
     return new, turn  # The block has room for all directions.
-  return _many(new, filter, goal, top, turn, is_full)
-
-
-def _many(
-  matrix: Array,
-  filter: Array,
-  goal: Array,
-  top: Array,
-  turn: Array,
-  needed: Array | None = None,
-) -> tuple[Array, Array]:
-  """Clips all at once where needed, or once: small QRs are slower on GPUs and TPUs."""
-  del filter
-  needed = turn <= _PASSES if needed is None else needed
-  new = lax.cond(needed, lambda x: all_at_once(x, goal, top), lambda x: x, matrix)
-  return new, jnp.where(needed, _PASSES, turn)
+  new = lax.cond(is_full, lambda x: all_at_once(x, goal, top), lambda x: x, new)
+  return new, turn
 
 
 def contracted(

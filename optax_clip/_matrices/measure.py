@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from optax_clip._algebra.types import ByLayout
 from optax_clip._algebra.types import Measure
 from optax_clip._matrices import certificate as _certificate
-from optax_clip._matrices import clip as _clip
+from optax_clip._matrices import units as _units
 from optax_clip._matrices import view as _view
 from optax_clip._matrices.certificate import dot
 from optax_clip._norms import extended as _extended
@@ -216,7 +216,7 @@ def _turned(
   view: _view.View, matrix: Array, unit: Array, scale: Array, wide: Any
 ) -> tuple[Array, Array]:
   """Returns the whole matrix with at most as many rows as columns; and transposed."""
-  whole = _clip.real(_view.gathered(matrix, view)).astype(wide) / unit / scale
+  whole = _units.real(_view.gathered(matrix, view)).astype(wide) / unit / scale
   return (whole, whole.T) if whole.shape[0] <= whole.shape[1] else (whole.T, whole)
 
 

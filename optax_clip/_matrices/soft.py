@@ -6,6 +6,7 @@ above a hundred limits is brought there first, which changes the result by 5e-5.
 """
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from optax_clip._matrices import certificate as _certificate
@@ -29,18 +30,57 @@ def clipped(
   Returns:
     The new matrix, and the bound of the old one's largest value over the limit.
   """
-  exact = _hard.Aim(1e-3, 8 * float(jnp.finfo(matrix.dtype).eps), 0.0)
   near, bound = _hard.clipped(
-    matrix, limit * _FAR, exact, lambda x: x, jnp.zeros_like(least)
+    matrix, limit * _FAR, _exact(matrix), lambda x: x, jnp.zeros_like(least)
   )
-  bound = bound * _FAR
-  new = shrunk(near, limit)
+  new = _shrunk_and_proven(matrix, near, limit, aim, rounded, least)
+  usable = jnp.isfinite(bound)
+  return new, jnp.where(usable, bound * _FAR, frobenius(matrix) / limit)
+
+
+def first(matrix: Array, limit: Array, aim: Aim, rounded: Rounded) -> Array:
+  """Returns the proven bound of the largest singular value over the limit."""
+  del aim, rounded
+  near, exact = limit * _FAR, _exact(matrix)
+  return _hard.first(matrix, near, exact, lambda x: x) * _FAR
+
+
+def once(
+  matrix: Array,
+  bound: Array,
+  limit: Array,
+  aim: Aim,
+  rounded: Rounded,
+  least: Array,
+) -> Array:
+  """Shrinks the singular values of a matrix below a limit, as `hard.once`."""
+  exact, far = _exact(matrix), bound / _FAR
+
+  def bring(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, goes_on = state
+    goal = limit * _FAR
+    x = _hard.once(x, far, goal, exact, lambda x: x, jnp.zeros_like(least))
+    return x, goes_on & ~goes_on
+
+  start = matrix, ~_hard.within(far, exact)
+  near, _ = lax.while_loop(lambda state: state[1], bring, start)
+  return _shrunk_and_proven(matrix, near, limit, aim, rounded, least)
+
+
+def _exact(matrix: Array) -> Aim:
+  """For what is shrunk afterwards: nothing is rounded there."""
+  return _hard.Aim(1e-3, 8 * float(jnp.finfo(matrix.dtype).eps), 0.0)
+
+
+def _shrunk_and_proven(
+  matrix: Array, near: Array, limit: Array, aim: Aim, rounded: Rounded, least: Array
+) -> Array:
+  """Shrinks `near`, which a clip at a hundred limits made of a matrix."""
   # Exact arithmetic stays below the limit. Rounding may reach it, where s is large.
-  new = new * (1 - aim.below)
+  new = shrunk(near, limit) * (1 - aim.below)
   look = _certificate.look(rounded(new), limit, aim.tolerance)
   less = _hard.shortened(matrix, limit, aim, rounded, least, new, look.bound * limit)
-  new = jnp.where(_hard.within(look.bound, aim), new, less)
-  return new, jnp.where(jnp.isfinite(bound), bound, frobenius(matrix) / limit)
+  return jnp.where(_hard.within(look.bound, aim), new, less)
 
 
 def shrunk(matrix: Array, limit: Array) -> Array:

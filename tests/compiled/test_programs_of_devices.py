@@ -59,6 +59,13 @@ class TestH100:
   def test_the_host_is_never_waited_for(self, figures, method):
     assert figures("h100", method, **QUICK)["conditionals"] == 0
 
+  def test_clips_of_singular_values_let_the_host_wait_twice_at_most(self, figures):
+    """What the norm decides, and what is proven to be within, is left in place."""
+    found = figures("h100", "spectral_clip", model="one matrix", **QUICK)
+    assert (found["conditionals"], found["waits"]) == (1, 2)
+    rescaled = figures("h100", "clip_by_spectral_norm", model="one matrix", **QUICK)
+    assert rescaled["waits"] == 0
+
   @pytest.mark.parametrize("method", GUARDS)
   def test_a_guard_holds_no_copy_and_reads_once(self, figures, method):
     found = figures("h100", method, **QUICK)

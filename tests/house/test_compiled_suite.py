@@ -97,6 +97,20 @@ class TestPrograms:
     assert row["most_collectives"] == {"all-reduce": 2}
     assert self.read().count("all-reduce") == 2
 
+  def test_the_host_waits_for_branches_and_for_loops_of_unknown_length(self):
+    assert self.read().waits() == 1
+    # Of a loop inside of a loop, each turn of the outer one counts.
+    loop = "%c = f32[] while(%t), condition=%keep, body=%rescue"
+    known = ', backend_config={"known_trip_count":{"n":"3"}}'
+    inner = "%norm = f32[] while(%again), condition=%keep, body=%square"
+    choice = re.search(r"%c = .*", PROGRAM)[0]
+    fused = re.search(r"%norm = .*", PROGRAM)[0]
+    assert self.read(PROGRAM.replace(choice, loop)).waits() == 1
+    assert self.read(PROGRAM.replace(choice, loop + known)).waits() == 0
+    nested = PROGRAM.replace(choice, loop + known).replace(fused, inner)
+    assert self.read(nested).waits() == 3
+    assert self.read(PROGRAM.replace(fused, inner)).waits() == 2
+
   def test_a_large_result_is_of_a_guard(self):
     # To gradients of a few bytes the same result is large.
     found = self.read(gradient_bytes=40).ordinary
