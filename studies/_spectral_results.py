@@ -167,9 +167,9 @@ def figure(rows: list[Row]) -> Any:
       axis.set_yticks(range(len(methods)), methods)
       axis.set_ylim(len(methods) - 0.5, -0.5)
       axis.grid(axis="y", color="#eeeeee")
-      axis.xaxis.set_major_formatter("{x:.2g}")
-      axis.xaxis.set_minor_formatter("{x:.2g}")
-      axis.tick_params(axis="x", which="both", labelsize=7)
+      axis.xaxis.set_major_formatter("{x:.3g}")
+      axis.xaxis.set_minor_formatter("{x:.3g}")
+      axis.tick_params(axis="x", which="both", labelsize=6)
       axis.set_xlabel("held-out cross-entropy, standard error")
   marks = [
     plt.Line2D([], [], marker=mark, color="#444444", linestyle="", label=kind)

@@ -18,6 +18,7 @@ from studies import _agreement
 from studies import _page
 from studies import _regret
 from studies import _small_tasks
+from studies import _spectral_results
 from studies import _summary
 from studies import _sweep
 from studies import batch_range
@@ -26,6 +27,7 @@ from studies import language
 from studies import low_precision
 from studies import qk_clip
 from studies import shifting_scale
+from studies import spectral
 from studies import temporal_order
 from studies import untuned
 from studies import update_clipping
@@ -140,6 +142,71 @@ def test_update_clipping_runs():
   assert [len(row["course"]) for row in rows[:2]] == [2, 2]
   assert all(0 < row["worst"][0] < 100 for row in rows[:2])
   assert 0 < rows[2]["rare"][0] < 2
+
+
+def test_spectral_runs():
+  rows = list(
+    spectral.run(
+      tasks=("digits",),
+      optimizers=("sgd",),
+      names=("none", "spectral"),
+      steps=2,
+      tries=2,
+      seeds=(0,),
+      rounds=1,
+    )
+  )
+  runs, costs = rows[:6], rows[6:]
+  assert [row["batches"] for row in runs] == [*spectral.KINDS] * 2
+  assert [row["clipped"][0] for row in runs] == [0, 0, 0, 2, 2, 2]
+  assert [row["limit"] for row in runs[:3]] == [None] * 3
+  # A spike in one of two steps may leave any score.
+  assert all(x > 0 for row in runs for x in row["score"])
+  assert all(row["score"][0] < 3 for row in runs if row["batches"] == "clean")
+  assert [row["method"] for row in costs] == ["none", "spectral"]
+  assert all(row["ms"] > 0 for row in costs)
+
+
+def test_what_harms_a_gradient_of_spectral():
+  import jax
+
+  grads = [jax.numpy.ones((8, 6)), jax.numpy.ones(5)]
+  harmed = jax.jit(lambda kind, key: spectral.harmed(grads, kind, key))
+  steps = [
+    [harmed(kind, jax.random.key(seed)) for kind in range(3)] for seed in range(200)
+  ]
+  hit = 0
+  for clean, heavy, spiked in steps:
+    np.testing.assert_array_equal(clean[0], grads[0])
+    assert all(np.any(x != y) for x, y in zip(heavy, grads, strict=True))
+    np.testing.assert_array_equal(spiked[1], grads[1])
+    values = np.linalg.svd(spiked[0] - grads[0], compute_uv=False)
+    is_hit = values[0] > 0
+    hit += is_hit
+    if is_hit:
+      np.testing.assert_allclose(values[0], 30 * np.sqrt(48), rtol=1e-4)
+      assert values[1] <= 1e-4 * values[0]
+  assert 0 < hit < 20
+
+
+def test_the_best_by_the_tuning_seeds_are_compared():
+  def row(method, tuning, score):
+    about = {"task": "digits", "optimizer": "sgd", "batches": "clean"}
+    return about | {"method": method, "tuning": tuning, "score": score}
+
+  rows = [
+    row("spectral", 0.3, [0.5, None]),
+    row("spectral soft", 0.4, [0.1, 0.1]),
+    row("agc", 0.2, [0.7, 0.9]),
+    row("layer", 0.9, [0.0, 0.0]),
+  ]
+  nothing = spectral.NOTHING["digits"]
+  gain = _spectral_results.advantage(rows, spectral.SPECTRAL, spectral.OTHERS)
+  assert gain == pytest.approx([0.2, 0.9 - nothing])
+  assert _spectral_results.failed(rows[0]) == 1
+  assert _spectral_results.counted(_summary.Mean(0.3, 0.1)) == 1
+  assert _spectral_results.counted(_summary.Mean(-0.3, 0.1)) == -1
+  assert _spectral_results.counted(_summary.Mean(-0.3, 0.2)) == 0
 
 
 def test_untuned_runs():
