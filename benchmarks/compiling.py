@@ -64,12 +64,13 @@ def measured(
   peers = {name: peer for name, (_, peer, _) in PAIRS.items()}
   times: dict[str, list[tuple[float, ...]]] = {name: [] for name in makers}
   params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  # The first round pays for what JAX and XLA do once in a process.
-  for turn in range(rounds + 1):
+  # What JAX and XLA do once in a process is paid for by a few leaves.
+  for make in makers.values():
+    _seconds(make(), params[: len(SHAPES)])
+  for _ in range(rounds):
     for name, make in makers.items():
       note(f"{len(shapes)} leaves: {name}")
-      seconds = _seconds(make(), params)
-      times[name] += [seconds] if turn else []
+      times[name].append(_seconds(make(), params))
   middle = {
     name: [statistics.median(column) for column in zip(*own, strict=True)]
     for name, own in times.items()
@@ -95,6 +96,8 @@ def _seconds(tx: Any, params: list[jax.ShapeDtypeStruct]) -> tuple[float, ...]:
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
+  # A function that was traced in an earlier round would not be traced again.
+  jax.clear_caches()
   state = jax.eval_shape(tx.init, params)
   jitted = jax.jit(step, donate_argnums=(0, 1))
   gc.collect()

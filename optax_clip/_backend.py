@@ -47,8 +47,24 @@ def traced_once(f: Callable[..., Any]) -> Callable[..., Any]:
   Leaf by leaf, tracing the same arithmetic takes longer than anything else in a trace.
   The program is what it would be. Outside of one nothing is compiled.
   """
-  inlined = jax.jit(lambda *operands: f(*operands), inline=True)
-  return lambda *operands: (inlined if is_traced(operands) else f)(*operands)
+  return _called(f, "JAX_LATE")
+
+
+def compiled_once(f: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a function that XLA:CPU optimises once for all arguments of like shapes.
+
+  With JAX 0.12 it stays a function of the program, whose arguments and results are
+  written to memory. That slows down what every step runs: it is for rare branches. On
+  several devices, which may share the function's arrays, this is `traced_once`.
+  """
+  alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+  return _called(f, "XLA_LATE" if alone else "JAX_LATE")
+
+
+def _called(f: Callable[..., Any], when: str) -> Callable[..., Any]:
+  inline = getattr(getattr(jax, "Inline", None), when, True)
+  jitted = jax.jit(lambda *operands: f(*operands), inline=inline)
+  return lambda *operands: (jitted if is_traced(operands) else f)(*operands)
 
 
 def by_backend(

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_clip import _backend
 from optax_clip import _validate
 from optax_clip._algebra import handed as _handed
 from optax_clip._algebra import layers as _layers
@@ -291,13 +292,14 @@ def _applied(action: Action, weights: _Weights, updates: Updates) -> Updates:
   leaves, treedef = jax.tree.flatten(updates)
   layout = weights.norms.layout
   own = Norms(weights.coefficients, layout).spread(weights.limits)
+  apply = _backend.traced_once(action.apply)
 
   def new(i: int, place: Place, coefficient: Extended, limit: Array) -> Array:
     leaf = jnp.asarray(leaves[i])
     if not place.scaled:
       return leaf
     after = weights.settled.get(i)
-    after = action.apply(leaf, coefficient, limit) if after is None else after
+    after = apply(leaf, coefficient, limit) if after is None else after
     return _leaf.keep_weak_type(leaf, after)
 
   rows = enumerate(zip(layout.places, own, strict=True))

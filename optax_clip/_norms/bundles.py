@@ -60,7 +60,7 @@ class Reduction(NamedTuple):
   Attributes:
     run: ``run(local, collective, merge, units)`` returns, for each array that
       ``local`` returns, its blocks: merged over bundles, and collected over the mesh.
-      ``units`` is `None`, or a block of units for each block.
+      ``units`` is `None`, or a block of units for each block. ``once`` as in `run`.
     elements: for each block the number of elements behind an entry.
     dtypes: the dtypes of the arrays.
     dtype: the dtype of the norms, float32 or float64.
@@ -135,8 +135,16 @@ def run(
   collective: Callable[..., Array],
   merge: Callable[..., Array],
   units: Sequence[Array] | None,
+  *,
+  once: bool = False,
 ) -> list[list[Array]]:
   """Reduces each bundle, with one collective for each set of mesh axes.
+
+  Args:
+    layout: where norms are stored.
+    members: the bundles.
+    local, collective, merge, units: as in `Reduction`.
+    once: whether XLA:CPU compiles `local` once for all bundles of like shapes.
 
   Returns:
     For each array that `local` returns, its blocks.
@@ -146,7 +154,7 @@ def run(
     by_place = dict(zip(layout.places, Norms(units, layout).spread(), strict=True))
     own = _apart([by_place[m.place] for m in members])
   reduced = {
-    dims: _backend.traced_once(
+    dims: (_backend.compiled_once if once else _backend.traced_once)(
       lambda arrays, unit, dims=dims: local(Bundle(arrays, dims), unit)
     )
     for dims in {m.bundle.dims for m in members}

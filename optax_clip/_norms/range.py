@@ -138,7 +138,7 @@ def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
 def _widened(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   """Sums in float64: on a CPU slower to run, and faster to compile, than two sums."""
   with jax.enable_x64(True):
-    moments = _moments_in_float64(reduction, ord, how)
+    moments = _moments_in_float64(reduction, ord, how, once=True)
     return [_narrowed((x, x), reduction.dtype, ord) for x in moments]
 
 
@@ -158,14 +158,16 @@ def _doubled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
     return _scalars.in_stacks(of_stack, of_one, [(x,) for x in moments])
 
 
-def _moments_in_float64(reduction: Reduction, ord: float, how: _How) -> list[Array]:
+def _moments_in_float64(
+  reduction: Reduction, ord: float, how: _How, *, once: bool = False
+) -> list[Array]:
   def local(bundle: Bundle, unit: Any) -> list[Array]:
     del unit
     powers = [_power_sums.power(x, ord, jnp.dtype(jnp.float64)) for x in bundle.arrays]
     sums = [_total(x, bundle.dims, how) for x in powers]
     return [functools.reduce(jnp.add, sums)]
 
-  (moments,) = reduction.run(local, lax.psum, _sum, None)
+  (moments,) = reduction.run(local, lax.psum, _sum, None, once=once)
   return moments
 
 
