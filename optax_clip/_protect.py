@@ -85,6 +85,8 @@ def protect(
   if isinstance(clip, Threshold):
     clip = clip_with(measures.global_norm(), clip, actions.rescale())
   elif not isinstance(clip, optax.GradientTransformation):
+    if not callable(clip):
+      _validate.bound(clip=clip)
     clip = clip_by_global_norm(clip)
   whole = optax.chain(clip, inner)
   return optax.with_extra_args_support(whole if guard is None else guard(whole))

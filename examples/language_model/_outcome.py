@@ -143,7 +143,10 @@ def table(runs: Sequence[Run]) -> Table:
 
 def notes(runs: Sequence[Run], lr: float) -> str:
   """Says what the columns of the table are."""
+  kinds = {run.measured for run in runs}
   measured = "; ".join(f"{run.name}: {run.measured}" for run in runs)
+  if len(kinds) == 1:
+    measured = f"{kinds.pop()} of the gradients"
   return (
     f"All at learning rate {lr:g}. Norms: {measured}. Clipped: steps in which something"
     " was clipped; kept: what was left of the most clipped update. Skipped: steps that"

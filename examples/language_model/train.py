@@ -10,7 +10,7 @@ batches. One batch in 100 is broken on purpose, and a guard skips its step::
     python -m examples.language_model --steps 5000 --checkpoint out/long --resume
     python -m examples.language_model --fsdp
 
-It needs no network and, by default, a minute on two cores. It shows each run live,
+It needs no network and, by default, half a minute on two cores. It shows each run live,
 writes every step to ``steps.csv`` and a figure to ``steps.png`` in the folder of
 ``--out``, and closes with a table, what was seen, and the call to copy. With
 ``--checkpoint`` it may be killed at any moment: the same command with

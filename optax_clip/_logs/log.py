@@ -47,7 +47,8 @@ def read(path: str, column: str | None = None, run: str | None = None) -> Log:
       raise LogError(f"column {column!r} has no number")
     empty = len(cells) - len(rows)
     if empty and kind not in ("text", "TensorBoard's events"):
-      notes.append(f"{empty} of {len(cells)} rows have no number there: left out")
+      have = "row has" if empty == 1 else "rows have"
+      notes.append(f"{empty} of {len(cells)} {have} no {column}: left out")
     rows = _one_run(rows, run)
     _refuse_parts(rows)
   except LogError as error:

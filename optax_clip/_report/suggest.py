@@ -74,12 +74,14 @@ class Suggestion(NamedTuple):
     levels = "  ".join(f"{q}% {_digits(self.quantiles[q])}" for q in (5, 50, 95))
     later = f", {100 * self.clipped_later:.1f}% after the start" if self.start else ""
     spikes = f"{self.spikes} spike{'' if self.spikes == 1 else 's'}"
+    # Norms of the start are not among the quantiles.
+    whose = "after start" if self.start else "norms      "
     lines = [
       f"max_norm {_digits(self.max_norm)} would have clipped"
       f" {100 * self.clipped:.1f}% of the norms{later}",
       f"  steps       {self.steps}: {self.nonfinite} not finite, {self.zeros} of norm"
       f" 0, {spikes}",
-      f"  norms       {levels}  max {_digits(self.quantiles[100])}",
+      f"  {whose} {levels}  max {_digits(self.quantiles[100])}",
     ]
     if self.misfit:
       lines[:1] = [

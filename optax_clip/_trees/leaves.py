@@ -107,8 +107,8 @@ def same_structure(updates: Updates, params: Params) -> None:
   """Raises unless updates and parameters match in structure and shapes."""
   if params is None:
     raise ValueError(
-      "This transformation compares updates with parameters: pass them, as"
-      " in tx.update(updates, state, params)."
+      "params is None, and this transformation compares updates with parameters, as"
+      " adaptive_grad_clip does: pass them, as in tx.update(updates, state, params)."
     )
   ours: Any = jax.tree.structure(updates)
   theirs: Any = jax.tree.structure(params)

@@ -109,5 +109,7 @@ def test_an_early_bad_batch_is_bounded_by_default():
 def test_errors():
   with pytest.raises(TypeError, match="inner must be a GradientTransformation"):
     optax_clip.protect(optax.sgd)
-  with pytest.raises(ValueError, match="max_norm must be non-negative"):
+  with pytest.raises(ValueError, match="clip must be non-negative"):
     optax_clip.protect(optax.sgd(0.1), -1.0)
+  with pytest.raises(TypeError, match="clip must be a number, got 'auto'"):
+    optax_clip.protect(optax.sgd(0.1), "auto")

@@ -201,7 +201,7 @@ def test_a_cell_that_says_nan_is_nan_and_an_empty_one_is_no_step(tmp_path):
   path = write(tmp_path / "a.csv", "x,grad_norm\n" + "".join(f"0,{c}\n" for c in cells))
   read = logs.read(path)
   np.testing.assert_array_equal(read.norms, [1.5, *[math.nan] * 2, math.inf, 0, 2])
-  assert "3 of 9 rows have no number there: left out" in read.notes
+  assert "3 of 9 rows have no grad_norm: left out" in read.notes
 
 
 def test_literals_of_json_that_are_not_finite_are_read(tmp_path):
@@ -215,7 +215,7 @@ def test_json_lines_without_the_key_are_no_steps(tmp_path):
   path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)))
   read = logs.read(path, "norm")
   np.testing.assert_array_equal(read.norms, [1.0, math.nan])
-  assert "2 of 4 rows have no number there: left out" in read.notes
+  assert "2 of 4 rows have no norm: left out" in read.notes
 
 
 @pytest.mark.parametrize(
