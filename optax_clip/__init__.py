@@ -50,8 +50,8 @@ from optax_clip._report.metrics import loss_scale
 from optax_clip._report.metrics import metrics
 from optax_clip._report.replay import replay_limits
 from optax_clip._report.suggest import suggest_max_norm
+from optax_clip._trees.labels import labels_by_path
 from optax_clip._trees.labels import muon_labels
-from optax_clip._trees.paths import labels_by_path
 from optax_clip._trees.paths import unit_axes_by_name
 
 __version__ = "0.2.0"

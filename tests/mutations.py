@@ -143,7 +143,7 @@ FAULTS = (
   ),
   Fault(
     "an overflow of a sum of squares is not looked for",
-    "_norms/range.py",
+    "_norms/sums_by_backend.py",
     "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
     "strayed.append(jnp.any(low))",
     "contract",
@@ -151,7 +151,7 @@ FAULTS = (
   ),
   Fault(
     "an underflow of a sum of squares is not looked for",
-    "_norms/range.py",
+    "_norms/sums_by_backend.py",
     "strayed.append(jnp.any(~jnp.isfinite(moment) | low))",
     "strayed.append(jnp.any(~jnp.isfinite(moment)))",
     "functions",

@@ -5,12 +5,12 @@ over arrays, collects them over devices, and finishes with one root::
 
     arrays --local--> moments --merge, collect--> blocks --root--> norms
 
-What makes it right in every dtype lives here, in `power_sums` and in `range`:
+What makes it right in every dtype lives here, in `power_sums` and in `sums_by_backend`:
 
 * *Accumulation.* Moments are float32 or better (float64 for float64 arrays), within
   an array and across arrays. No sum is ever bfloat16 or float16.
-* *Range.* Squares of float32 values over- and underflow: `range` says how each backend
-  prevents it with one read.
+* *Range.* Squares of float32 values over- and underflow: `sums_by_backend` says how
+  each prevents it with one read.
 * *Wide results.* The 2-norm of finite float32 values may itself exceed the largest
   float32: a norm is an `Extended`.
 * *Derivatives.* They are the norm's, however it was computed: x / n, and 0 where n is
@@ -36,7 +36,7 @@ from optax_clip._norms import bundles as _bundles
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms import power_sums as _power_sums
-from optax_clip._norms import range as _range
+from optax_clip._norms import sums_by_backend as _sums
 from optax_clip._norms.blocks import Norms
 from optax_clip._norms.bundles import Bundle
 from optax_clip._norms.bundles import Member
@@ -143,7 +143,7 @@ def _compiled(arrays: tuple[Array, ...], *, static: _Static) -> list[Extended]:
 def _measured(static: _Static, arrays: tuple[Array, ...]) -> list[Extended]:
   layout, ord, concatenate, _ = static
   reduction = _bundles.reduction(arrays, layout, concatenate=concatenate)
-  found = _range.norms(reduction, ord)
+  found = _sums.norms(reduction, ord)
   return [
     Extended(*(x.astype(block.dtype) for x in norm))
     for norm, block in zip(found, layout.blocks, strict=True)

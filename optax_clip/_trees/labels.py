@@ -1,4 +1,4 @@
-"""Which group a leaf belongs to, and whether it counts in the group's norm."""
+"""Which group a leaf belongs to, by its path, and whether it counts in its norm."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
@@ -10,10 +10,63 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip._trees import functions as _functions
+from optax_clip._trees import paths as _paths
 from optax_clip._types import PyTree
 
 # A tree of labels, a prefix of one, or a function from updates to one.
 Labels = Any | Callable[[Any], Any]
+
+
+def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
+  """Labels leaves by regular expressions of their paths.
+
+  It serves `clip_by_group_norm`, `optax.multi_transform` and `optax.masked`.
+
+  Args:
+    rules: a mapping from regular expressions to labels. The first expression that is
+      found in a path, such as ``blocks/attention/kernel``, counts, so that a last
+      ``""`` labels all other leaves. In Flax NNX, paths are those of
+      ``nnx.state(model, nnx.Param)``. Fields of boxes that hold one array may stand
+      in a path or not: ``kernel$`` and ``kernel/value$`` both find a kernel of Flax.
+
+  Returns:
+    A function from a tree of parameters or updates to a tree of labels.
+
+  Raises:
+    ValueError: if `rules` is empty or a key is not a regular expression; by the
+      function, if one is found in no path, or none is found in a path. Lists the paths.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_clip
+    >>> labels = optax_clip.labels_by_path({"bias|scale": "small", "": "rest"})
+    >>> print(labels({"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}))
+    {'dense': {'bias': 'small', 'kernel': 'rest'}}
+  """
+  if not isinstance(rules, Mapping) or not rules:
+    raise ValueError(
+      "rules must map regular expressions of paths to labels, as in {'^head/': 'head',"
+      f" '': 'body'}}, got {rules!r}."
+    )
+  _paths.checked_patterns(rules, "rules")
+
+  def labels(tree: Any) -> Any:
+    _functions.not_a_count(tree, "labels_by_path", "labels")
+    found = _paths.by_path(
+      tree, {pattern: (rules[pattern],) for pattern in rules}, "rules"
+    )
+    missing = [
+      p
+      for p, label in zip(_paths.every_name(tree), found, strict=True)
+      if label is None
+    ]
+    if missing:
+      raise ValueError(
+        f"rules: no regular expression is found in {', '.join(missing)}. Add one, or ''"
+        " as the last, which is found in all paths."
+      )
+    return jax.tree.unflatten(jax.tree.structure(tree), [label for (label,) in found])
+
+  return labels
 
 
 def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:

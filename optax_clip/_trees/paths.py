@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Collection
-from collections.abc import Hashable
 from collections.abc import Mapping
 import re
 from typing import Any
@@ -77,54 +76,6 @@ def _each_leafs(tree: Any, rules: PyTree, what: str) -> list[Any]:
       f" path and leaf, or a tree like the updates, got {jax.tree.structure(rules)} for"
       f" updates of structure {treedef}."
     ) from error
-
-
-def labels_by_path(rules: Mapping[str, Hashable]) -> Callable[[Any], Any]:
-  """Labels leaves by regular expressions of their paths.
-
-  It serves `clip_by_group_norm`, `optax.multi_transform` and `optax.masked`.
-
-  Args:
-    rules: a mapping from regular expressions to labels. The first expression that is
-      found in a path, such as ``blocks/attention/kernel``, counts, so that a last
-      ``""`` labels all other leaves. In Flax NNX, paths are those of
-      ``nnx.state(model, nnx.Param)``. Fields of boxes that hold one array may stand
-      in a path or not: ``kernel$`` and ``kernel/value$`` both find a kernel of Flax.
-
-  Returns:
-    A function from a tree of parameters or updates to a tree of labels.
-
-  Raises:
-    ValueError: if `rules` is empty or a key is not a regular expression; by the
-      function, if one is found in no path, or none is found in a path. Lists the paths.
-
-  Example:
-    >>> import jax.numpy as jnp, optax_clip
-    >>> labels = optax_clip.labels_by_path({"bias|scale": "small", "": "rest"})
-    >>> print(labels({"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}))
-    {'dense': {'bias': 'small', 'kernel': 'rest'}}
-  """
-  if not isinstance(rules, Mapping) or not rules:
-    raise ValueError(
-      "rules must map regular expressions of paths to labels, as in {'^head/': 'head',"
-      f" '': 'body'}}, got {rules!r}."
-    )
-  checked_patterns(rules, "rules")
-
-  def labels(tree: Any) -> Any:
-    _functions.not_a_count(tree, "labels_by_path", "labels")
-    found = by_path(tree, {pattern: (rules[pattern],) for pattern in rules}, "rules")
-    missing = [
-      p for p, label in zip(every_name(tree), found, strict=True) if label is None
-    ]
-    if missing:
-      raise ValueError(
-        f"rules: no regular expression is found in {', '.join(missing)}. Add one, or ''"
-        " as the last, which is found in all paths."
-      )
-    return jax.tree.unflatten(jax.tree.structure(tree), [label for (label,) in found])
-
-  return labels
 
 
 def unit_axes_by_name(
