@@ -1,8 +1,9 @@
 """Which form of a computation a backend gets, chosen when a program is lowered for it.
 
 Two questions have an answer for each backend: how a sum keeps its range
-(`sums_by_backend`), and how a guard skips a step (`skipped_step`). One more has an answer
-for each device: GPUs are not alike in how fast they add float64 (`has_fast_float64`).
+(`sums_by_backend`), and how a guard skips a step (`skipped_step`). One more has an
+answer for each device: GPUs are not alike in how fast they add float64
+(`has_fast_float64`).
 """
 
 from collections.abc import Callable

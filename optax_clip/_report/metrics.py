@@ -91,7 +91,8 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
       f"opt_state, of type {type(opt_state).__name__}, holds no record. Pass the state"
       " that init or update of a clip, a guard or observe returned (a checkpoint"
       " restored as plain dictionaries is none). With record=False they record"
-      f" nothing, and clip records with record=True only. {_CONVERT} Or pass allow_empty=True."
+      f" nothing, and clip records with record=True only. {_CONVERT} Or pass"
+      " allow_empty=True."
     )
   _stuck.warn(_unwrapped(opt_state))
   # A user's name may look like a numbered one.
