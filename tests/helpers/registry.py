@@ -65,6 +65,10 @@ class Row(NamedTuple):
   parts: tuple[str, ...] = ("",)
   copies: bool = False
 
+  def __hash__(self) -> int:
+    """A row is found by its name, as one of its fields is a mapping."""
+    return hash(self.name)
+
   def make(self, threshold=None, **keywords):
     """The transformation with its typical threshold, or another one."""
     threshold = self.threshold if threshold is None else threshold
