@@ -69,7 +69,6 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
   steps for NaNs: the accumulator keeps them, and no step will be taken any more.
 
   Raises:
-    TypeError: if `opt_state` is a transformation.
     ValueError: if `opt_state` holds no record, unless `allow_empty`.
 
   Example:
@@ -82,13 +81,10 @@ def metrics(opt_state: OptState, *, allow_empty: bool = False) -> dict[str, Arra
   """
   found = entries(opt_state, _REPORTED)
   if not found and not allow_empty:
-    if isinstance(opt_state, optax.GradientTransformation):
-      raise TypeError(
-        f"opt_state must be a state, got the transformation {opt_state!r}: pass what"
-        " its init or update returned, as in metrics(tx.init(params))."
-      )
+    is_tx = isinstance(opt_state, optax.GradientTransformation)
+    kind = "a transformation" if is_tx else f"of type {type(opt_state).__name__}"
     raise ValueError(
-      f"opt_state, of type {type(opt_state).__name__}, holds no record. Pass the state"
+      f"opt_state, {kind}, holds no record. Pass the state"
       " that init or update of a clip, a guard or observe returned (a checkpoint"
       " restored as plain dictionaries is none). With record=False they record"
       f" nothing, and clip records with record=True only. {_CONVERT} Or pass"

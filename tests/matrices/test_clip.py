@@ -83,6 +83,16 @@ class TestPromise:
     assert np.max(moved / np.maximum(before[:, :1], 100)) <= 1e-7
     assert np.max(np.where(before < 1e-3, moved, 0)) <= 1e-5
 
+  @pytest.mark.parametrize("top", [1.2, 3.9])
+  def test_where_most_are_above_the_matrix_is_that_of_an_svd(self, top):
+    # Of more directions than a block has columns a CPU finds the eigenvectors.
+    values = np.concatenate([np.geomspace(1e-3, 0.9, 4), np.linspace(1.02, top, 20)])
+    x = matrices.with_values(np.random.default_rng(3), ROWS, COLUMNS, values)
+    x = x.astype(np.float32)
+    new = np.asarray(clipped(jnp.asarray(x)[None]))[0].astype(np.float64)
+    u, s, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    assert np.linalg.norm(new - (u * np.minimum(s, 1)) @ v, 2) < 5e-6
+
   def test_results_are_those_of_an_svd(self):
     stack, kinds = stack_of("float32", seed=2)
     error = np.linalg.norm(
