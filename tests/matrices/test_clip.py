@@ -1,6 +1,7 @@
 """Singular values are clipped: the promise, the identity, and what stays exact."""
 
 import functools
+import re
 
 from helpers import oracles
 import jax
@@ -403,3 +404,15 @@ class TestMeshes:
         ),
         x,
       )
+
+  @pytest.mark.parametrize("spec", [P("d"), P(None, "d")])
+  def test_outside_branches_there_is_one_all_reduce_of_one_number(self, spec):
+    x = jax.ShapeDtypeStruct(
+      (32, 64), jnp.float32, sharding=NamedSharding(auto_mesh(), spec)
+    )
+    tx = optax_clip.spectral_clip(1.0, record=False)
+    state = jax.eval_shape(tx.init, x)
+    program = jax.jit(tx.update).lower(x, state).compile().as_text()
+    always = program[program.index("\nENTRY") :]
+    found = re.findall(r" = (\S+) (all-\w+|collective-\w+|reduce-scatter)\(", always)
+    assert found == [("f32[]", "all-reduce")]
