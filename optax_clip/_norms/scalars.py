@@ -138,8 +138,8 @@ def in_pairs(f: Callable[..., Any]) -> Callable[..., Any]:
   def beside(x: Any) -> Array:
     x = jnp.asarray(x)
     # Of ones no arithmetic here makes NaN. Of the number itself, twice, XLA would make
-    # one number again.
-    idle = jnp.ones((), x.dtype)
+    # one number again. A weak type stays one: integers of Python are not int64.
+    idle = jnp.ones_like(x, shape=())
     return lax.pad(x[None], idle, [(0, 1, 0), *[(0, 0, 0)] * x.ndim])
 
   def found(*trees: Any) -> Any:
