@@ -51,7 +51,6 @@ from optax_clip._report.metrics import metrics
 from optax_clip._report.replay import replay_limits
 from optax_clip._report.suggest import suggest_max_norm
 from optax_clip._trees.labels import labels_by_path
-from optax_clip._trees.labels import muon_labels
 from optax_clip._trees.paths import unit_axes_by_name
 
 __version__ = "0.2.0"
@@ -91,7 +90,6 @@ __all__ = [
   "max_attention_logits",
   "measures",
   "metrics",
-  "muon_labels",
   "norm_history",
   "observe",
   "per_example_global_norm_clip",

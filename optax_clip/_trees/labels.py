@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_clip._trees import functions as _functions
 from optax_clip._trees import paths as _paths
@@ -80,77 +79,6 @@ def checked_labels(labels: Labels, names: Sequence[Hashable]) -> None:
       " of labels, or a function from updates to one."
     )
   _all_known(found, names)
-
-
-def muon_labels(weight_dimension_numbers: PyTree = None) -> Callable[[Any], Any]:
-  r"""Labels leaves as `optax.contrib.muon` splits them: "muon" and "adam".
-
-  Muon orthogonalises what it takes, so that a clip before it hardly acts on these
-  leaves. For `clip_by_group_norm`, which then gives the others a norm of their own:
-
-  .. math::
-      u_\text{adam} \leftarrow u_\text{adam} \cdot
-      \min\left(1, \frac{c}{\|u_\text{adam}\|}\right)
-
-  Args:
-    weight_dimension_numbers: what `optax.contrib.muon` is given as
-      `muon_weight_dimension_numbers`: a tree of `MuonDimensionNumbers` and `None`, a
-      prefix of one, or a function from parameters to either. `None`: all leaves of
-      rank 2 are Muon's.
-
-  Returns:
-    A function from a tree of parameters or updates to a tree of labels.
-
-  Raises:
-    ValueError: by the function, if `weight_dimension_numbers` is not a tree prefix of
-      its argument.
-
-  ============================  ======================================
-  input                         result
-  ============================  ======================================
-  an embedding of rank 2        "muon", as in optax, unless numbers say
-                                otherwise
-  a stack of matrices, rank 3   "adam", unless numbers say otherwise
-  no leaf of rank 2             all "adam"
-  ============================  ======================================
-
-  Example:
-    >>> import jax.numpy as jnp, optax_clip
-    >>> labels = optax_clip.muon_labels()
-    >>> tx = optax_clip.clip_by_group_norm(labels, {"muon": None, "adam": 1.0})
-    >>> g = {"kernel": jnp.full((2, 2), 9.0), "bias": jnp.array([3.0, 4.0])}
-    >>> updates, _ = tx.update(g, tx.init(g))
-    >>> print(labels(g), updates["kernel"][0], updates["bias"])
-    {'bias': 'adam', 'kernel': 'muon'} [9. 9.] [0.6 0.8]
-
-  References:
-    Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
-    https://kellerjordan.github.io/posts/muon/.
-  """
-
-  def by_rank(tree: PyTree) -> Any:
-    _functions.not_a_count(tree, "muon_labels", "labels")
-    return jax.tree.map(lambda x: "muon" if jnp.ndim(x) == 2 else "adam", tree)
-
-  if weight_dimension_numbers is None:
-    return by_rank
-
-  def labels(tree: PyTree) -> Any:
-    _functions.not_a_count(tree, "muon_labels", "labels")
-    numbers = weight_dimension_numbers
-    resolved = numbers(tree) if _functions.is_function(numbers) else numbers
-    taken = jax.tree.map(
-      lambda x: "adam" if x is None else "muon", resolved, is_leaf=_is_for_muon
-    )
-    found = each_leaf(taken, tree, "weight_dimension_numbers")
-    return jax.tree.unflatten(jax.tree.structure(tree), found)
-
-  return labels
-
-
-def _is_for_muon(node: object) -> bool:
-  """Returns whether a node tells Muon about a leaf: dimensions, or `None`."""
-  return node is None or hasattr(node, "reduction_axis")
 
 
 def label_ids(labels: Labels, names: Sequence[Hashable], tree: PyTree) -> list[int]:

@@ -1,4 +1,4 @@
-"""Labels of matrix optimizers: those that optax's Muon splits its leaves by."""
+"""Groups of the leaves that optax's Muon takes, by the recipes of the guide."""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,25 @@ def tree(seed=0):
     SHAPES,
     is_leaf=lambda x: isinstance(x, tuple),
   )
+
+
+def by_rank(tree):
+  return jax.tree.map(lambda x: "muon" if x.ndim == 2 else "adam", tree)
+
+
+def by_numbers(numbers):
+  return jax.tree.map(
+    lambda x: "adam" if x is None else "muon",
+    numbers,
+    is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"),
+  )
+
+
+def labels_of(rules):
+  """A function from a tree to the labels of its leaves, or to a prefix of them."""
+  if rules is None:
+    return by_rank
+  return lambda tree: by_numbers(rules(tree) if callable(rules) else rules)
 
 
 def only_blocks(params):
@@ -68,7 +87,8 @@ def split(rules):
 
 @pytest.mark.parametrize("name", RULES)
 def test_labels_are_the_leaves_that_muon_takes(name):
-  assert optax_clip.muon_labels(RULES[name])(tree()) == split(RULES[name])
+  labels = labels_of(RULES[name])(tree())
+  assert jax.tree.broadcast(labels, tree()) == split(RULES[name])
 
 
 def test_the_rules_differ():
@@ -77,16 +97,8 @@ def test_the_rules_differ():
   assert len(found) == len(RULES)
 
 
-def test_stacked_matrices_are_adams_by_rank():
-  labels = optax_clip.muon_labels()(tree())
-  taken = [name for name in ("embedding", "stack", "conv") if labels[name] == "muon"]
-  assert taken == ["embedding"]
-
-
 def test_of_shapes_alone_and_inside_a_transformation():
-  tx = optax_clip.clip_by_group_norm(
-    optax_clip.muon_labels(), {"muon": None, "adam": 1e-3}
-  )
+  tx = optax_clip.clip_by_group_norm(by_rank, {"muon": None, "adam": 1e-3})
   state = tx.init(jax.eval_shape(tree))
   updates, _ = jax.jit(tx.update)(tree(), state)
   np.testing.assert_array_equal(updates["embedding"], tree()["embedding"])
@@ -94,12 +106,6 @@ def test_of_shapes_alone_and_inside_a_transformation():
   rest += [block["bias"] for block in updates["blocks"]]
   total = np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in rest))
   assert total == pytest.approx(1e-3, rel=1e-6)
-
-
-def test_numbers_of_another_tree():
-  labels = optax_clip.muon_labels({"head": Numbers()})
-  with pytest.raises(ValueError, match="weight_dimension_numbers must be a tree"):
-    labels(tree())
 
 
 def test_what_other_leaves_leave_of_muons_update():
@@ -116,8 +122,6 @@ def test_what_other_leaves_leave_of_muons_update():
     return np.linalg.norm(updates["kernel"])
 
   alone = moved(optax.identity())
-  groups = optax_clip.clip_by_group_norm(
-    optax_clip.muon_labels(), {"muon": None, "adam": 1.0}
-  )
+  groups = optax_clip.clip_by_group_norm(by_rank, {"muon": None, "adam": 1.0})
   assert moved(groups) == alone
   assert moved(optax_clip.clip_by_global_norm(1.0)) < 0.5 * alone

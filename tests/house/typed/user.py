@@ -31,7 +31,7 @@ def clips(schedule: optax.Schedule, traced: jax.Array) -> list[object]:
     optax_clip.clip_by_layer_norm(traced, ord=float("inf"), stacked={"blocks/": 0}),
     optax_clip.clip_by_group_norm(labels, {"head": 0.1, "body": 1.0}),
     optax_clip.clip_by_group_norm(
-      optax_clip.muon_labels(), {"muon": None, "adam": 1.0}, scaled={"w": False}
+      labels, {"head": None, "body": 1.0}, scaled={"w": False}
     ),
     optax_clip.clip_by_block_rms(1.0, record="layers"),
     optax_clip.adaptive_grad_clip(0.01, axis=axes),
