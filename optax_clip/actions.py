@@ -45,7 +45,7 @@ _STRICT_EPSILONS = 16
 
 
 def rescale(*, eps: Scalar = 0.0, strict: bool = False) -> Action:
-  r"""Scales to the limit what exceeds it; all else passes bit for bit.
+  r"""Scales updates down to the limit; those within it pass bit for bit.
 
   .. math::
       u \leftarrow u \cdot \min\left(1, \frac{L}{n + \epsilon}\right)

@@ -105,7 +105,7 @@ def clipped(
 
   Returns:
     The new matrix; and the proven bound of the old one's largest singular value over
-    the limit. If that is `within`, the new matrix is the old one.
+    the limit. Where this bound is `within`, the old matrix is returned.
   """
   goal = limit * (1 - aim.below)
 

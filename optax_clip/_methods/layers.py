@@ -105,8 +105,8 @@ def clip_by_group_norm(
     counted: which leaves count in the norm of their group, given like `labels`; all
       do if `None`. A leaf that does not is still scaled with its group.
     scaled: which leaves are scaled with their group, given like `labels`; all are if
-      `None`. One that is not counts in the norm and passes bit for bit, so that the
-      norm of its group may stay above the limit, also with `strict`.
+      `None`. Any other leaf counts in the norm and passes bit for bit: the norm of
+      its group may then stay above the limit, also with `strict`.
     ord, eps, strict: as in `measures.global_norm` and `actions.rescale`.
     nonfinite, record, name: as in `clip_with`.
     axis_name, specs: as in `optax_clip.measures`.
