@@ -134,18 +134,16 @@ def _flat(
     bound = actions.first(units.inside(matrix), units.goal, units.aim, units.rounded)
     return jnp.where(value >= 0, bound, bound)  # Varies over a mesh as the norm does.
 
-  def act(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    matrix, bound, goes_on = state
+  def act(matrix: Array) -> Array:
     whole = units.inside(matrix)
     new = actions.once(whole, bound, units.goal, units.aim, units.rounded, units.least)
-    new = units.outside(jnp.where(limit > 0, new, 0), matrix)
-    return new, bound, goes_on & ~goes_on
+    return units.outside(jnp.where(limit > 0, new, 0), matrix)
 
   bound = lax.cond(decided, lambda _: jnp.zeros_like(units.goal), look, matrix)
   passes = decided
   if not static.soft:
     passes = decided | _passes(units, bound, limit)
-  new, _, _ = lax.while_loop(lambda x: x[2], act, (matrix, bound, ~passes))
+  new = _hard.in_place(act, matrix, ~passes)
   largest = _largest(static, units, norm, limit, bound)
   return new, jnp.where(decided, value, largest)
 

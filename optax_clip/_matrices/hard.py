@@ -161,9 +161,36 @@ def once(
   """
   new = all_at_once(matrix, limit * (1 - aim.below), bound * limit)
   new = jnp.where(within(bound, aim), matrix, new)
-  top = first(new, limit, aim, rounded)
-  less = shortened(matrix, limit, aim, rounded, least, new, top * limit)
-  return jnp.where(within(top, aim), new, less)
+  return proven(matrix, new, limit, aim, rounded, least, fixed=True)
+
+
+def proven(
+  old: Array,
+  new: Array,
+  limit: Array,
+  aim: Aim,
+  rounded: Rounded,
+  least: Array,
+  *,
+  fixed: bool = False,
+) -> Array:
+  """Looks at a new matrix, and shortens it if it is not proven to be within."""
+  look = _certificate.look(rounded(new), limit, aim.tolerance, fixed=fixed)
+  less = shortened(old, limit, aim, rounded, least, new, look.bound * limit)
+  return jnp.where(within(look.bound, aim), new, less)
+
+
+def in_place(act: Callable[[Array], Array], x: Array, needed: Array) -> Array:
+  """Acts on an array if that is needed, by a loop of at most one turn.
+
+  A loop leaves its array in place, where a branch would write a copy of it.
+  """
+
+  def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, goes_on = state
+    return act(x), goes_on & ~goes_on
+
+  return lax.while_loop(lambda state: state[1], turn, (x, needed))[0]
 
 
 def within(bound: Array, aim: Aim) -> Array:

@@ -6,10 +6,8 @@ above a hundred limits is brought there first, which changes the result by 5e-5.
 """
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
-from optax_clip._matrices import certificate as _certificate
 from optax_clip._matrices import hard as _hard
 from optax_clip._matrices import quintics as _quintics
 from optax_clip._matrices.certificate import dot
@@ -56,14 +54,10 @@ def once(
   """Shrinks the singular values of a matrix below a limit, as `hard.once`."""
   exact, far = _exact(matrix), bound / _FAR
 
-  def bring(state: tuple[Array, Array]) -> tuple[Array, Array]:
-    x, goes_on = state
-    goal = limit * _FAR
-    x = _hard.once(x, far, goal, exact, lambda x: x, jnp.zeros_like(least))
-    return x, goes_on & ~goes_on
+  def bring(x: Array) -> Array:
+    return _hard.once(x, far, limit * _FAR, exact, lambda x: x, jnp.zeros_like(least))
 
-  start = matrix, ~_hard.within(far, exact)
-  near, _ = lax.while_loop(lambda state: state[1], bring, start)
+  near = _hard.in_place(bring, matrix, ~_hard.within(far, exact))
   return _shrunk_and_proven(matrix, near, limit, aim, rounded, least)
 
 
@@ -78,9 +72,7 @@ def _shrunk_and_proven(
   """Shrinks `near`, which a clip at a hundred limits made of a matrix."""
   # Exact arithmetic stays below the limit. Rounding may reach it, where s is large.
   new = shrunk(near, limit) * (1 - aim.below)
-  look = _certificate.look(rounded(new), limit, aim.tolerance)
-  less = _hard.shortened(matrix, limit, aim, rounded, least, new, look.bound * limit)
-  return jnp.where(_hard.within(look.bound, aim), new, less)
+  return _hard.proven(matrix, new, limit, aim, rounded, least)
 
 
 def shrunk(matrix: Array, limit: Array) -> Array:
