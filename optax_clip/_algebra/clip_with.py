@@ -177,9 +177,7 @@ def clip_with(
     finite = _record.all_finite(norms.values)
     if nonfinite == "zero":
       # Zeros must depend on nothing.
-      updates, blocks = jax.tree.map(
-        lambda x: _leaf.gate(x, finite), (updates, list(norms.blocks))
-      )
+      updates, blocks = _leaf.gate((updates, list(norms.blocks)), finite)
       norms = Norms(blocks, norms.layout)
     limits, memory = _limits(threshold, norms, memory, extra_args)
     # optax lets stateless transformations be called with any state.

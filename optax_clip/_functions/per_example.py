@@ -160,7 +160,7 @@ def _clipped_sum(
   """
   if take is not None:
     # What is left out depends on nothing.
-    norm = jax.tree.map(lambda n: _leaf.gate(n, take), norm)
+    norm = _leaf.gate(norm, take)
   action = actions.rescale()
   bound = jnp.asarray(limit, norm.value.dtype)
   coefficient = action.weigh(norm, jnp.broadcast_to(bound, norm.value.shape))

@@ -15,6 +15,7 @@ keep NaN. So are derivatives: by all that a skipped step was made from they are 
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -59,13 +60,11 @@ def taken_or_kept(
   treedef = jax.tree.structure(shapes)
   leaves = jax.tree.leaves(updates)
   shown = [False] * len(jax.tree.leaves(shapes[0])) + _record.of_last_step(state)
+  run = _backend.traced_once(functools.partial(_jaxprs.run, closed))
 
   def new() -> list[Any]:
     # Gated in a branch, too: `vmap` turns the branch into a selection.
-    consts, inputs = (
-      [_leaf.gate(x, take) for x in values] for values in (closed.consts, leaves)
-    )
-    return _jaxprs.run(closed, consts, inputs)
+    return run(*_leaf.gate((closed.consts, leaves), take))
 
   def old(measured: list[Any]) -> list[Any]:
     result = _zeros(shapes[0], leaves, take) if kept is None else jax.tree.leaves(kept)

@@ -1,4 +1,4 @@
-"""How a leaf keeps its weak type, and a gate its derivatives finite."""
+"""How a leaf keeps its weak type, and a gate the derivatives of leaves finite."""
 
 from typing import Any
 
@@ -14,26 +14,29 @@ def keep_weak_type(old: Array, new: Array) -> Array:
   return old.at[...].set(new) if jax.typeof(old).weak_type else new
 
 
-def gate(x: Any, take: Array) -> Any:
-  """Returns `x`, but lets derivatives through only if the condition holds.
+def gate(tree: Any, take: Array) -> Any:
+  """Returns the arrays, but lets derivatives through only if the condition holds.
 
   A selection alone multiplies the derivatives of dropped values by 0, which keeps NaN.
   """
-  if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-    return x
-  return _passed(x, take)
+  leaves, treedef = jax.tree.flatten(tree)
+  gated = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
+  # At once: JAX traces a function with a derivative of its own anew at each call.
+  passed = iter(_passed([x for x, own in zip(leaves, gated, strict=True) if own], take))
+  rows = zip(leaves, gated, strict=True)
+  return jax.tree.unflatten(treedef, [next(passed) if own else x for x, own in rows])
 
 
 @jax.custom_jvp
-def _passed(x: Array, take: Array) -> Array:
+def _passed(leaves: list[Array], take: Array) -> list[Array]:
   del take
-  return x
+  return leaves
 
 
 @_passed.defjvp
 def _passed_jvp(
-  primals: tuple[Array, Array], tangents: tuple[Array, Any]
-) -> tuple[Array, Array]:
-  x, take = primals
-  dot = tangents[0]
-  return _passed(x, take), jnp.where(take, dot, jnp.zeros_like(dot))
+  primals: tuple[list[Array], Array], tangents: tuple[list[Array], Any]
+) -> tuple[list[Array], list[Array]]:
+  leaves, take = primals
+  dots = [jnp.where(take, dot, jnp.zeros_like(dot)) for dot in tangents[0]]
+  return _passed(leaves, take), dots
