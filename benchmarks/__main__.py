@@ -35,8 +35,9 @@ def arguments() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--target",
-    default="h100,tpu-v5e,tpu-v6e",
-    help="of the suite compiled: what to compile for (default: %(default)s)",
+    default="",
+    help="what to compile for: of the suite compiled (default: h100,tpu-v5e,tpu-v6e),"
+    " and of the suite compiling (default: the device here)",
   )
   parser.add_argument(
     "--only",
@@ -52,12 +53,14 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """Measures, shows and writes; returns the rows."""
   options = arguments().parse_args(argv)
-  if options.suite == "compiled":
+  if options.suite == "compiled" or options.target:
     from benchmarks import _targets
 
     _targets.prepare()
+  if options.suite == "compiled":
     from benchmarks import compiled
 
+    options.target = options.target or "h100,tpu-v5e,tpu-v6e"
     return compiled.run(options)
   import jax
 
@@ -74,6 +77,7 @@ def timed(names: Sequence[str], options: argparse.Namespace) -> list[dict[str, A
 
   from benchmarks import _rows
   from benchmarks import _suite
+  from benchmarks import _targets
   from benchmarks import _timing
 
   console = Console()
@@ -83,12 +87,18 @@ def timed(names: Sequence[str], options: argparse.Namespace) -> list[dict[str, A
     limits = _timing.bandwidth(2**26 if options.quick else 2**28, 11)
     on_accelerator = jax.default_backend() != "cpu"
     given = _suite.Options(
-      options.quick, on_accelerator, limits["read_bytes_per_s"], note
+      options.quick,
+      on_accelerator,
+      limits["read_bytes_per_s"],
+      note,
+      _targets.named(options.target),
     )
     for name in names:
       rows += importlib.import_module(f"benchmarks.{name}").run(given)
   _rows.show(rows, console)
   about = _timing.environment() | limits
+  if given.targets:
+    about["device"] = f"compiled for {', '.join(given.targets)}, not run"
   console.print("  ".join(f"{k} {v}" for k, v in about.items() if isinstance(v, str)))
   console.print(
     f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s,"

@@ -166,9 +166,10 @@ def _subject(row: dict[str, Any]) -> str:
       f" {row['parameters'] / 1e6:.0f}M {row['dtype']} parameters in {row['leaves']}"
       f" leaves{where}"
     )
+  place = row.get("target", "this device")
   return {
     "leaves": "the same bytes in more leaves, an sgd step",
-    "compiling": f"an adamw step of {row.get('leaves')} leaves, in CPU seconds",
+    "compiling": f"{place}: an adamw step of {row.get('leaves')} leaves, CPU seconds",
     "precision": "the global norm against float64",
     "scale": "norm and clip alone",
     "spectral": row.get("case") or f"matrices of twelve kinds, {row.get('dtype')}",

@@ -1,6 +1,7 @@
 """What every timed suite is told: `run(options)` measures it and returns its rows."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -15,12 +16,15 @@ class Options(NamedTuple):
     accelerator: whether the device is one, which has room for larger models.
     read_bytes_per_s: what the device reads in a second, as measured in this run.
     note: a function to tell what is measured.
+    targets: names in `_targets.TARGETS` to compile for, where a suite compiles; none:
+      the device.
   """
 
   quick: bool
   accelerator: bool
   read_bytes_per_s: float
   note: Callable[[str], None] = lambda text: None
+  targets: Sequence[str] = ()
 
   @property
   def repeats(self) -> int:

@@ -58,8 +58,13 @@ def compiled_once(f: Callable[..., Any]) -> Callable[..., Any]:
   written to memory. That slows down what every step runs: it is for rare branches. On
   several devices, which may share the function's arrays, this is `traced_once`.
   """
-  alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
-  return _called(f, "XLA_LATE" if alone else "JAX_LATE")
+  return _called(f, "XLA_LATE" if keeps_functions() else "JAX_LATE")
+
+
+def keeps_functions() -> bool:
+  """Returns whether a function can stay one in XLA:CPU's program, as `compiled_once`."""
+  is_alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+  return hasattr(jax, "Inline") and is_alone
 
 
 def _called(f: Callable[..., Any], when: str) -> Callable[..., Any]:

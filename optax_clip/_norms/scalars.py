@@ -21,7 +21,11 @@ rows into elements make two kernels, as all rows share theirs.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
+import itertools
+import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -101,10 +105,16 @@ def each(
   def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return in_stacks(jax.vmap(of_one), of_one, arguments, last)
 
+  def side_by_side(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return _side_by_side(of_one, arguments, last)
+
   if not _backend.is_traced(arrays):
     return one_by_one(arguments)
   alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
-  cpu = written if (last or write) and any(x.ndim > 1 for x in arrays) else one_by_one
+  # Vectors are taken apart, by a reduction, before leaves get their entries.
+  cpu = written if (last or write) and any(x.ndim != 1 for x in arrays) else one_by_one
+  if len(arguments) > 1 and _backend.keeps_functions():
+    cpu = side_by_side
   gpu = together if alike else one_by_one
   tpu = in_pairs(one_by_one) if all(x.size == 1 for x in arrays) else one_by_one
   return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=tpu)
@@ -150,6 +160,88 @@ def in_pairs(f: Callable[..., Any]) -> Callable[..., Any]:
     return jax.tree.map(lambda x: lax.index_in_dim(x, 0, keepdims=False), results)
 
   return found
+
+
+class Joint(NamedTuple):
+  """Lays arrays side by side in one vector, and takes such a vector apart.
+
+  XLA makes nothing of a vector that is taken apart and joined again.
+
+  Attributes:
+    shapes: those of the arrays.
+    order: their indices in the order of the vector: by shape, as in a record.
+  """
+
+  shapes: list[tuple[int, ...]]
+  order: list[int]
+
+  @classmethod
+  def of(cls, shapes: Sequence[tuple[int, ...]]) -> "Joint":
+    """Lays out arrays of these shapes."""
+    return cls(list(shapes), sorted(range(len(shapes)), key=lambda i: shapes[i]))
+
+  def starts(self) -> dict[int, int]:
+    """Returns for each array where it begins."""
+    sizes = [math.prod(self.shapes[i]) for i in self.order]
+    begins = itertools.accumulate(sizes, initial=0)
+    return dict(zip(self.order, begins, strict=False))
+
+  def joined(self, arrays: Sequence[Array]) -> Array:
+    """Joins arrays, each of which broadcasts to its shape."""
+    rows = [jnp.broadcast_to(arrays[i], self.shapes[i]) for i in self.order]
+    return lax.concatenate([lax.reshape(x, (x.size,)) for x in rows], 0)
+
+  def split(self, vector: Array) -> list[Array]:
+    """Inverts `joined`."""
+    starts = self.starts()
+
+    def own(i: int, shape: tuple[int, ...]) -> Array:
+      stop = starts[i] + math.prod(shape)
+      return lax.reshape(lax.slice(vector, (starts[i],), (stop,)), shape)
+
+    return [own(i, shape) for i, shape in enumerate(self.shapes)]
+
+  def copied(self, vectors: Sequence[Array]) -> list[list[Array]]:
+    """Returns for each i the arrays ``split(vector)[i]`` of all vectors, as copies.
+
+    Else XLA:CPU would repeat what the vectors are made of in each kernel that takes a
+    part of them, and compile it anew, as no two of these kernels are alike.
+    """
+    table, starts = jnp.stack(vectors), self.starts()
+    copy = functools.cache(
+      lambda size: _backend.compiled_once(
+        lambda table, start: lax.dynamic_slice_in_dim(table, start, size, 1)
+      )
+    )
+
+    def own(i: int, shape: tuple[int, ...]) -> list[Array]:
+      part = copy(math.prod(shape))(table, jnp.int32(starts[i]))
+      return [lax.reshape(row, shape) for row in _entries(part)]
+
+    return [own(i, shape) for i, shape in enumerate(self.shapes)]
+
+
+def _side_by_side(
+  of_one: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], last: int
+) -> list[Any]:
+  """Calls an elementwise function on vectors of all arguments; as in `each`."""
+  results: list[Any] = [None] * len(arguments)
+  kinds: dict[Any, list[int]] = {}
+  for i, x in enumerate(arguments):
+    leaves, treedef = jax.tree.flatten(x)
+    key = treedef, tuple(y.dtype for y in leaves)
+    kinds.setdefault(key, []).append(i)
+  for (treedef, _), members in kinds.items():
+    rows = [jax.tree.leaves(arguments[i]) for i in members]
+    joint = Joint.of([jnp.broadcast_shapes(*(y.shape for y in row)) for row in rows])
+    vectors = [joint.joined(column) for column in zip(*rows, strict=True)]
+    arrays, kind = jax.tree.flatten(of_one(*jax.tree.unflatten(treedef, vectors)))
+    own = joint.copied(arrays[:last]) if last else [[] for _ in members]
+    for vector in arrays[last:]:
+      own = [[*row, x] for row, x in zip(own, joint.split(vector), strict=True)]
+    for i, row in zip(members, own, strict=True):
+      results[i] = jax.tree.unflatten(kind, row)
+  return results
 
 
 def by_shape(arguments: Sequence[Any]) -> list[list[int]]:
@@ -199,7 +291,7 @@ def _written(tree: Any) -> Any:
   leaf that an array multiplies, and compile it anew into every kernel that takes one.
   """
   arrays, treedef = jax.tree.flatten(tree)
-  if not arrays or arrays[0].ndim < 2:
+  if not arrays or arrays[0].ndim == 1:
     return tree
   # As bits: XLA:CPU would turn a sum into a kernel that multiplies the leaf, too.
   bits = list(map(_bits, arrays))

@@ -115,30 +115,53 @@ def _plain(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   return [_root(x, jnp.ones_like(x), ord) for x in moments]
 
 
-def _scaled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
-  pairs = _in_units(reduction, ord, how)
-  return [_root(moment, unit, ord) for moment, unit in pairs]
+def _scaled(
+  reduction: Reduction,
+  ord: float,
+  how: _How,
+  joined: Callable[[list[Array]], list[Array]] = list,
+) -> list[Extended]:
+  moments, units = map(joined, _in_units(reduction, ord, how))
+  return [_root(*x, ord) for x in zip(moments, units, strict=True)]
 
 
 def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   moments = _moments(reduction, ord, how)
+  joint = _scalars.Joint.of([x.shape for x in moments])
+  apart = len(moments) == 1 or not _backend.keeps_functions()
+
+  def joined(blocks: list[Array]) -> list[Array]:
+    # Few kernels, and few results of the branch, are compiled fast.
+    return blocks if apart else [lax.optimization_barrier(joint.joined(blocks))]
 
   def rescue() -> list[Extended]:
     # XLA runs both branches where one holds only reductions and arithmetic, unless a
     # barrier hides what it returns.
     again = _scaled if how.is_single else _widened
-    return list(lax.optimization_barrier(again(reduction, ord, how)))
+    return list(lax.optimization_barrier(again(reduction, ord, how, joined)))
 
   def keep() -> list[Extended]:
-    return [_root(x, jnp.ones_like(x), ord) for x in moments]
+    return [_root(x, jnp.ones_like(x), ord) for x in vectors]
 
-  return list(lax.cond(_out_of_range(moments, reduction.elements), rescue, keep))
+  vectors, elements = joined(moments), reduction.elements
+  if not apart:
+    elements = [max(np.max(x) for x in elements)]
+  found = list(lax.cond(_out_of_range(vectors, elements), rescue, keep))
+  if apart:
+    return found
+  (whole,) = found
+  return [Extended(*x) for x in zip(*map(joint.split, whole), strict=True)]
 
 
-def _widened(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
+def _widened(
+  reduction: Reduction,
+  ord: float,
+  how: _How,
+  joined: Callable[[list[Array]], list[Array]],
+) -> list[Extended]:
   """Sums in float64: on a CPU slower to run, and faster to compile, than two sums."""
   with jax.enable_x64(True):
-    moments = _moments_in_float64(reduction, ord, how, once=True)
+    moments = joined(_moments_in_float64(reduction, ord, how, once=True))
     return [_narrowed((x, x), reduction.dtype, ord) for x in moments]
 
 
@@ -254,11 +277,12 @@ def _moments(
   return moments
 
 
-def _in_units(reduction: Reduction, ord: float, how: _How) -> list[tuple[Array, Array]]:
+def _in_units(
+  reduction: Reduction, ord: float, how: _How
+) -> tuple[list[Array], list[Array]]:
   """Returns the moments in units of the largest elements, and these units."""
   units = [_extended.power_of_two(x) for x in _largest(reduction)]
-  moments = _moments(reduction, ord, how, units)
-  return list(zip(moments, units, strict=True))
+  return _moments(reduction, ord, how, units), units
 
 
 def _largest(reduction: Reduction) -> list[Array]:
