@@ -6,7 +6,8 @@ environment before JAX is imported: the CPU stays the platform of all other prog
 and one installation may hold several compilers.
 
 `missing` says what to install: the dependencies of these packages are for running, and
-are left out. CONTRIBUTING has the commands.
+are left out. CONTRIBUTING has the commands. NVIDIA's compilers come with CUDA 12 or 13,
+either of which will do.
 """
 
 from collections.abc import Iterable
@@ -29,22 +30,32 @@ _FOLDER = pathlib.Path(__file__).with_name("targets")
 _FLOAT64 = "OPTAX_CLIP_FLOAT64"
 
 
+class Compiler(NamedTuple):
+  """Names the packages that compile for a device.
+
+  Attributes:
+    packages: their names.
+    install: the arguments of pip that install them; `{jax}` is the version of JAX.
+  """
+
+  packages: tuple[str, ...]
+  install: str
+
+
 class Target(NamedTuple):
   """Describes a kind of device.
 
   Attributes:
     title: its name, for people.
     platform: its platform, as JAX names it.
-    packages: the packages that compile for it; several sets, if there is a choice.
-    install: the arguments of pip that install one; `{jax}` is the version of jax.
+    compilers: what compiles for it, any one of them.
     topologies: for each number of devices, the arguments that describe them.
     slow_float64: whether it is a GPU that adds float64 at a small part of its rate.
   """
 
   title: str
   platform: str
-  packages: tuple[tuple[str, ...], ...]
-  install: str
+  compilers: tuple[Compiler, ...]
   topologies: dict[int, dict[str, str]]
   slow_float64: bool = False
 
@@ -54,19 +65,23 @@ def _described(name: str) -> dict[int, dict[str, str]]:
   return {n: {"target_config": config, "topology": f"1x{n}x1"} for n in (1, 8)}
 
 
-def _nvidia(title: str, name: str, slow_float64: bool = False) -> Target:
-  return Target(
-    title,
-    "cuda",
-    (
-      ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
-      # The assembler and its library of functions are two packages there.
-      ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
-    ),
-    "--no-deps jax-cuda12-plugin=={jax} jax-cuda12-pjrt=={jax} nvidia-cuda-nvcc-cu12",
-    _described(name),
-    slow_float64,
+def _cuda(version: int, *packages: str) -> Compiler:
+  jax = [f"jax-cuda{version}-{part}" for part in ("plugin", "pjrt")]
+  pinned = [f"{name}=={{jax}}" for name in jax]
+  return Compiler(
+    (*jax, *packages), f"--no-deps {' '.join(pinned)} {' '.join(packages)}"
   )
+
+
+_CUDA = (
+  _cuda(12, "nvidia-cuda-nvcc-cu12"),
+  # The assembler and its library of functions are two packages there.
+  _cuda(13, "nvidia-cuda-nvcc", "nvidia-nvvm"),
+)
+
+
+def _nvidia(title: str, name: str, slow_float64: bool = False) -> Target:
+  return Target(title, "cuda", _CUDA, _described(name), slow_float64)
 
 
 def _tpu(title: str, kind: str, one: str, eight: str) -> Target:
@@ -74,8 +89,7 @@ def _tpu(title: str, kind: str, one: str, eight: str) -> Target:
   return Target(
     title,
     "tpu",
-    (("libtpu",),),
-    "libtpu",
+    (Compiler(("libtpu",), "libtpu"),),
     {count: {"topology_name": f"{kind}:{grid}"} for count, grid in grids},
   )
 
@@ -88,16 +102,19 @@ TARGETS = {
   "mi300x": Target(
     "AMD MI300X",
     "rocm",
-    (("jax-rocm7-plugin", "jax-rocm7-pjrt"),),
-    "jax==0.12.0 jaxlib==0.12.0, and then: pip install --no-deps"
-    " jax-rocm7-plugin==0.12.0 jax-rocm7-pjrt==0.12.0",
+    (
+      Compiler(
+        ("jax-rocm7-plugin", "jax-rocm7-pjrt"),
+        "jax==0.12.0 jaxlib==0.12.0, and then: pip install --no-deps"
+        " jax-rocm7-plugin==0.12.0 jax-rocm7-pjrt==0.12.0",
+      ),
+    ),
     _described("mi300x"),
   ),
   "intel-max": Target(
     "Intel Max 1100",
     "oneapi",
-    (("jax-oneapi-plugin",),),
-    '"jax-oneapi-plugin[with-oneapi]==0.11.2"',
+    (Compiler(("jax-oneapi-plugin",), '"jax-oneapi-plugin[with-oneapi]==0.11.2"'),),
     _described("intel-max"),
   ),
   # A program for one chip uses the first of four, of which a core of TPU7x is a half.
@@ -125,12 +142,22 @@ def prepare(devices: int = 1) -> None:
 
 
 def missing(name: str) -> str | None:
-  """Says in one line how to install the compiler of a target; `None` if it is here."""
-  target = TARGETS[name]
-  if any(all(map(_found, packages)) for packages in target.packages):
+  """Says in one line what the compiler of a target lacks; `None` if it is here.
+
+  Of several compilers it is the one of which most is here, as CUDA 13 without its
+  library of functions, or else the first.
+  """
+  compilers = TARGETS[name].compilers
+  absent = [[x for x in made.packages if not _found(x)] for made in compilers]
+  if not all(absent):
     return None
-  install = target.install.format(jax=importlib.metadata.version("jax"))
-  return f"The compiler for {name} is not installed: pip install {install}"
+  shares = [
+    len(x) / len(made.packages) for x, made in zip(absent, compilers, strict=True)
+  ]
+  nearest = shares.index(min(shares))
+  install = compilers[nearest].install.format(jax=importlib.metadata.version("jax"))
+  lacks = ", ".join(absent[nearest])
+  return f"The compiler for {name} lacks {lacks}: pip install {install}"
 
 
 def _found(package: str) -> bool:

@@ -301,8 +301,9 @@ def about(target: str) -> dict[str, str]:
   import importlib.metadata
   import platform
 
-  sets = _targets.TARGETS[target].packages
-  packages = ("jax", "jaxlib", "optax", *(name for names in sets for name in names))
+  compilers = _targets.TARGETS[target].compilers
+  made_by = [package for compiler in compilers for package in compiler.packages]
+  packages = ("jax", "jaxlib", "optax", *made_by)
   installed = {
     x.metadata["Name"]: x.version for x in importlib.metadata.distributions()
   }

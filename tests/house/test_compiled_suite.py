@@ -254,12 +254,26 @@ class TestSuite:
       assert os.environ["OPTAX_CLIP_FLOAT64"] == ("slow" if slow else "fast")
     assert "OPTAX_CLIP_FLOAT64" not in os.environ
 
-  def test_either_cuda_will_do(self, monkeypatch):
-    found = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"}
+  @pytest.mark.parametrize(
+    ("version", "packages"),
+    [("12", ["nvidia-cuda-nvcc-cu12"]), ("13", ["nvidia-cuda-nvcc", "nvidia-nvvm"])],
+  )
+  def test_either_cuda_will_do(self, version, packages, monkeypatch):
+    jax = [f"jax-cuda{version}-plugin", f"jax-cuda{version}-pjrt"]
+    whole = {*jax, *packages}
+    monkeypatch.setattr(_targets, "_found", whole.__contains__)
+    assert _targets.missing("h100") is None
+    assert _targets.missing("rtx5090") is None
+    for package in whole:
+      monkeypatch.setattr(_targets, "_found", (whole - {package}).__contains__)
+      text = _targets.missing("b200")
+      assert text.startswith(f"The compiler for b200 lacks {package}: pip install")
+      assert all(name in text.partition("pip install")[2] for name in whole)
+
+  def test_parts_of_both_cudas_are_not_one(self, monkeypatch):
+    found = {"jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
     monkeypatch.setattr(_targets, "_found", found.__contains__)
-    assert "pip install" in _targets.missing("h100")
-    found.add("nvidia-nvvm")
-    assert _targets.missing("b200") is None
+    assert "lacks nvidia-cuda-nvcc-cu12:" in _targets.missing("h100")
 
   @pytest.mark.parametrize("target", ["h100,abacus", "abacus"])
   def test_an_unknown_target_is_named(self, target, monkeypatch, environment):
@@ -268,7 +282,7 @@ class TestSuite:
 
   def test_a_missing_compiler_is_named(self, monkeypatch, environment):
     monkeypatch.setattr(_targets, "_found", lambda package: False)
-    with pytest.raises(SystemExit, match=r"pip install --no-deps jax-cuda12-plugin=="):
+    with pytest.raises(SystemExit, match=r"lacks jax-cuda12-plugin, .*--no-deps jax-"):
       benchmarks.main(["--suite", "compiled", "--target", "h100"])
     with pytest.raises(_targets.MissingError, match=r"pip install libtpu$"):
       _targets.devices("tpu-v5e")
