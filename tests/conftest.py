@@ -25,6 +25,8 @@ import jax
 import jaxlib
 import pytest
 
+from optax_clip._norms import rows as _rows
+
 # `pytest --hypothesis-profile=slow` for thousands of examples of each property.
 hypothesis.settings.register_profile(
   "default",
@@ -168,6 +170,20 @@ def pytest_xdist_make_scheduler(config, log):
   from xdist.scheduler import LoadFileScheduling
 
   return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rows_first():
+  """Lets small arrays be summed as large ones are, in the forms of a GPU.
+
+  Along an axis a GPU sums some rows each first (`rows`), if there are many: the laws
+  have few, and in some forms nothing else differs.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    if os.environ.get("OPTAX_CLIP_FORMS") in _rows.SUMS:
+      patch.setattr(_rows, "_SMALL", 0)
+      patch.setattr(_rows, "_ROWS", 2)
+    yield
 
 
 @pytest.fixture(autouse=True)
