@@ -118,19 +118,18 @@ def divided(x: Extended, y: Array) -> Extended:
   return Extended(jnp.where(far, 1, value), jnp.where(far, beyond(dtype), unit * held))
 
 
-def from_float(x: Array, like: Array, dtype: Any) -> Extended:
+def from_float(x: Array, dtype: Any) -> Extended:
   """Converts a float64 to another dtype, exactly but for rounding.
 
   Args:
     x: the float; if finite, at most ``2 ** 250``.
-    like: the same float again, which decides the unit.
     dtype: float32, or float64 itself.
   """
   if dtype == x.dtype:
     return of(x)
   info = jnp.finfo(dtype)
   power = 2.0 ** (info.maxexp - 2)
-  large, small = like > power, like < 1 / power
+  large, small = x > power, x < 1 / power
 
   def choice(down: float, up: float, dtype: Any) -> Array:
     return jnp.where(large, down, jnp.where(small, up, 1.0)).astype(dtype)

@@ -38,6 +38,8 @@ Array = jax.Array
 # Results of one reduction. With more, kernels compile slowly, and 60 do not fit a GPU's
 # shared memory; with fewer, the program is long.
 _WIDTH = 16
+# And if they are arrays: of twelve, XLA:GPU writes the whole table for each to memory.
+_NARROW = 8
 
 
 def columns(vectors: Sequence[Array]) -> list[list[Array]]:
@@ -99,23 +101,24 @@ def each(
   def one_by_one(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [of_one(*x) for x in arguments]
 
-  def written(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return [of_one(*x, kept=_written) for x in arguments]
+  def of_leaf(result: Any) -> Any:
+    # Vectors are taken apart, by a reduction, before leaves get their entries.
+    is_vector = any(x.ndim == 1 for x in jax.tree.leaves(result))
+    return result if is_vector else written(result)
 
-  def together(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return in_stacks(jax.vmap(of_one), of_one, arguments, last)
+  def leaf_by_leaf(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return [of_one(*x, kept=of_leaf) for x in arguments]
 
-  def side_by_side(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return _side_by_side(of_one, arguments, last)
+  def side_by_side(apart: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return _side_by_side(of_one, arguments, last, apart)
 
   if not _backend.is_traced(arrays):
     return one_by_one(arguments)
-  alike = len(by_shape(arguments)) < len(arguments) and _mesh.on_one_device(arrays)
-  # Vectors are taken apart, by a reduction, before leaves get their entries.
-  cpu = written if (last or write) and any(x.ndim != 1 for x in arrays) else one_by_one
-  if len(arguments) > 1 and _backend.keeps_functions():
-    cpu = side_by_side
-  gpu = together if alike else one_by_one
+  several = len(arguments) > 1 and _mesh.on_one_device(arrays)
+  cpu = leaf_by_leaf if last or write else one_by_one
+  if several and _backend.keeps_functions():
+    cpu = functools.partial(side_by_side, Joint.copied)
+  gpu = functools.partial(side_by_side, Joint.columns) if several else one_by_one
   tpu = in_pairs(one_by_one) if all(x.size == 1 for x in arrays) else one_by_one
   return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=tpu)
 
@@ -201,6 +204,12 @@ class Joint(NamedTuple):
 
     return [own(i, shape) for i, shape in enumerate(self.shapes)]
 
+  def split_each(self, tree: Any) -> list[Any]:
+    """Takes each vector of a tree apart, into trees of the parts."""
+    vectors, treedef = jax.tree.flatten(tree)
+    rows = zip(*map(self.split, vectors), strict=True)
+    return [jax.tree.unflatten(treedef, row) for row in rows]
+
   def copied(self, vectors: Sequence[Array]) -> list[list[Array]]:
     """Returns for each i the arrays ``split(vector)[i]`` of all vectors, as copies.
 
@@ -220,11 +229,35 @@ class Joint(NamedTuple):
 
     return [own(i, shape) for i, shape in enumerate(self.shapes)]
 
+  def columns(self, vectors: Sequence[Array]) -> list[list[Array]]:
+    """Returns what `copied` does, by a few reductions for each shape."""
+    found: list[list[Array]] = [[] for _ in self.shapes]
+    begin = 0
+    for shape, like in itertools.groupby(self.order, key=lambda i: self.shapes[i]):
+      members = list(like)
+      end = begin + len(members) * math.prod(shape)
+      stacks = [
+        lax.reshape(lax.slice(x, (begin,), (end,)), (len(members), *shape))
+        for x in vectors
+      ]
+      for i, row in zip(members, columns(stacks), strict=True):
+        found[i] = row
+      begin = end
+    return found
+
 
 def _side_by_side(
-  of_one: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], last: int
+  of_one: Callable[..., Any],
+  arguments: Sequence[tuple[Any, ...]],
+  last: int,
+  apart: Callable[[Joint, Sequence[Array]], list[list[Array]]],
 ) -> list[Any]:
-  """Calls an elementwise function on vectors of all arguments; as in `each`."""
+  """Calls an elementwise function on vectors of all arguments.
+
+  Args:
+    of_one, arguments, last: as in `each`.
+    apart: takes the vectors apart whose parts multiply leaves.
+  """
   results: list[Any] = [None] * len(arguments)
   kinds: dict[Any, list[int]] = {}
   for i, x in enumerate(arguments):
@@ -236,7 +269,7 @@ def _side_by_side(
     joint = Joint.of([jnp.broadcast_shapes(*(y.shape for y in row)) for row in rows])
     vectors = [joint.joined(column) for column in zip(*rows, strict=True)]
     arrays, kind = jax.tree.flatten(of_one(*jax.tree.unflatten(treedef, vectors)))
-    own = joint.copied(arrays[:last]) if last else [[] for _ in members]
+    own = apart(joint, arrays[:last]) if last else [[] for _ in members]
     for vector in arrays[last:]:
       own = [[*row, x] for row, x in zip(own, joint.split(vector), strict=True)]
     for i, row in zip(members, own, strict=True):
@@ -244,55 +277,17 @@ def _side_by_side(
   return results
 
 
-def by_shape(arguments: Sequence[Any]) -> list[list[int]]:
-  """Groups the indices of arguments of like structure, shapes and dtypes."""
-  found: dict[Any, list[int]] = {}
-  for i, x in enumerate(arguments):
-    leaves, treedef = jax.tree.flatten(x)
-    key = treedef, tuple((jnp.shape(y), jnp.result_type(y)) for y in leaves)
-    found.setdefault(key, []).append(i)
-  return list(found.values())
-
-
-def in_stacks(
-  of_stack: Callable[..., Any],
-  of_one: Callable[..., Any],
-  arguments: Sequence[tuple[Any, ...]],
-  last: int = 0,
-) -> list[Any]:
-  """Calls a function on stacks of like arguments, and takes the results apart.
-
-  Args:
-    of_stack: the function for arguments with one more axis in front.
-    of_one: the function for arguments unlike all others.
-    arguments: the arguments of each call.
-    last: how many arrays of a result, the first ones, multiply leaves.
-  """
-  results: list[Any] = [None] * len(arguments)
-  for members in by_shape(arguments):
-    if len(members) == 1:
-      results[members[0]] = of_one(*arguments[members[0]])
-      continue
-    stacks = jax.tree.map(lambda *x: jnp.stack(x), *(arguments[i] for i in members))
-    arrays, treedef = jax.tree.flatten(of_stack(*stacks))
-    own = columns(arrays[:last]) if last else [[] for _ in members]
-    for table in arrays[last:]:
-      own = [[*row, x] for row, x in zip(own, _entries(table), strict=True)]
-    for i, row in zip(members, own, strict=True):
-      results[i] = jax.tree.unflatten(treedef, row)
-  return results
-
-
 @jax.custom_jvp
-def _written(tree: Any) -> Any:
-  """Returns the arrays, which XLA:CPU materialises if they have an entry for each unit.
+def written(tree: Any) -> Any:
+  """Returns the arrays, which XLA materialises, as it does results of a reduction.
 
   Else XLA:CPU would repeat all that follows the last division for each element of the
   leaf that an array multiplies, and compile it anew into every kernel that takes one.
+
+  Args:
+    tree: arrays of one shape; two at least, as XLA:GPU fuses a reduction to one.
   """
   arrays, treedef = jax.tree.flatten(tree)
-  if not arrays or arrays[0].ndim == 1:
-    return tree
   # As bits: XLA:CPU would turn a sum into a kernel that multiplies the leaf, too.
   bits = list(map(_bits, arrays))
   first = lax.broadcasted_iota(jnp.int32, (2, *bits[0].shape), 0) == 0
@@ -304,9 +299,9 @@ def _written(tree: Any) -> Any:
   return jax.tree.unflatten(treedef, found)
 
 
-@_written.defjvp
+@written.defjvp
 def _written_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-  return _written(primals[0]), tangents[0]
+  return written(primals[0]), tangents[0]
 
 
 def _either(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
@@ -342,11 +337,12 @@ def _entries(table: Array) -> list[Array]:
 def _taken_apart(bits: Array) -> list[Array]:
   """Returns an integer array's entries along axis 0, followed by padding."""
   count, *rest = bits.shape
-  if count <= _WIDTH:
+  width = _WIDTH if len(rest) < 2 else _NARROW
+  if count <= width:
     return _along_first(bits)
-  size = _WIDTH
-  while size * _WIDTH < count:
-    size *= _WIDTH
+  size = width
+  while size * width < count:
+    size *= width
   groups = -(-count // size)
   bits = jnp.pad(bits, [(0, groups * size - count), *[(0, 0) for _ in rest]])
   bits = bits.reshape(groups, size, *rest)

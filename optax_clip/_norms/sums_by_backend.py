@@ -149,8 +149,7 @@ def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   found = list(lax.cond(_out_of_range(vectors, elements), rescue, keep))
   if apart:
     return found
-  (whole,) = found
-  return [Extended(*x) for x in zip(*map(joint.split, whole), strict=True)]
+  return joint.split_each(*found)
 
 
 def _widened(
@@ -162,23 +161,24 @@ def _widened(
   """Sums in float64: on a CPU slower to run, and faster to compile, than two sums."""
   with jax.enable_x64(True):
     moments = joined(_moments_in_float64(reduction, ord, how, once=True))
-    return [_narrowed((x, x), reduction.dtype, ord) for x in moments]
+    return [_narrowed(x, reduction.dtype, ord) for x in moments]
 
 
 def _doubled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   with jax.enable_x64(True):
     moments = _moments_in_float64(reduction, ord, how)
 
-    def of_stack(x: Array) -> Extended:
-      return _narrowed(_written(x), reduction.dtype, ord)
-
     def of_one(x: Array) -> Extended:
-      is_stack = x.ndim == 1 and x.size > 1
-      return of_stack(x) if is_stack else _narrowed((x, x), reduction.dtype, ord)
+      found = _narrowed(x, reduction.dtype, ord)
+      # Else XLA:GPU fuses the sums of all leaves into the kernel of the coefficients,
+      # which then repeats its arithmetic for each leaf: 300 KB of code, and most of the
+      # time to compile a step.
+      return _scalars.written(found) if x.ndim == 1 and x.size > 1 else found
 
-    if not _mesh.on_one_device(moments):
+    if len(moments) == 1 or not _mesh.on_one_device(moments):
       return [of_one(x) for x in moments]
-    return _scalars.in_stacks(of_stack, of_one, [(x,) for x in moments])
+    joint = _scalars.Joint.of([x.shape for x in moments])
+    return joint.split_each(of_one(joint.joined(moments)))
 
 
 def _moments_in_float64(
@@ -194,10 +194,9 @@ def _moments_in_float64(
   return moments
 
 
-def _narrowed(pair: tuple[Array, Array], dtype: DType, ord: float) -> Extended:
-  """Takes the root of a moment in float64; one of a pair decides the unit."""
-  one, other = (_power_sums.root(x, ord) for x in pair)
-  return _extended.from_float(one, other, dtype)
+def _narrowed(moment: Array, dtype: DType, ord: float) -> Extended:
+  """Takes the root of a moment in float64."""
+  return _extended.from_float(_power_sums.root(moment, ord), dtype)
 
 
 def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
@@ -299,23 +298,6 @@ def _largest(reduction: Reduction) -> list[Array]:
   merge = functools.partial(jnp.max, axis=0)
   (peaks,) = reduction.run(local, lax.pmax, merge, None)
   return peaks
-
-
-def _written(stack: Array) -> tuple[Array, Array]:
-  """Returns the array twice, which makes XLA:GPU materialise it.
-
-  Else XLA:GPU fuses the stack of all leaves' sums into the kernel of the coefficients,
-  which then repeats its arithmetic for each leaf: 300 KB of code, and most of the time
-  to compile a step. It does not fuse a reduction with two results if both are used.
-  """
-  first = lax.broadcasted_iota(jnp.int32, (2, *stack.shape), 0) == 0
-  none = jnp.zeros_like(stack)[None]
-  both = [jnp.where(x, stack[None], none) for x in (first, ~first)]
-  zero = jnp.zeros((), stack.dtype)
-  one, other = lax.reduce(
-    both, [zero, zero], lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)
-  )
-  return one, other
 
 
 def _total(power: Array, dims: tuple[int, ...] | None, how: _How) -> Array:
