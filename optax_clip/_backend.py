@@ -62,7 +62,7 @@ def compiled_once(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keeps_functions() -> bool:
-  """Returns whether a function can stay one in XLA:CPU's program, as `compiled_once`."""
+  """Returns whether functions can stay such in XLA:CPU's program: `compiled_once`."""
   is_alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
   return hasattr(jax, "Inline") and is_alone
 

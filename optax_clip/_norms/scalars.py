@@ -7,12 +7,12 @@ in a program; outside of one, each operation has a kernel of its own anyway:
   a shape if a *scalar* scales them, but one for each leaf if *an element of a vector*
   does: it fuses the slice, whose constant index makes the kernel unlike all others.
   With 300 leaves that is the difference of 0.1 to 3 seconds.
-* *Arithmetic on the norms of units*, `each`. Leaf by leaf, XLA:GPU spends most of a
-  step's compilation on it.
+* *Arithmetic on the norms of units*, `each`. Leaf by leaf it is most of what a step
+  takes to compile, on every backend. Side by side in one vector it is that of one leaf.
 * *Arithmetic on single numbers*, `paired` and `each`: on a TPU every operation on one
   number is a kernel. What learns a limit from one norm has a hundred.
-* *Coefficients of units*, `each` again. XLA:CPU repeats all that follows their last
-  division for each element of the leaf.
+* *Coefficients of units, and of all leaves together*, `each` again. XLA:CPU repeats all
+  that they are made of in the kernel of each leaf.
 
 `lax.optimization_barrier` prevents none of it: it is gone before XLA fuses. A
 reduction does, as XLA materialises its results. One reduction into rows and one from
@@ -25,7 +25,6 @@ import functools
 import itertools
 import math
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 
 from optax_clip import _backend
 from optax_clip._norms import mesh as _mesh
+from optax_clip._norms.joint import Joint
 
 Array = jax.Array
 # Results of one reduction. With more, kernels compile slowly, and 60 do not fit a GPU's
@@ -77,14 +77,10 @@ def each(
   last: int = 0,
   write: bool = False,
 ) -> list[Any]:
-  """Returns ``[f(*x) for x in arguments]``; one GPU computes like shapes at once.
-
-  XLA compiles longer for a GPU the more operations there are: leaf by leaf, the
-  arithmetic on the norms of units makes AGC compile four times as long as optax's.
-  A TPU would move the norms to stack them.
+  """Returns ``[f(*x) for x in arguments]``; one device computes all side by side.
 
   Args:
-    f: a function from trees of arrays to such a tree; like shapes give like shapes.
+    f: an elementwise function from trees of arrays to such a tree.
     arguments: the arguments of each call.
     then: takes the arguments and the result of a call; each then gives a pair.
     last: how many arrays a result of `f` has, if they multiply leaves.
@@ -109,7 +105,7 @@ def each(
   def leaf_by_leaf(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [of_one(*x, kept=of_leaf) for x in arguments]
 
-  def side_by_side(apart: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+  def together(apart: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return _side_by_side(of_one, arguments, last, apart)
 
   if not _backend.is_traced(arrays):
@@ -117,9 +113,9 @@ def each(
   several = len(arguments) > 1 and _mesh.on_one_device(arrays)
   cpu = leaf_by_leaf if last or write else one_by_one
   if several and _backend.keeps_functions():
-    cpu = functools.partial(side_by_side, Joint.copied)
-  gpu = functools.partial(side_by_side, Joint.columns) if several else one_by_one
-  tpu = in_pairs(one_by_one) if all(x.size == 1 for x in arrays) else one_by_one
+    cpu = functools.partial(together, _copied)
+  gpu = functools.partial(together, _reduced) if several else one_by_one
+  tpu = in_pairs(one_by_one) if all(x.size == 1 for x in arrays) else gpu
   return _backend.by_backend(arguments, cpu=cpu, gpu=gpu, tpu=tpu)
 
 
@@ -165,85 +161,41 @@ def in_pairs(f: Callable[..., Any]) -> Callable[..., Any]:
   return found
 
 
-class Joint(NamedTuple):
-  """Lays arrays side by side in one vector, and takes such a vector apart.
+def _copied(joint: Joint, vectors: Sequence[Array]) -> list[list[Array]]:
+  """Returns for each i the arrays ``joint.split(vector)[i]`` of all vectors, as copies.
 
-  XLA makes nothing of a vector that is taken apart and joined again.
-
-  Attributes:
-    shapes: those of the arrays.
-    order: their indices in the order of the vector: by shape, as in a record.
+  Else XLA:CPU would repeat what the vectors are made of in each kernel that takes a
+  part of them, and compile it anew, as no two of these kernels are alike.
   """
-
-  shapes: list[tuple[int, ...]]
-  order: list[int]
-
-  @classmethod
-  def of(cls, shapes: Sequence[tuple[int, ...]]) -> "Joint":
-    """Lays out arrays of these shapes."""
-    return cls(list(shapes), sorted(range(len(shapes)), key=lambda i: shapes[i]))
-
-  def starts(self) -> dict[int, int]:
-    """Returns for each array where it begins."""
-    sizes = [math.prod(self.shapes[i]) for i in self.order]
-    begins = itertools.accumulate(sizes, initial=0)
-    return dict(zip(self.order, begins, strict=False))
-
-  def joined(self, arrays: Sequence[Array]) -> Array:
-    """Joins arrays, each of which broadcasts to its shape."""
-    rows = [jnp.broadcast_to(arrays[i], self.shapes[i]) for i in self.order]
-    return lax.concatenate([lax.reshape(x, (x.size,)) for x in rows], 0)
-
-  def split(self, vector: Array) -> list[Array]:
-    """Inverts `joined`."""
-    starts = self.starts()
-
-    def own(i: int, shape: tuple[int, ...]) -> Array:
-      stop = starts[i] + math.prod(shape)
-      return lax.reshape(lax.slice(vector, (starts[i],), (stop,)), shape)
-
-    return [own(i, shape) for i, shape in enumerate(self.shapes)]
-
-  def split_each(self, tree: Any) -> list[Any]:
-    """Takes each vector of a tree apart, into trees of the parts."""
-    vectors, treedef = jax.tree.flatten(tree)
-    rows = zip(*map(self.split, vectors), strict=True)
-    return [jax.tree.unflatten(treedef, row) for row in rows]
-
-  def copied(self, vectors: Sequence[Array]) -> list[list[Array]]:
-    """Returns for each i the arrays ``split(vector)[i]`` of all vectors, as copies.
-
-    Else XLA:CPU would repeat what the vectors are made of in each kernel that takes a
-    part of them, and compile it anew, as no two of these kernels are alike.
-    """
-    table, starts = jnp.stack(vectors), self.starts()
-    copy = functools.cache(
-      lambda size: _backend.compiled_once(
-        lambda table, start: lax.dynamic_slice_in_dim(table, start, size, 1)
-      )
+  table, starts = jnp.stack(vectors), joint.starts()
+  copy = functools.cache(
+    lambda size: _backend.compiled_once(
+      lambda table, start: lax.dynamic_slice_in_dim(table, start, size, 1)
     )
+  )
 
-    def own(i: int, shape: tuple[int, ...]) -> list[Array]:
-      part = copy(math.prod(shape))(table, jnp.int32(starts[i]))
-      return [lax.reshape(row, shape) for row in _entries(part)]
+  def own(i: int, shape: tuple[int, ...]) -> list[Array]:
+    part = copy(math.prod(shape))(table, jnp.int32(starts[i]))
+    return [lax.reshape(row, shape) for row in _entries(part)]
 
-    return [own(i, shape) for i, shape in enumerate(self.shapes)]
+  return [own(i, shape) for i, shape in enumerate(joint.shapes)]
 
-  def columns(self, vectors: Sequence[Array]) -> list[list[Array]]:
-    """Returns what `copied` does, by a few reductions for each shape."""
-    found: list[list[Array]] = [[] for _ in self.shapes]
-    begin = 0
-    for shape, like in itertools.groupby(self.order, key=lambda i: self.shapes[i]):
-      members = list(like)
-      end = begin + len(members) * math.prod(shape)
-      stacks = [
-        lax.reshape(lax.slice(x, (begin,), (end,)), (len(members), *shape))
-        for x in vectors
-      ]
-      for i, row in zip(members, columns(stacks), strict=True):
-        found[i] = row
-      begin = end
-    return found
+
+def _reduced(joint: Joint, vectors: Sequence[Array]) -> list[list[Array]]:
+  """Returns what `_copied` does, by a few reductions for each shape."""
+  found: list[list[Array]] = [[] for _ in joint.shapes]
+  begin = 0
+  for shape, like in itertools.groupby(joint.order, key=lambda i: joint.shapes[i]):
+    members = list(like)
+    end = begin + len(members) * math.prod(shape)
+    stacks = [
+      lax.reshape(lax.slice(x, (begin,), (end,)), (len(members), *shape))
+      for x in vectors
+    ]
+    for i, row in zip(members, columns(stacks), strict=True):
+      found[i] = row
+    begin = end
+  return found
 
 
 def _side_by_side(
@@ -264,6 +216,7 @@ def _side_by_side(
     leaves, treedef = jax.tree.flatten(x)
     key = treedef, tuple(y.dtype for y in leaves)
     kinds.setdefault(key, []).append(i)
+  # One vector for each dtype.
   for (treedef, _), members in kinds.items():
     rows = [jax.tree.leaves(arguments[i]) for i in members]
     joint = Joint.of([jnp.broadcast_shapes(*(y.shape for y in row)) for row in rows])
@@ -346,7 +299,8 @@ def _taken_apart(bits: Array) -> list[Array]:
   groups = -(-count // size)
   bits = jnp.pad(bits, [(0, groups * size - count), *[(0, 0) for _ in rest]])
   bits = bits.reshape(groups, size, *rest)
-  return [row for group in _along_first(bits) for row in _taken_apart(group)]
+  apart = _backend.traced_once(_taken_apart)
+  return [row for group in _along_first(bits) for row in apart(group)]
 
 
 def _along_first(bits: Array) -> list[Array]:

@@ -45,6 +45,7 @@ from optax_clip._norms import scalars as _scalars
 from optax_clip._norms.bundles import Bundle
 from optax_clip._norms.bundles import Reduction
 from optax_clip._norms.extended import Extended
+from optax_clip._norms.joint import Joint
 from optax_clip._types import DType
 
 Array = jax.Array
@@ -127,12 +128,11 @@ def _scaled(
 
 def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
   moments = _moments(reduction, ord, how)
-  joint = _scalars.Joint.of([x.shape for x in moments])
-  apart = len(moments) == 1 or not _backend.keeps_functions()
+  # Few results of a branch are compiled fast, if what takes them apart is, too.
+  joint = _side_by_side(moments) if _backend.keeps_functions() else None
 
   def joined(blocks: list[Array]) -> list[Array]:
-    # Few kernels, and few results of the branch, are compiled fast.
-    return blocks if apart else [lax.optimization_barrier(joint.joined(blocks))]
+    return [lax.optimization_barrier(joint.joined(blocks))] if joint else blocks
 
   def rescue() -> list[Extended]:
     # XLA runs both branches where one holds only reductions and arithmetic, unless a
@@ -144,12 +144,10 @@ def _rescued(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
     return [_root(x, jnp.ones_like(x), ord) for x in vectors]
 
   vectors, elements = joined(moments), reduction.elements
-  if not apart:
+  if joint:
     elements = [max(np.max(x) for x in elements)]
   found = list(lax.cond(_out_of_range(vectors, elements), rescue, keep))
-  if apart:
-    return found
-  return joint.split_each(*found)
+  return joint.split_tree(*found) if joint else found
 
 
 def _widened(
@@ -175,10 +173,17 @@ def _doubled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
       # time to compile a step.
       return _scalars.written(found) if x.ndim == 1 and x.size > 1 else found
 
-    if len(moments) == 1 or not _mesh.on_one_device(moments):
+    joint = _side_by_side(moments)
+    if joint is None:
       return [of_one(x) for x in moments]
-    joint = _scalars.Joint.of([x.shape for x in moments])
-    return joint.split_each(of_one(joint.joined(moments)))
+    return joint.split_tree(of_one(joint.joined(moments)))
+
+
+def _side_by_side(blocks: Sequence[Array]) -> Joint | None:
+  """Lays several blocks of one device side by side, to make few kernels of them."""
+  if len(blocks) == 1 or not _mesh.on_one_device(blocks):
+    return None
+  return Joint.of([x.shape for x in blocks])
 
 
 def _moments_in_float64(
@@ -222,13 +227,18 @@ def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
     unit = jnp.where(too_large, 1 / down, jnp.where(too_small, 1 / up, 1))
     return _root(moment, unit.astype(dtype), 2)
 
-  columns = reduction.run(local, lax.psum, merge, None)
-  found = []
-  for count, *sums in zip(reduction.elements, *columns, strict=True):
-    of_sums = functools.partial(chosen, _least(dtype, count))
+  def of_sums(count: Any, *sums: Array) -> Extended:
+    found = functools.partial(chosen, _least(dtype, count))
     is_single = how.pairs and sums[0].size == 1
-    found.append((_scalars.in_pairs(of_sums) if is_single else of_sums)(*sums))
-  return found
+    return (_scalars.in_pairs(found) if is_single else found)(*sums)
+
+  columns = reduction.run(local, lax.psum, merge, None)
+  joint = _side_by_side(columns[0])
+  if joint is None:
+    rows = zip(reduction.elements, *columns, strict=True)
+    return [of_sums(count, *sums) for count, *sums in rows]
+  counts = joint.joined(list(map(jnp.asarray, reduction.elements)))
+  return joint.split_tree(of_sums(counts, *map(joint.joined, columns)))
 
 
 def _three_sums(
