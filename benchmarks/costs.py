@@ -164,6 +164,36 @@ def changes(results: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
   return "\n".join(lines)
 
 
+# Where it was measured how long compiling takes, by the names of files.
+COMPILING = {"cpu": "CPU", "h100": "NVIDIA H100", "tpu-v5e": "TPU v5e"}
+
+
+def compiling(results: dict[str, dict[str, Any]]) -> str:
+  """Returns the table of what it takes until a step runs: a row for each device."""
+  about = results["cpu"]["about"]
+  methods = [
+    x["method"] for x in results["cpu"]["rows"] if not x["method"].startswith("optax.")
+  ]
+  titles = " | ".join(f"`{name}`" for name in methods)
+  lines = [
+    f"JAX {about['jax']}, {about['date']}: CPU seconds to trace, lower and compile, and"
+    " their sum over that of optax's:",
+    "",
+    f"| compiled for | {titles} |",
+    "|---|" + "---|" * len(methods),
+  ]
+  for place, found in results.items():
+    rows = {x["method"]: x for x in found["rows"]}
+    cells = [
+      "{trace_s:.1f} + {lower_s:.1f} + {compile_s:.1f}: **{total_over_optax:.2f}**".format(
+        **rows[name]
+      )
+      for name in methods
+    ]
+    lines.append(f"| {COMPILING[place]} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 def _is_of(row: dict[str, Any]) -> bool:
   """Returns whether a row belongs to the step that the tables show."""
   cell = tuple(row[key] for key in ("model", "optimizer", "devices"))
@@ -194,7 +224,14 @@ def updated(text: str) -> str:
   some = {name: found[name] for name in GPUS if found[name]}
   text = _marked.replaced(text, "costs on each GPU", gpus(some))
   both = {name: (counted(name, OLD), counted(name)) for name in TWICE}
-  return _marked.replaced(text, "costs by version", changes(both))
+  text = _marked.replaced(text, "costs by version", changes(both))
+  times = {place: json.loads(compiling_file(place).read_text()) for place in COMPILING}
+  return _marked.replaced(text, "costs of compiling", compiling(times))
+
+
+def compiling_file(place: str) -> pathlib.Path:
+  """Returns where it stands how long compiling takes: for the CPU, or for a target."""
+  return RESULTS / f"{place}-compiling.json"
 
 
 def counted(target: str, folder: pathlib.Path = RESULTS) -> dict[str, Any]:

@@ -181,7 +181,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_a_large_ratio_scales_its_own_leaf": ("relative layer_rms",),
   },
   "norms/test_scalars.py": {
-    "test_units_side_by_side_are_as_leaf_by_leaf": ("gpu-True",),
+    "test_units_side_by_side_are_as_leaf_by_leaf": ("cpu-True", "gpu-True"),
     "test_a_vector_is_taken_apart_bit_for_bit": ("17", "257"),
   },
   "report/test_layers.py": {

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optax_clip
+from optax_clip import _backend
 from optax_clip._norms import scalars as _scalars
 
 P = jax.sharding.PartitionSpec
@@ -62,7 +63,14 @@ def leaf_by_leaf(record):
 
 
 @pytest.mark.parametrize(
-  ("forms", "record"), [("gpu", True), ("gpu", "layers"), ("tpu", "layers")]
+  ("forms", "record"),
+  [
+    ("cpu", True),
+    ("cpu", "layers"),
+    ("gpu", True),
+    ("gpu", "layers"),
+    ("tpu", "layers"),
+  ],
 )
 def test_units_side_by_side_are_as_leaf_by_leaf(monkeypatch, forms, record):
   rng = np.random.default_rng(0)
@@ -74,7 +82,10 @@ def test_units_side_by_side_are_as_leaf_by_leaf(monkeypatch, forms, record):
     for scale in (1e-30, 1.0, 1e30)
     for sized in [list(zip(sizes, params, strict=True))]
   ]
+  # As on several devices.
+  monkeypatch.setattr(_backend, "keeps_functions", lambda: False)
   wanted = [leaf_by_leaf(record)(*case, params) for case in cases]
+  monkeypatch.setattr(_backend, "keeps_functions", lambda: forms == "cpu")
   monkeypatch.setenv("OPTAX_CLIP_FORMS", forms)
   side_by_side = one_device(clipped(record))
   for (limit, updates), want in zip(cases, wanted, strict=True):
