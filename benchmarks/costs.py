@@ -184,12 +184,8 @@ def compiling(results: dict[str, dict[str, Any]]) -> str:
   ]
   for place, found in results.items():
     rows = {x["method"]: x for x in found["rows"]}
-    cells = [
-      "{trace_s:.1f} + {lower_s:.1f} + {compile_s:.1f}: **{total_over_optax:.2f}**".format(
-        **rows[name]
-      )
-      for name in methods
-    ]
+    form = "{trace_s:.1f} + {lower_s:.1f} + {compile_s:.1f}: {total_over_optax:.2f}"
+    cells = [form.format(**rows[name]) for name in methods]
     lines.append(f"| {COMPILING[place]} | {' | '.join(cells)} |")
   return "\n".join(lines)
 
