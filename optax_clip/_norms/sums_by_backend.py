@@ -233,7 +233,8 @@ def _tripled(reduction: Reduction, ord: float, how: _How) -> list[Extended]:
     return (_scalars.in_pairs(found) if is_single else found)(*sums)
 
   columns = reduction.run(local, lax.psum, merge, None)
-  joint = _side_by_side(columns[0])
+  # Sums that come in two rounds would hold those of the first for all leaves at once.
+  joint = None if how.sums else _side_by_side(columns[0])
   if joint is None:
     rows = zip(reduction.elements, *columns, strict=True)
     return [of_sums(count, *sums) for count, *sums in rows]
