@@ -153,14 +153,16 @@ def changes(results: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
   for target, both in results.items():
     title = _targets.TARGETS[target].title
     before, after = (
-      {(row["method"], row["dtype"]): row for row in result["rows"] if _is_of(row)}
-      for result in both
+      {compiled.Cell(*(row[key] for key in compiled.Cell._fields)): row for row in rows}
+      for rows in (result["rows"] for result in both)
     )
-    for key in before:
-      if key in after:
-        texts = [f"{x['kernels']}, {x['bytes']:.2f}" for x in (before[key], after[key])]
+    for cell in before:
+      if cell in after:
+        texts = [
+          f"{x['kernels']}, {x['bytes']:.2f}" for x in (before[cell], after[cell])
+        ]
         if texts[0] != texts[1]:
-          lines.append(f"| {title}: `{key[0]}`, {key[1]} | {texts[0]} | {texts[1]} |")
+          lines.append(f"| {title}: {_named(cell)} | {texts[0]} | {texts[1]} |")
   return "\n".join(lines)
 
 
@@ -188,6 +190,17 @@ def compiling(results: dict[str, dict[str, Any]]) -> str:
     cells = [form.format(**rows[name]) for name in methods]
     lines.append(f"| {COMPILING[place]} | {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _named(cell: compiled.Cell) -> str:
+  """Names a program, by what it has in common with few others."""
+  plain = compiled.Cell(cell.method)
+  model = cell.model if cell.model != plain.model else ""
+  optimizer = cell.optimizer if cell.optimizer != plain.optimizer else ""
+  devices = f"{cell.devices} devices" if cell.devices > 1 else ""
+  return ", ".join(
+    filter(None, (f"`{cell.method}`", cell.dtype, optimizer, model, devices))
+  )
 
 
 def _is_of(row: dict[str, Any]) -> bool:

@@ -233,12 +233,19 @@ class TestSuite:
     assert row.endswith("| 3 | 0.00 |")
 
   def test_the_table_of_versions_has_what_changed(self):
-    old, new = self.rows(), self.rows()
-    new[1] |= {"kernels": 9}
+    old = self.rows()
+    old += [old[1] | {"devices": 8}, old[1] | {"model": "2,000 leaves"}]
+    changed = (1, len(old) - 2, len(old) - 1)
+    new = [row | ({"kernels": 9} if i in changed else {}) for i, row in enumerate(old)]
+    new[0]["model"] = "one matrix"  # Which the other version was not asked for.
     both = {"rows": old, "about": _ABOUT}, {"rows": new, "about": {"jax": "0.12.0.1"}}
     table = costs.changes({"h100": both, "tpu-v6e": both})
-    row = f"`{old[1]['method']}`, float32 | 3, 8.00 | 9, 8.00 |"
-    assert table.splitlines()[2:] == [f"| NVIDIA H100: {row}", f"| TPU v6e: {row}"]
+    row = f"`{old[1]['method']}`, float32"
+    assert table.splitlines()[2:] == [
+      f"| {title}: {row}{where} | 3, 8.00 | 9, 8.00 |"
+      for title in ("NVIDIA H100", "TPU v6e")
+      for where in ("", ", 8 devices", ", 2,000 leaves")
+    ]
 
   @pytest.mark.parametrize("target", _targets.TARGETS)
   def test_every_target_is_described(self, target):
