@@ -234,13 +234,9 @@ def updated(text: str) -> str:
   text = _marked.replaced(text, "costs on each GPU", gpus(some))
   both = {name: (counted(name, OLD), counted(name)) for name in TWICE}
   text = _marked.replaced(text, "costs by version", changes(both))
-  times = {place: json.loads(compiling_file(place).read_text()) for place in COMPILING}
+  files = {place: RESULTS / f"{place}-compiling.json" for place in COMPILING}
+  times = {x: json.loads(y.read_text()) for x, y in files.items() if y.exists()}
   return _marked.replaced(text, "costs of compiling", compiling(times))
-
-
-def compiling_file(place: str) -> pathlib.Path:
-  """Returns where it stands how long compiling takes: for the CPU, or for a target."""
-  return RESULTS / f"{place}-compiling.json"
 
 
 def counted(target: str, folder: pathlib.Path = RESULTS) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def compiled_once(f: Callable[..., Any]) -> Callable[..., Any]:
   """Makes a function that XLA:CPU optimises once for all arguments of like shapes.
 
   With JAX 0.12 it stays a function of the program, whose arguments and results are
-  written to memory. That slows down what every step runs: it is for rare branches. On
+  written to memory: it is for rare branches, and for what is to be written anyway. On
   several devices, which may share the function's arrays, this is `traced_once`.
   """
   return _called(f, "XLA_LATE" if keeps_functions() else "JAX_LATE")

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import optax_clip
-from optax_clip import _backend
 from optax_clip._norms import scalars as _scalars
 
 P = jax.sharding.PartitionSpec
@@ -83,9 +82,9 @@ def test_units_side_by_side_are_as_leaf_by_leaf(monkeypatch, forms, record):
     for sized in [list(zip(sizes, params, strict=True))]
   ]
   # As on several devices.
-  monkeypatch.setattr(_backend, "keeps_functions", lambda: False)
+  monkeypatch.setattr(_scalars._backend, "keeps_functions", lambda: False)
   wanted = [leaf_by_leaf(record)(*case, params) for case in cases]
-  monkeypatch.setattr(_backend, "keeps_functions", lambda: forms == "cpu")
+  monkeypatch.setattr(_scalars._backend, "keeps_functions", lambda: forms == "cpu")
   monkeypatch.setenv("OPTAX_CLIP_FORMS", forms)
   side_by_side = one_device(clipped(record))
   for (limit, updates), want in zip(cases, wanted, strict=True):
