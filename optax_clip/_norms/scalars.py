@@ -14,9 +14,9 @@ in a program; outside of one, each operation has a kernel of its own anyway:
 * *Coefficients of units, and of all leaves together*, `each` again. XLA:CPU repeats all
   that they are made of in the kernel of each leaf.
 
-`lax.optimization_barrier` prevents none of it: it is gone before XLA fuses. A
-reduction does, as XLA materialises its results. One reduction into rows and one from
-rows into elements make two kernels, as all rows share theirs.
+With JAX 0.10.2 `lax.optimization_barrier` prevents none of it: it is gone before XLA
+fuses. A reduction does, as XLA materialises its results. One reduction into rows and
+one from rows into elements make two kernels, as all rows share theirs.
 """
 
 from collections.abc import Callable
