@@ -317,6 +317,20 @@ FAULTS = (
     "scalars",
   ),
   Fault(
+    "a vector is taken apart in another order than it was joined in",
+    "_norms/joint.py",
+    "dict(zip(self.order, begins, strict=False))",
+    "dict(zip(range(len(self.order)), begins, strict=False))",
+    "scalars",
+  ),
+  Fault(
+    "each leaf gets the coefficients of the first",
+    "_norms/scalars.py",
+    "(table, jnp.int32(starts[i]))",
+    "(table, jnp.int32(0))",
+    "scalars",
+  ),
+  Fault(
     "norms are handed to whatever stands inside a guard",
     "_guards/inside.py",
     "return inside.update(updates, state, params, **extra_args)",
