@@ -13,6 +13,7 @@ from optax_clip._algebra.slots import Slots
 from optax_clip._norms import extended as _extended
 from optax_clip._norms import mesh as _mesh
 from optax_clip._norms.extended import Extended
+from optax_clip._norms.joint import Joint
 
 Array = jax.Array
 
@@ -197,11 +198,10 @@ def _side_by_side(arrays: Sequence[Array], together: bool) -> list[Array]:
     arrays = [x.astype(jnp.float64) for x in arrays]
   if len(arrays) == 1 or not together:
     return arrays
-  # Sorted by shape: where arrays are slices of a stack, XLA takes the stack.
-  arrays = sorted(arrays, key=lambda x: x.shape)
+  # In the order of other vectors: where arrays are parts of one, XLA takes it whole.
+  joint = Joint.of([x.shape for x in arrays])
   # Without the barrier XLA reduces each on its own again.
-  joined = jnp.concatenate([x.ravel() for x in arrays])
-  return [lax.optimization_barrier(joined)]
+  return [lax.optimization_barrier(joint.joined(arrays))]
 
 
 def _fold(reduce: Callable[[Array], Array], arrays: Sequence[Array]) -> Array:

@@ -20,7 +20,7 @@ class Joint(NamedTuple):
 
   Attributes:
     shapes: those of the arrays.
-    order: their indices in the order of the vector: by shape, as in a record.
+    order: their indices in the order of the vector: by shape.
   """
 
   shapes: list[tuple[int, ...]]

@@ -184,9 +184,10 @@ def _copied(joint: Joint, vectors: Sequence[Array]) -> list[list[Array]]:
 def _reduced(joint: Joint, vectors: Sequence[Array]) -> list[list[Array]]:
   """Returns what `_copied` does, by a few reductions for each shape."""
   found: list[list[Array]] = [[] for _ in joint.shapes]
-  begin = 0
+  starts = joint.starts()
   for shape, like in itertools.groupby(joint.order, key=lambda i: joint.shapes[i]):
     members = list(like)
+    begin = starts[members[0]]
     end = begin + len(members) * math.prod(shape)
     stacks = [
       lax.reshape(lax.slice(x, (begin,), (end,)), (len(members), *shape))
@@ -194,7 +195,6 @@ def _reduced(joint: Joint, vectors: Sequence[Array]) -> list[list[Array]]:
     ]
     for i, row in zip(members, columns(stacks), strict=True):
       found[i] = row
-    begin = end
   return found
 
 
