@@ -298,8 +298,8 @@ FAULTS = (
   Fault(
     "the last of the norms that are joined is left out of the record",
     "_algebra/record.py",
-    "joined = jnp.concatenate([x.ravel() for x in arrays])",
-    "joined = jnp.concatenate([x.ravel() for x in arrays[:-1]])",
+    "joint.joined(arrays)",
+    "joint.joined(arrays)[: -arrays[joint.order[-1]].size]",
     "metrics records",
   ),
   Fault(
